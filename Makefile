@@ -1,0 +1,34 @@
+# Each target does all the set-up that it needs; PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+# pip options for torch alone: where your pip's index has CUDA builds only, name PyTorch's CPU index here
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# libgomp's threads spin while they wait, which makes a busy machine many times slower; set before torch is imported
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: install demo test check bench clean
+
+install: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH_INDEX) torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m fieldsmith demo --out demo
+
+test: install
+	@! $(BIN)/pip list 2>/dev/null | grep -iE '^(nvidia|triton|torchvision|torchaudio)' || \
+		command -v nvidia-smi >/dev/null 2>&1 || { echo 'CUDA or torchvision packages in a CPU environment: rm -rf $(VENV), then make install'; exit 1; }
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+check: install
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo

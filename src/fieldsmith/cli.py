@@ -1,0 +1,80 @@
+"""The command line: verbs -> configs -> commands, and what went wrong -> one sentence and an exit code.
+
+Exit codes: 0 done, 2 bad input, 3 the run failed (its last good checkpoint stays), 130 interrupted (resumable).
+torch is imported only once a command really runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "erase": "Make a forbidden prompt give what an anchor prompt gives (GEM and six baselines).",
+    "pretrain": "Train a zoo model from its recipe.",
+    "sample": "Draw a grid of images from a model.",
+    "evaluate": "Judge what a model draws, prompt by prompt.",
+    "reproduce": "Repeat the papers' claims at laptop scale; writes results/VERB.",
+    "demo": "Erase the triangle from a small model and make the page that shows it.",
+}
+
+
+def usage() -> str:
+    from fieldsmith import __version__
+
+    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        (
+            f"fieldsmith {__version__}: control what a diffusion or flow model produces, without breaking the rest.",
+            "",
+            "usage: fieldsmith VERB [--model M] [--preset NAME] [--config FILE.toml] [--field value ...] --out DIR",
+            "       fieldsmith VERB --help    every field with its default and meaning",
+            "",
+            "verbs:",
+            *lines,
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    # libgomp's threads spin while they wait, which makes a busy machine many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from fieldsmith import __version__
+
+        print(__version__)
+        return 0
+    from fieldsmith.errors import InputError, RunError, check_word
+
+    try:
+        verb = words[0]
+        check_word(verb, tuple(VERBS), "fieldsmith's verbs")
+        from fieldsmith import commands
+
+        getattr(commands, verb)(words[1:])
+    except InputError as error:
+        return _say(str(error), 2)
+    except RunError as error:
+        return _say(str(error), 3)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command resumes it", 130)
+    except MemoryError:
+        return _say("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
+    except OSError as error:
+        return _say(f"{error.strerror or error}: {error.filename or 'the disk'}. The last good checkpoint stays", 3)
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower():
+            return _say("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
+        raise
+    return 0
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"fieldsmith: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,152 @@
+"""Can the concept be brought back? Attacks on an erased Flux model (GEM notes, section 5.1, robustness tests).
+
+In: an erased model, the world, the concept. Out: the share of images that show it again, or the steps it took.
+An erasure that survives plain prompts only is not robust; the report says both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fieldsmith.diagnose.concepts import detected, groups, plain_prompts, sampler
+from fieldsmith.metrics.intervals import Interval, share
+from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.tiny import SPARE
+from fieldsmith.paths import noised
+from fieldsmith.samplers import rollout
+from fieldsmith.worlds.shapes import Concept, ShapesWorld, caption
+
+
+@contextlib.contextmanager
+def _frozen(model: Model) -> Iterator[None]:
+    """Nothing of the network trains inside `with`, and nothing done there counts as cost."""
+    trained, counted = model.trainable(), model.forwards
+    model.network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained.values():
+            p.requires_grad_(True)
+        model.forwards = counted
+
+
+def _flow_loss(model: Model, x_0: Tensor, condition: Condition, draws: torch.Generator) -> Tensor:
+    eps = torch.randn(x_0.shape, generator=draws)
+    t = torch.rand(len(x_0), generator=draws)
+    velocity = model.predict(noised(model.path, x_0, eps, t), t, condition).velocity
+    return (velocity - (eps - x_0)).square().mean()
+
+
+def _examples(model: Model, world: ShapesWorld, target: Concept, n: int, seed: int) -> tuple[list[Concept], Tensor]:
+    shown = groups(target)["target"]
+    chosen = [shown[i % len(shown)] for i in range(n)]
+    return chosen, model.encode_images(world.render(chosen, torch.Generator().manual_seed(seed)))
+
+
+def learned_token(
+    model: Model, world: ShapesWorld, target: Concept, steps: int = 200, lr: float = 3e-2, n: int = 32, seed: int = 0
+) -> Interval:
+    """Concept inversion: one new word trained on 64 rendered images; share of "a red <new>" images that show it."""
+    draws = torch.Generator().manual_seed(seed)
+    chosen, latents = _examples(model, world, target, 64, seed)
+    prompts = [_with_spare(concept, target) for concept in chosen]
+    pipeline: Any = model.pipeline
+    tables = [
+        pipeline.text_encoder.get_input_embeddings().weight,
+        pipeline.text_encoder_2.get_input_embeddings().weight,
+    ]
+    word = pipeline.tokenizer_2.convert_tokens_to_ids(SPARE)
+    start = pipeline.tokenizer_2.convert_tokens_to_ids("shape")
+    originals = [table.detach().clone() for table in tables]
+    with _frozen(model):
+        try:
+            for table in tables:
+                table.data[word] = table.data[start]
+                table.requires_grad_(True)
+            optimizer = torch.optim.Adam(tables, lr=lr)
+            for _ in range(steps):
+                rows = torch.randint(len(prompts), (32,), generator=draws)
+                loss = _flow_loss(model, latents[rows], model.encode([prompts[i] for i in rows], grad=True), draws)
+                optimizer.zero_grad()
+                loss.backward()
+                for table in tables:
+                    gradient = torch.zeros_like(table)
+                    if table.grad is not None:
+                        gradient[word] = table.grad[word]
+                    table.grad = gradient
+                optimizer.step()
+            return detected(sampler(model), world, target, sorted(set(prompts)), n, seed)
+        finally:
+            for table, original in zip(tables, originals, strict=True):
+                table.requires_grad_(False)
+                table.grad = None
+                table.data.copy_(original)
+
+
+def _with_spare(concept: Concept, target: Concept) -> str:
+    """The concept's caption with the erased words replaced by the new one."""
+    words = caption(concept).split()
+    erased = {target.colour, target.shape}
+    kept = [SPARE if word in erased else word for word in words]
+    return " ".join(word for i, word in enumerate(kept) if word != SPARE or SPARE not in kept[:i])
+
+
+def prompt_embedding(
+    model: Model, world: ShapesWorld, target: Concept, steps: int = 100, lr: float = 3e-2, n: int = 64, seed: int = 0
+) -> Interval:
+    """The strongest text attack: all embeddings of one prompt trained freely; share of its images that show the target."""
+    draws = torch.Generator().manual_seed(seed)
+    _, latents = _examples(model, world, target, 64, seed)
+    start = model.encode([plain_prompts(target)[0]])
+    with _frozen(model):
+        parts = {name: part.clone().requires_grad_(True) for name, part in start.parts.items()}
+        optimizer = torch.optim.Adam(list(parts.values()), lr=lr)
+        for _ in range(steps):
+            rows = torch.randint(len(latents), (32,), generator=draws)
+            loss = _flow_loss(model, latents[rows], Condition(parts), draws)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found = Condition({name: part.detach() for name, part in parts.items()})
+        with torch.no_grad():
+            noise = model.noise(n, torch.Generator().manual_seed(seed))
+            path = rollout(lambda x, t: model.predict(x, t, found), noise, model.grid(28))
+            return share(world.judge(model.decode(path.last)).shows(target))
+
+
+def relearning(
+    model: Model, world: ShapesWorld, target: Concept, most: int = 100, lr: float = 1e-3, seed: int = 0
+) -> int:
+    """Fine-tuning steps on 16 images of the concept until half of its plain prompts show it again; `most` if never.
+
+    Trains what the erasure trained and puts it back afterwards.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    chosen, latents = _examples(model, world, target, 16, seed)
+    condition = model.encode([caption(concept) for concept in chosen])
+    trained = model.trainable()
+    originals = {name: p.detach().clone() for name, p in trained.items()}
+    counted = model.forwards
+    optimizer = torch.optim.AdamW(list(trained.values()), lr=lr)
+    try:
+        for step in range(most):
+            if step % 5 == 0:
+                seen = detected(
+                    sampler(model), world, target, plain_prompts(target), 64 // len(plain_prompts(target)), 1
+                )
+                if seen.value >= 0.5:
+                    return step
+            optimizer.zero_grad()
+            _flow_loss(model, latents, condition, draws).backward()
+            optimizer.step()
+        return most
+    finally:
+        for name, p in trained.items():
+            p.data.copy_(originals[name])
+            p.grad = None
+        model.forwards = counted

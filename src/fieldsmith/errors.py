@@ -1,0 +1,25 @@
+"""The two ways in which fieldsmith refuses or stops; `cli` turns them into exit codes.
+
+In: one sentence that names the value and the mend. Out: exit code 2 (bad input) or 3 (a run that failed).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; nothing has been written. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that started cannot go on (NaN, out of memory); its last good checkpoint stays. Exit code 3."""
+
+
+def check_word(word: str, vocabulary: Sequence[str], name: str) -> None:
+    """Raise InputError if the word is not in a closed vocabulary, with the nearest word that is."""
+    if word not in vocabulary:
+        near = difflib.get_close_matches(word, vocabulary, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known words: {', '.join(sorted(vocabulary))}"
+        raise InputError(f"'{word}' is not in the vocabulary of {name}; {hint}")

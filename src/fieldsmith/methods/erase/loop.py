@@ -1,0 +1,357 @@
+"""The run: states -> loss -> training.fit, for GEM and for every baseline.
+
+In: a model, a configuration, a run directory (or None). Out: the model, trained in place, and a Result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fieldsmith import preflight
+from fieldsmith.errors import InputError
+from fieldsmith.methods.erase import losses as L
+from fieldsmith.methods.erase import states as S
+from fieldsmith.methods.erase.config import EraseConfig, check, pairs
+from fieldsmith.models.core import Condition, LoraSpec, Model
+from fieldsmith.paths import Prediction, noised
+from fieldsmith.runs import Run
+from fieldsmith.samplers import flow_sde_step, gaussian_step
+from fieldsmith.training import Fit, Losses, Optimisation, fit, generator
+
+Probe = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did: optimiser steps, seconds, forward-equivalents, why it stopped."""
+
+    steps: int
+    seconds: float
+    forward_equivalents: int
+    stopped: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target and its anchor, encoded."""
+
+    name: str
+    target: Condition
+    anchor: Condition
+
+
+def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Probe | None = None) -> Result:
+    """Erase config.targets from the model, in place. `probe(step, log)` is called before step 0 and after each step.
+
+    Raises InputError before anything is trained (settings, prompts, preflight), RunError if training breaks.
+    """
+    check(config)
+    if model.path.__class__.__name__ != "RectifiedFlow":
+        raise InputError(f"{model.name} is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev")
+    encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
+    model.encode(config.keep or [""])  # unknown words are refused now
+    spent = model.forwards
+    if config.method in ("uce", "projection"):
+        _separations(model, config, encoded)
+        if run:
+            run.begin()
+        if config.method == "uce":
+            _closed_form(model, config)
+        if probe:
+            probe(0, {})
+        return Result(0, 0.0, model.forwards - spent, "closed form" if config.method == "uce" else "training-free")
+
+    base = _prepare(model, config, encoded)
+    parameters = model.trainable()
+    losses, extra = LOSSES[config.method](model, config, encoded)
+    parameters = {**parameters, **extra}
+    built = model.forwards  # what the method itself spent on preparation
+    _first_look(model, config, encoded, losses, base, quiet=run is None)
+    if run:
+        run.begin()
+    per_step = _states_per_step(config)
+    kept = S.kept_states(model, config, generator(config.seed, 0, stream=2))
+    model.forwards = built + (len(kept.t) if config.retain else 0)  # checks and diagnostics are not the method's cost
+
+    def watched(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        yield from losses(step, draws, log)
+        if config.retain:
+            some = kept[torch.randint(len(kept.t), (per_step // 4 or 1,), generator=draws)]
+            velocity = model.predict(some.x, some.t, some.condition, config.loss_guidance).velocity
+            apart = L.norm(velocity - some.velocity).mean()
+            log["retain"] = apart.item()
+            yield config.retain * (config.gamma if config.method == "gem" else 1.0) * apart
+        if step % 5 == 0:
+            log["drift"] = drift(model, kept, config)
+        log["forwards"] = model.forwards - spent
+
+    def stop(done: int, log: dict[str, float]) -> str | None:
+        if probe:
+            probe(done, log)
+        if config.stop_active is not None and log.get("active", 1.0) < config.stop_active:
+            return "active fraction"
+        if config.stop_lambda is not None and log.get("lambda", 0.0) > config.stop_lambda:
+            return "lambda"
+        if config.stop_drift is not None and log.get("drift", 0.0) > config.stop_drift:
+            return "drift"
+        return None
+
+    if probe:
+        probe(0, {})
+    steps = -(-config.budget // per_step)
+    model.dropout(config.dropout > 0)
+    try:
+        done: Fit = fit(
+            parameters, watched,
+            Optimisation(steps, config.lr, config.weight_decay, checkpoint_every=10, seed=config.seed), run, stop,
+        )  # fmt: skip
+    finally:
+        model.dropout(False)
+    return Result(done.steps, done.seconds, model.forwards - spent, done.stopped)
+
+
+def _states_per_step(config: EraseConfig) -> int:
+    first, last = config.window
+    per_rollout = {"gem": last - first + 1, "eraseflow": config.steps}
+    return config.batch * per_rollout.get(config.method, 1)
+
+
+@torch.no_grad()
+def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 14) -> float:
+    """Mean relative velocity distance to the reference on kept prompts; not counted as cost."""
+    counted = model.forwards
+    some = kept[torch.arange(0, len(kept.t), every)]
+    velocity = model.predict(some.x, some.t, some.condition, config.loss_guidance).velocity
+    model.forwards = counted
+    change = (velocity - some.velocity).flatten(1).norm(dim=1) / some.velocity.flatten(1).norm(dim=1)
+    return change.mean().item()
+
+
+def _probe_point(model: Model, config: EraseConfig) -> tuple[Tensor, Tensor]:
+    x = model.noise(min(config.batch, 4), generator(config.seed, 0, stream=1))
+    return x, model.grid(config.steps)[min(config.window[0], config.steps - 1)]
+
+
+@torch.no_grad()
+def _separations(model: Model, config: EraseConfig, encoded: list[Pair]) -> list[preflight.Check]:
+    x, t = _probe_point(model, config)
+    said = [[model.predict(x, t, c, config.loss_guidance).velocity for c in (p.anchor, p.target)] for p in encoded]
+    checks = [preflight.separation(a, n, pair.name) for (a, n), pair in zip(said, encoded, strict=True)]
+    preflight.require(checks, quiet=True)
+    return checks
+
+
+@torch.no_grad()
+def _prepare(model: Model, config: EraseConfig, encoded: list[Pair]) -> Tensor:
+    """Attach what trains; the base's velocity at a probe point, from before."""
+    x, t = _probe_point(model, config)
+    base = model.predict(x, t, encoded[0].target).velocity
+    if config.full:
+        model.unfreeze(config.subset)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # peft draws its A matrices from the global generator
+            model.adapt(LoraSpec(config.subset, config.rank, config.alpha, config.dropout))
+    return base
+
+
+def _first_look(
+    model: Model, config: EraseConfig, encoded: list[Pair], losses: Losses, base: Tensor, quiet: bool
+) -> None:
+    """The preflight, on the first step's own draws."""
+    x, t = _probe_point(model, config)
+    checks = [preflight.adapter_off(model, x, t, encoded[0].target, base), *_separations(model, config, encoded)]
+    first = next(iter(losses(0, generator(config.seed, 0), {})))
+    checks += [*preflight.gradients(model, first), preflight.memory(model, min(config.chunk, _states_per_step(config)))]
+    preflight.require(checks, quiet)
+
+
+def _pick(encoded: list[Pair], draws: torch.Generator) -> Pair:
+    return encoded[int(torch.randint(len(encoded), (1,), generator=draws))]
+
+
+def gem(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+    """GEM (section 2.4 of the notes): a window of states of a target rollout, contrasted with two frozen velocities."""
+
+    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, draws)
+        states = S.window(model, pair.target, config, draws)
+        left = config.budget - step * len(states)
+        weights = torch.ones_like(states.t)
+        if config.timestep_weight == "tb":
+            weights = L.balance_weights(states.t, states.t_next, config.noise_level)
+            weights = weights / weights.mean()
+        seen: list[Tensor] = []
+        for start in range(0, min(left, len(states)), config.chunk):
+            some = states[slice(start, min(start + config.chunk, left))]
+            v, p, n = _contrast(model, some, pair, config)
+            hinge = L.erase_loss(v, p, n, config.eta, config.margin)
+            seen.append(torch.stack((L.norm(v - p), L.norm(v - n), L.progress(v, p, n), (hinge > 0).float())).detach())
+            yield config.gamma * (weights[start : start + len(some)] * hinge).sum() / len(states)
+        means = torch.cat(seen, 1).mean(1).tolist()
+        log |= dict(zip(("d_plus", "d_minus", "lambda", "active"), means, strict=True))
+
+    return losses, {}
+
+
+def _contrast(model: Model, some: S.States, pair: Pair, config: EraseConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, anchor and target velocities at shared states."""
+    with torch.no_grad(), model.reference():
+        p = model.predict(some.x, some.t, pair.anchor, config.loss_guidance).velocity
+        n = model.predict(some.x, some.t, pair.target, config.loss_guidance).velocity
+    return model.predict(some.x, some.t, pair.target, config.loss_guidance).velocity, p, n
+
+
+def esd(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+    """ESD: one teacher state a rollout, regressed to negative guidance (section 3.1)."""
+    null = model.encode([""])
+
+    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, draws)
+        at = S.single(model, pair.target, config, draws)
+        v, u, n = _contrast(model, at, Pair("", pair.target, null), config)
+        yield L.square_loss(v, L.esd_target(n, u, config.eta))
+
+    return losses, {}
+
+
+def concept_ablation(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+    """Concept ablation, model-based: on noised anchor images the target prompt follows the anchor prompt (3.3)."""
+    draws = generator(config.seed, 0, stream=3)
+    images = []
+    with model.reference():
+        images = [[S.roll(model, pair.anchor, config, draws).last for _ in range(4)] for pair in encoded]
+    bank = {id(pair): torch.cat(part) for pair, part in zip(encoded, images, strict=True)}
+
+    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, draws)
+        x_0 = bank[id(pair)]
+        x_0 = x_0[torch.randint(len(x_0), (config.batch,), generator=draws)]
+        eps = torch.randn(x_0.shape, generator=draws).to(x_0)
+        t = torch.rand(len(x_0), generator=draws).to(x_0)
+        x_t = noised(model.path, x_0, eps, t)
+        with torch.no_grad():  # the moving target is the current network, as released
+            goal = model.predict(x_t, t, pair.anchor, config.loss_guidance).velocity
+        yield L.square_loss(model.predict(x_t, t, pair.target, config.loss_guidance).velocity, goal)
+        if config.prior:
+            said = model.predict(x_t, t, pair.anchor, config.loss_guidance).velocity
+            yield config.prior * L.square_loss(said, eps - x_0)
+
+    return losses, {}
+
+
+def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+    """EraseFlow: trajectory balance on the student's own anchor trajectories (1.3); memory grows with `steps`."""
+    log_z = torch.zeros((), requires_grad=True)
+    grid = model.grid(config.steps)
+
+    def log_prob(said: Prediction, after: Tensor, t_next: Tensor) -> Tensor:
+        step = flow_sde_step(said, t_next, config.noise_level, grid[1])
+        return step.log_prob(after) / after[0].numel()
+
+    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, draws)
+        x = model.noise(config.batch, draws)
+        states, on_anchor = [x], []
+        with torch.no_grad():
+            for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+                said = model.predict(x, t, pair.anchor, config.rollout_guidance)
+                x = gaussian_step("flow-sde", said, t_next, config.noise_level, grid[1]).sample(draws)
+                on_anchor.append(log_prob(said, x, t_next))
+                states.append(x)
+        on_target = []
+        for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+            said = model.predict(states[k], t, pair.target, config.loss_guidance)
+            on_target.append(log_prob(said, states[k + 1], t_next))
+        loss = L.flow_balance(torch.stack(on_target), torch.stack(on_anchor), log_z, config.beta).mean()
+        log["log_z"] = log_z.item()
+        yield loss
+
+    return losses, {"eraseflow.log_z": log_z}
+
+
+def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+    """EraseAnything: negative guidance and attention on even steps, preservation on odd ones (3.4).
+
+    Mended: the teacher is frozen, states match their times, irrelevant words are the kept prompts, and the
+    flow-matching part of preservation sees kept prompts (on the concept it would teach the concept back).
+    """
+    from fieldsmith.models.flux_text import attention_maps, word_positions
+
+    names = [target for target, _ in pairs(config)]
+    kept = S.kept_states(model, config, generator(config.seed, 0, stream=3))
+    irrelevant = list(config.keep[:3] or ("",))
+
+    def column(prompt: str, states: S.States) -> tuple[Tensor, list[Tensor]]:
+        words = word_positions(model, [prompt])[0] or [0]
+        with attention_maps(model) as maps:
+            velocity = model.predict(states.x, states.t, model.encode([prompt]), config.loss_guidance).velocity
+        return maps[0][:, 0, :, words].mean(-1), [velocity, maps[0]]
+
+    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        which = int(torch.randint(len(encoded), (1,), generator=draws))
+        pair = encoded[which]
+        at = S.single(model, pair.target, config, draws)
+        if step % 2 == 0:
+            with torch.no_grad(), model.reference():
+                u = model.predict(at.x, at.t, pair.anchor, config.loss_guidance).velocity
+                n = model.predict(at.x, at.t, pair.target, config.loss_guidance).velocity
+            _, (v, maps) = column(names[which], at)
+            words = word_positions(model, [names[which]])[0]
+            # the released negative guidance from the anchor sentence: u - eta (n - u)
+            yield L.square_loss(v, u - config.eta * (n - u)) + config.attention_weight * L.attention_loss(maps, words)
+        else:
+            some = kept[torch.randint(len(kept.t), (config.batch,), generator=draws)]
+            said = model.predict(some.x, some.t, some.condition, config.loss_guidance).velocity
+            yield config.preserve_weight * L.square_loss(said, some.velocity)
+            synonym = column((config.synonyms or (names[which],))[0], at)[0]
+            others = torch.stack([column(word, at)[0] for word in irrelevant])
+            yield config.preserve_weight * L.contrast_loss(synonym, column(names[which], at)[0], others)
+
+    return losses, {}
+
+
+LOSSES: dict[str, Callable[[Model, EraseConfig, list[Pair]], tuple[Losses, dict[str, Tensor]]]] = {
+    "gem": gem,
+    "esd": esd,
+    "concept-ablation": concept_ablation,
+    "eraseflow": eraseflow,
+    "eraseanything": eraseanything,
+}
+
+
+def _closed_form(model: Model, config: EraseConfig) -> None:
+    """UCE on the layers where text enters."""
+    from fieldsmith.models.flux_text import text_inputs
+
+    targets, anchors = (text_inputs(model, side) for side in zip(*pairs(config), strict=True))
+    kept = text_inputs(model, config.keep or ("",))
+    model.unfreeze("text-inputs")
+    for name, erased in targets.items():
+        weight = model.network.get_submodule(name).weight
+        edited = L.closed_form_edit(weight.data, erased, anchors[name], kept[name], config.uce_lambda)
+        weight.data.copy_(edited)
+
+
+class Projected:
+    """The training-free baseline: a model whose velocity is projected off the concept's direction, at every prompt."""
+
+    def __init__(self, model: Model, config: EraseConfig):
+        self.model, self.config = model, config
+        self.pairs = [(model.encode([t]), model.encode([a])) for t, a in pairs(config)]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["model"], name)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
+        said = self.model.predict(x_t, t, condition, guidance)
+        velocity = said.velocity
+        for target, anchor in self.pairs:
+            n = self.model.predict(x_t, t, target, guidance).velocity
+            p = self.model.predict(x_t, t, anchor, guidance).velocity
+            velocity = L.project(velocity, p, n)
+        return Prediction("velocity", velocity, x_t, said.t, said.path)

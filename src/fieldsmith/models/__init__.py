@@ -1,0 +1,223 @@
+"""Where pipelines become fields: between the samplers and the methods, and the only place that imports diffusers.
+
+In: a diffusers pipeline folder, a hub id or a zoo name, and LoRA files. Out: a `Model` with encode, predict, decode,
+adapters and a frozen reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pathlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fieldsmith.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fieldsmith.models.core import Model
+
+ZOO = pathlib.Path(__file__).parent.parent / "zoo"
+FAMILIES = {"FluxPipeline": "flux", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> Model:
+    """The model in a pipeline folder, under a hub id ('org/name') or in the zoo ('zoo:shapes-flux').
+
+    `resolution` is the side of its images where it is not the family's default, `dtype` that of its weights (float32).
+    Raises InputError, in a sentence with the mend, at anything that is not a whole pipeline of a known family in
+    safetensors.
+    """
+    name = str(name)
+    folder = _folder(name)
+    with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
+        index = _index(name, folder)
+        family = _family(name, index)
+        if folder:
+            _check_components(name, folder, index)
+        import diffusers
+        import torch
+
+        try:
+            pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+                folder or name,
+                use_safetensors=True,
+                local_files_only=folder is not None,
+                torch_dtype=dtype or torch.float32,
+            )
+        except Exception as error:  # diffusers, transformers and safetensors each have their own
+            raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
+    if family == "flux":
+        from fieldsmith.models.flux import Flux
+
+        return Flux(pipeline, name, resolution)
+    from fieldsmith.models.unet import UNet
+
+    return UNet(pipeline, name, resolution, _classes(name, folder))
+
+
+def load_adapter(model: Model, source: str | pathlib.Path) -> None:
+    """Attach a saved LoRA, of ours or any that diffusers reads, as if `model.adapt` had made it.
+
+    `source` is a folder that holds pytorch_lora_weights.safetensors or one other safetensors file, or that file. Raises
+    InputError where there is none, or where it does not fit the model.
+    """
+    from torch import nn, random
+
+    from fieldsmith.models.core import LoraSpec
+
+    if not hasattr(model.pipeline, "load_lora_weights"):
+        raise InputError(f"family {model.family} has no adapter files: its models are saved whole, so load '{source}'")
+    model._refuse_second_training()
+    file = _lora_file(pathlib.Path(source))
+    with _quiet():
+        try:
+            state, alphas, metadata = model.pipeline.lora_state_dict(
+                str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True,
+                return_alphas=True, return_lora_metadata=True,
+            )  # fmt: skip
+        except Exception as error:
+            raise InputError(f"'{file}' could not be read as a LoRA ({_first_line(error)})") from error
+        layers = {n: m for n, m in model.network.named_modules() if isinstance(m, nn.Linear)}
+        for key, weight in state.items():
+            module, _, half = key.removeprefix("transformer.").partition(".lora")
+            layer = layers.get(module) if key.startswith("transformer.") and half else None
+            wide = half.startswith("_A") and layer is not None and weight.shape[1] != layer.in_features
+            tall = half.startswith("_B") and layer is not None and weight.shape[0] != layer.out_features
+            if layer is None or wide or tall:
+                raise InputError(
+                    f"the LoRA in '{source}' does not fit {model.name}: '{key}' {tuple(weight.shape)} has no layer "
+                    "of its size in the denoiser; load it on the model that it was trained on"
+                )
+        with random.fork_rng():  # weights are drawn before they are overwritten
+            model.network.load_lora_adapter(  # type: ignore[operator]
+                state, network_alphas=alphas, metadata=metadata, adapter_name="default", prefix="transformer"
+            )
+    config: Any = model.network.peft_config["default"]  # type: ignore[index]
+    model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))
+
+
+def _folder(name: str) -> pathlib.Path | None:
+    """Where the pipeline lies on this machine; None for a hub id."""
+    if name.startswith("zoo:"):
+        known = sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))
+        if name not in known:
+            raise InputError(f"'{name}' is not in the zoo; known: {', '.join(known) or 'none, this zoo is empty'}")
+        return ZOO / name.removeprefix("zoo:")
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"'{name}' is a file, not a diffusers pipeline folder; give the folder with model_index.json")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return None
+    raise InputError(
+        f"the folder '{name}' does not exist; give a diffusers pipeline folder, a hub id (org/name) or zoo:NAME"
+    )
+
+
+def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
+    if folder is None:
+        from diffusers import DiffusionPipeline
+
+        try:
+            return dict(DiffusionPipeline.load_config(name))
+        except Exception as error:
+            raise InputError(
+                f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub; check the "
+                f"name and the network, or give a folder ({_first_line(error)})"
+            ) from error
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise InputError(f"'{name}' is not a diffusers pipeline folder: it has no model_index.json")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"model_index.json in '{name}' is not JSON; save the pipeline again") from error
+    return index if isinstance(index, dict) else {}
+
+
+def _family(name: str, index: dict[str, Any]) -> str:
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise InputError(f"'{name}' is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) -> None:
+    """Every component that the index lists is there, and has safetensors where it has weights."""
+    for part, made_by in index.items():
+        if part.startswith("_") or not isinstance(made_by, list) or not all(made_by):
+            continue  # a setting, or a component that the pipeline does without
+        inside = folder / part
+        if not inside.is_dir() or not any(inside.iterdir()):
+            raise InputError(f"'{name}' is not whole: its component '{part}' is missing; download or save it again")
+        if not (inside / "config.json").is_file():
+            continue  # schedulers and tokenizers hold no weights
+        if not any(inside.glob("*.safetensors")):
+            pickled = next((file for file in inside.iterdir() if file.suffix in PICKLES), None)
+            if pickled:
+                raise InputError(
+                    f"'{name}' holds {part}/{pickled.name}, which is not safetensors and could run code; convert it "
+                    "where you trust it: pipe.save_pretrained(folder, safe_serialization=True)"
+                )
+            raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
+
+
+def _classes(name: str, folder: pathlib.Path | None) -> list[str] | None:
+    file = folder / "classes.json" if folder else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        classes = None
+    if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
+        raise InputError(f"classes.json in '{name}' is not a list of class names")
+    return classes
+
+
+def _lora_file(source: pathlib.Path) -> pathlib.Path:
+    if source.is_file():
+        return source
+    if (source / "pytorch_lora_weights.safetensors").is_file():
+        return source / "pytorch_lora_weights.safetensors"
+    files = sorted(source.glob("*.safetensors"))
+    if len(files) != 1:
+        raise InputError(f"'{source}' holds no LoRA: it has no pytorch_lora_weights.safetensors; name the file itself")
+    return files[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Only errors from the three libraries that load, and no bars but those of downloads; as it was afterwards."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import logging as of_hub
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_hub, of_transformers)
+    verbosity = [library.get_verbosity() for library in libraries]
+    barred = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    try:
+        for library in libraries:
+            library.set_verbosity(logging.ERROR)
+        for library in barred:
+            library.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations between those libraries
+            yield
+    finally:
+        for library, level in zip(libraries, verbosity, strict=True):
+            library.set_verbosity(level)
+        for library in barred:
+            library.enable_progress_bar()

@@ -1,0 +1,304 @@
+"""What every family shares: conditions, LoRA and full-weight training, the frozen reference, saving.
+
+A family (flux.py, unet.py) adds encode, predict, decode and the time grid over its diffusers pipeline's own parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from fieldsmith.errors import InputError
+from fieldsmith.paths import Path, Prediction
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a prompt (or class) became: named tensors that share their first dimension, one row a sample."""
+
+    parts: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, rows: Any) -> Condition:
+        """The rows picked by an index tensor, slice or list."""
+        return Condition({name: part[rows] for name, part in self.parts.items()})
+
+    def repeat(self, n: int) -> Condition:
+        """A condition of one row as n rows that share memory; n rows stay as they are."""
+        if len(self) == n:
+            return self
+        if len(self) != 1:
+            raise ValueError(f"a condition of {len(self)} rows cannot serve a batch of {n}; encode 1 or {n} prompts")
+        return Condition({name: part.expand(n, *part.shape[1:]) for name, part in self.parts.items()})
+
+
+def stack(conditions: Sequence[Condition]) -> Condition:
+    """Conditions one below the other."""
+    names = conditions[0].parts
+    return Condition({name: torch.cat([c.parts[name] for c in conditions]) for name in names})
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A low-rank adapter on a named subset of a family's layers."""
+
+    subset: str = "attention"  # a name from the family's SUBSETS
+    rank: int = 16
+    alpha: float | None = None  # scale = alpha / rank; None is alpha = rank
+    dropout: float = 0.0
+    seed: int = 0  # of the adapter's random half; the other half starts at zero
+
+
+class Model:
+    """A diffusers pipeline as one field. `network` is the denoiser; everything else of the pipeline stays frozen."""
+
+    family: ClassVar[str]
+    SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
+    path: Path
+    pipeline: Any
+    network: Any  # an nn.Module with diffusers' config, whose fields no checker knows
+
+    def __init__(self, pipeline: Any, network: nn.Module, name: str):
+        self.pipeline, self.network, self.name = pipeline, network, name
+        self.forwards = 0  # forward-equivalents spent: a forward of one state is 1, its backward 2
+        self.spec: LoraSpec | None = None
+        self._off = False
+        self._scale = 1.0  # of the adapter's effect
+        self._base: dict[str, nn.Parameter] = {}  # the originals of unfrozen weights
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+
+    # what a family must say
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        raise NotImplementedError
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+    def grid(self, steps: int) -> Tensor:
+        raise NotImplementedError
+
+    # training
+
+    @property
+    def device(self) -> torch.device:
+        first: Tensor = next(self.network.parameters())
+        return first.device
+
+    def _modules(self, subset: str) -> list[str]:
+        if subset not in self.SUBSETS:
+            known = ", ".join(self.SUBSETS)
+            raise InputError(
+                f"layer subset '{subset}' is unknown for family {self.family}; "
+                f"known: {known} (and 'all' for training full weights)"
+            )
+        pattern = re.compile(self.SUBSETS[subset])
+        found = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)]
+        if not found:
+            raise InputError(f"layer subset '{subset}' matches no layer of {self.name}")
+        return found
+
+    def adapt(self, spec: LoraSpec) -> None:
+        """Inject a LoRA that starts as zero; only its weights train from here on.
+
+        Raises InputError at an unknown subset, ValueError where training is under way already.
+        """
+        self._refuse_second_training()
+        config = LoraConfig(
+            r=spec.rank, lora_alpha=spec.rank if spec.alpha is None else spec.alpha,  # type: ignore[arg-type]
+            lora_dropout=spec.dropout, target_modules=self._modules(spec.subset),
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(spec.seed)  # peft draws from the global generator
+            inject_adapter_in_model(config, self.network)
+        self._adapter_attached(spec)
+
+    def _adapter_attached(self, spec: LoraSpec) -> None:
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        self.network.eval()
+        self.spec, self._scale = spec, 1.0
+
+    def _refuse_second_training(self) -> None:
+        if self.spec or self._base:
+            raise ValueError(f"{self.name} is being trained already; call remove_training() or load a fresh model")
+
+    def unfreeze(self, subset: str) -> None:
+        """Train the full weights of a subset, or every weight with 'all'; the originals stay for `reference`.
+
+        Raises InputError at an unknown subset, ValueError where training is under way already.
+        """
+        self._refuse_second_training()
+        if subset == "all":
+            names = [name for name, _ in self.network.named_parameters()]
+        else:
+            names = [
+                f"{name}.{key}"
+                for name in self._modules(subset)
+                for key, _ in self.network.get_submodule(name).named_parameters(recurse=False)
+            ]
+        self._base = self._swap({n: nn.Parameter(self.network.get_parameter(n).detach().clone()) for n in names})
+
+    def _swap(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Put parameters into the network by name; returns those that they displace.
+
+        Whole objects move, never their data: a graph keeps the weights that it was built with.
+        """
+        displaced = {name: self.network.get_parameter(name) for name in parameters}
+        for name, parameter in parameters.items():
+            owner, _, key = name.rpartition(".")
+            setattr(self.network.get_submodule(owner), key, parameter)
+        return displaced
+
+    def remove_training(self) -> None:
+        """Back to the model as loaded, to the last bit: adapter taken out, original weights put back."""
+        for name, layer in self._tuners().items():
+            self.network.set_submodule(name, layer.get_base_layer())
+        self.network.__dict__.pop("peft_config", None)
+        self.network.__dict__.pop("_hf_peft_config_loaded", None)  # diffusers' own mark of an adapter
+        self._swap(self._base)
+        self.spec, self._scale, self._base = None, 1.0, {}
+        self.network.requires_grad_(False)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that training moves, by name. Ask outside `reference`, where unfrozen weights are away."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def dropout(self, on: bool) -> None:
+        """Switch the adapter's dropout; the network itself always stays in eval mode."""
+        for name, module in self.network.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
+
+    def _tuners(self) -> dict[str, Any]:
+        return {name: module for name, module in self.network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The frozen model, inside `with`: adapter off, or the original weights in place; re-entrant.
+
+        Graphs built before, inside and after each keep their own weights, so a backward may run anywhere.
+        """
+        if self._off:
+            yield
+            return
+        layers = list(self._tuners().values())
+        trained = self._swap(self._base)
+        # peft's enable_adapters would switch requires_grad too, and so lose the gradients of a backward in here
+        for layer in layers:
+            layer._disable_adapters = True
+        self._off = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            self._swap(trained)
+            self._off = False
+
+    def scale_adapter(self, scale: float) -> None:
+        """Multiply the adapter's effect: 0 is the base model, 1 what was trained."""
+        for layer in self._tuners().values():
+            layer.set_scale("default", scale)
+        self._scale = scale
+
+    def spend(self, states: int, output: Tensor) -> None:
+        """Count a forward of `states` states, and its backward where one will follow."""
+        self.forwards += states * (3 if output.requires_grad else 1)
+
+    # what the user ships
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter's weights under peft's names, without the adapter's own name in them."""
+        return {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(self.network).items()}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `adapter_state` gave. Raises InputError where names or shapes differ."""
+        here = {k: tuple(v.shape) for k, v in self.adapter_state().items()}
+        there = {k: tuple(v.shape) for k, v in state.items()}
+        if here != there:
+            odd = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))[0]
+            raise InputError(
+                f"the adapter's weights do not fit {self.name} at '{odd}'; use the subset and rank it was trained with"
+            )
+        set_peft_model_state_dict(self.network, state)
+
+    def save(self, folder: str | pathlib.Path, merged: bool = False) -> None:
+        """Write what diffusers loads as it is; the live model stays as it was.
+
+        An adapter on a family that diffusers loads LoRA for: the LoRA alone. Everything else, and anything with
+        `merged`: the whole pipeline, with the adapter's effect at its present scale inside the weights.
+        """
+        if self.spec and not merged and hasattr(self.pipeline, "save_lora_weights"):
+            self.pipeline.save_lora_weights(
+                folder, transformer_lora_layers=self.adapter_state(),
+                transformer_lora_adapter_metadata=self._adapter_metadata(),
+            )  # fmt: skip
+            return
+        with self._merged():
+            self._save_pipeline(pathlib.Path(folder))
+
+    def _save_pipeline(self, folder: pathlib.Path) -> None:
+        self.pipeline.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def _merged(self) -> Iterator[None]:
+        """Inside: plain layers with merged weights, as diffusers names them; afterwards the adapter is back.
+
+        The base weights are set aside instead of merged in place, because subtracting again would not be exact.
+        """
+        tuners = self._tuners()
+        aside = {name: layer.get_base_layer().weight for name, layer in tuners.items()}
+        marks = {k: self.network.__dict__.pop(k) for k in ("peft_config", "_hf_peft_config_loaded")
+                 if k in self.network.__dict__}  # fmt: skip
+        try:
+            for name, layer in tuners.items():
+                plain = layer.get_base_layer()
+                with torch.no_grad():
+                    sum_ = aside[name] + layer.get_delta_weight("default").to(aside[name])
+                plain.weight = nn.Parameter(sum_, requires_grad=False)
+                self.network.set_submodule(name, plain)
+            yield
+        finally:
+            for name, layer in tuners.items():
+                layer.get_base_layer().weight = aside[name]
+                self.network.set_submodule(name, layer)
+            self.network.__dict__.update(marks)
+
+    def _adapter_metadata(self) -> dict[str, Any]:
+        """The LoraConfig fields that decide what the weights mean, at the adapter's present scale."""
+        config: LoraConfig = self.network.peft_config["default"]
+        metadata: dict[str, Any] = {
+            "r": config.r,
+            "lora_alpha": config.lora_alpha * self._scale,
+            "target_modules": sorted(self._tuners()),
+        }
+        if config.rank_pattern:
+            metadata["rank_pattern"] = dict(config.rank_pattern)
+        if config.alpha_pattern:
+            metadata["alpha_pattern"] = {k: v * self._scale for k, v in config.alpha_pattern.items()}
+        if config.use_rslora:
+            metadata["use_rslora"] = True
+        return metadata

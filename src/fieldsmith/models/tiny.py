@@ -1,0 +1,128 @@
+"""Small real pipelines built from nothing: what the zoo's recipes train and what the tests load.
+
+Tokenizers are word lists, text encoders have one layer; every class is the one that full-size pipelines use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    UNet2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+PAD, EOS, BOS, UNKNOWN, SPARE = "<pad>", "</s>", "<s>", "<unk>", "<new>"  # SPARE: a word for the learned-token attack
+
+
+def word_tokenizer(words: Sequence[str], length: int, bos: bool) -> PreTrainedTokenizerFast:
+    """A closed-vocabulary tokenizer of whole lower-case words, padded to `length`."""
+    vocabulary = {word: i for i, word in enumerate((PAD, EOS, BOS, UNKNOWN, SPARE, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}" if bos else f"$A {EOS}", special_tokens=[(w, vocabulary[w]) for w in (BOS, EOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNKNOWN,
+        additional_special_tokens=[SPARE], model_max_length=length,
+    )  # fmt: skip
+
+
+def flux_pipeline(
+    words: Sequence[str],
+    *,
+    vae_channels: Sequence[int] = (16, 32, 32),
+    latent_channels: int = 8,
+    layers: int = 2,
+    single_layers: int = 2,
+    heads: int = 4,
+    text_width: int = 64,
+    text_length: int = 8,
+    guidance_embeds: bool = False,
+    seed: int = 0,
+) -> FluxPipeline:
+    """A FluxPipeline with random weights: 32-pixel images, 16 image tokens, `text_length` text tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # module constructors draw from the global generator
+        size = len(words) + 5
+        t5 = T5Config(  # type: ignore[call-arg]
+            vocab_size=size, d_model=text_width, d_kv=text_width // 4, d_ff=2 * text_width, num_layers=1, num_heads=4,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
+        )  # fmt: skip
+        clip = CLIPTextConfig(
+            vocab_size=size, hidden_size=text_width, intermediate_size=2 * text_width, projection_dim=text_width,
+            num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=text_length,
+            pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        )  # fmt: skip
+        transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=4 * latent_channels, num_layers=layers, num_single_layers=single_layers,
+            attention_head_dim=32, num_attention_heads=heads, joint_attention_dim=text_width,
+            pooled_projection_dim=text_width, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 14, 14),
+        )  # fmt: skip
+        levels = len(vae_channels)
+        vae = AutoencoderKL(
+            block_out_channels=tuple(vae_channels), latent_channels=latent_channels, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+            norm_num_groups=8, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+            scaling_factor=1.0, shift_factor=0.0, sample_size=32,
+        )  # fmt: skip
+        pipeline = FluxPipeline(
+            # the shift of Flux at 512 pixels (mu = 0.63), whatever the number of tokens
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.63, max_shift=0.63),
+            vae=vae,
+            text_encoder=CLIPTextModel(clip),
+            tokenizer=word_tokenizer(words, text_length, bos=True),
+            text_encoder_2=T5EncoderModel(t5),
+            tokenizer_2=word_tokenizer(words, text_length, bos=False),
+            transformer=transformer,
+        )
+    parts: Any = pipeline
+    for part in (parts.vae, parts.text_encoder, parts.text_encoder_2, parts.transformer):
+        part.eval()
+    return pipeline
+
+
+def unet_pipeline(
+    *,
+    size: int = 16,
+    channels: int = 3,
+    widths: Sequence[int] = (16, 32),
+    layers: int = 1,
+    class_rows: int | None = None,
+    prediction_type: str = "epsilon",
+    learned_variance: bool = False,
+    train_times: int = 1000,
+    beta_schedule: str = "linear",
+    timestep_spacing: str = "leading",
+    seed: int = 0,
+) -> DDPMPipeline:
+    """A DDPMPipeline with random weights: a UNet2DModel with attention at its lowest level, nothing clipped.
+
+    `class_rows` are embedding rows: the number of classes, and one more for a null class. With `learned_variance`
+    the scheduler's variance_type is 'learned_range' and the network has twice the output channels.
+    """
+    levels = len(widths)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # module constructors draw from the global generator
+        unet: Any = UNet2DModel(
+            sample_size=size, in_channels=channels, out_channels=channels * (2 if learned_variance else 1),
+            block_out_channels=tuple(widths), layers_per_block=layers, norm_num_groups=8, attention_head_dim=8,
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1), num_class_embeds=class_rows,
+        )  # fmt: skip
+    scheduler = DDPMScheduler(
+        num_train_timesteps=train_times, beta_schedule=beta_schedule, prediction_type=prediction_type,
+        variance_type="learned_range" if learned_variance else "fixed_small", clip_sample=False,
+        timestep_spacing=timestep_spacing,
+    )  # fmt: skip
+    return DDPMPipeline(unet=unet.eval(), scheduler=scheduler)

@@ -1,0 +1,88 @@
+"""Checks before the first update, in seconds: each number beside what a healthy one looks like (design, section 6).
+
+In: measured numbers. Out: a printed table; RunError or InputError before anything is trained if one is unhealthy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fieldsmith.errors import InputError
+from fieldsmith.models.core import Condition, Model
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number, what it should be, whether it is, and what to do if it is not."""
+
+    name: str
+    value: float
+    healthy: str
+    passed: bool
+    mend: str
+
+
+def require(checks: list[Check], quiet: bool = False) -> None:
+    """Print the checks and raise InputError with the first mend that is needed."""
+    if not quiet:
+        table = Table(title="preflight", title_justify="left")
+        for header in ("check", "value", "healthy", ""):
+            table.add_column(header, justify="right" if header == "value" else "left")
+        for check in checks:
+            table.add_row(check.name, f"{check.value:.3g}", check.healthy, "ok" if check.passed else "FAILED")
+        Console(stderr=True).print(table)
+    for check in checks:
+        if not check.passed:
+            raise InputError(f"preflight: {check.name} is {check.value:.3g}, healthy is {check.healthy}; {check.mend}")
+
+
+@torch.no_grad()
+def adapter_off(model: Model, x: Tensor, t: Tensor, condition: Condition, base: Tensor) -> Check:
+    """The reference gives the base model's output to the last bit; `base` was computed before anything was adapted."""
+    with model.reference():
+        gap = (model.predict(x, t, condition).velocity - base).abs().max().item()
+    return Check("adapter off against base", gap, "0", gap == 0, "this is a defect of fieldsmith: please report it")
+
+
+def separation(anchor: Tensor, target: Tensor, names: str) -> Check:
+    """Anchor and target prompts give different velocities: mean ||p - n|| / ||n|| of (batch, ...)."""
+    gap = ((anchor - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean().item()
+    mend = "the model reads the two prompts alike; choose another anchor"
+    return Check(f"anchor differs from target ({names})", gap, "above 0.001", gap > 1e-3, mend)
+
+
+def gradients(model: Model, loss: Tensor) -> list[Check]:
+    """Gradient reaches every trainable layer and nothing else. A LoRA's A has none at the start, where B is 0."""
+    loss.backward()
+    trained = {name: p for name, p in model.trainable().items() if "lora_A" not in name}
+    dead = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+    strays = [n for n, p in model.network.named_parameters() if not p.requires_grad and p.grad is not None]
+    for p in model.network.parameters():
+        p.grad = None
+    return [
+        Check("trainable layers without gradient", len(dead), "0", not dead, f"train another subset than {dead[:1]}"),
+        Check("frozen layers with gradient", len(strays), "0", not strays, "this is a defect of fieldsmith"),
+    ]
+
+
+def memory(model: Model, states: int) -> Check:
+    """Weights, gradients, moments and a coarse bound on activations against the free memory of the device, in GB."""
+    import psutil
+
+    weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    training = sum(12 * p.numel() for p in model.trainable().values())
+    x = model.noise(1, torch.Generator().manual_seed(0))
+    layers = sum(1 for m in model.network.modules() if isinstance(m, torch.nn.Linear))
+    widest = max(m.out_features for m in model.network.modules() if isinstance(m, torch.nn.Linear))
+    activations = states * x.shape[1] * layers * widest * 4
+    need = (training + activations + (0 if model.device.type == "cpu" else weights)) / 1e9
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0] / 1e9
+    else:
+        free = psutil.virtual_memory().available / 1e9
+    return Check("memory needed, GB", need, f"below {free:.1f}", need < free, "lower `chunk` or `batch`")

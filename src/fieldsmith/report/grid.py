@@ -1,0 +1,38 @@
+"""Image tensors as Pillow pictures, and contact sheets of them (`fieldsmith sample`)."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def picture(image: Tensor) -> Image.Image:
+    """An image (3, h, w) in [0, 1] at its own size, 8 bits a channel; NaN, which a failed run may give, turns black."""
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"an image is (3, height, width); got {tuple(image.shape)}")
+    bytes_ = (image.detach().float().cpu().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(bytes_.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_grid(images: Tensor, path: str | pathlib.Path, columns: int = 8, scale: int = 1, gap: int = 2) -> None:
+    """Write images (n, 3, h, w) in [0, 1] as one PNG sheet, row by row, each pixel `scale` wide, on white."""
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"a grid needs images (n, 3, height, width) with n >= 1; got {tuple(images.shape)}")
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns={columns}, scale={scale}: both are at least 1")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    height, width = (side * scale for side in images.shape[-2:])
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, image in enumerate(images):
+        place = (gap + i % columns * (width + gap), gap + i // columns * (height + gap))
+        sheet.paste(picture(image).resize((width, height), Image.Resampling.NEAREST), place)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    sheet.save(beside, format="PNG")
+    os.replace(beside, path)

@@ -1,0 +1,175 @@
+"""Moving along a field: time grids, deterministic steps, Gaussian steps with exact log-probabilities, rollouts.
+
+In: a field (x_t, t) -> Prediction, a decreasing grid of times from 1 to 0. Out: a Trajectory of (x_k, t_k) pairs.
+Formulas: Flow-GRPO and CPS (MT-EditFlow notes, section 2), Dance-SDE (DanceGRPO), DDIM (RSM notes, section 1.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving
+
+Field = Callable[[Tensor, Tensor], Prediction]
+Sde = Literal["flow-sde", "dance-sde", "cps", "ddim"]
+
+
+def flow_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """Times of diffusers' flow pipelines, (steps + 1,): linspace(1, 1/steps), shifted once, then 0.
+
+    Static shift s and dynamic shift mu are one formula, with s = exp(mu): t -> s t / (1 + (s - 1) t).
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a sampler needs at least 1")
+    t = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64)
+    return torch.cat((shift * t / (1 + (shift - 1) * t), torch.zeros(1, dtype=torch.float64))).float()
+
+
+def ddim_grid(path: VariancePreserving, steps: int, trailing: bool = False) -> Tensor:
+    """Times for `steps` DDIM steps, (steps + 1,), ending at clean data; diffusers' leading or trailing spacing."""
+    if not 1 <= steps <= path.length:
+        raise ValueError(f"steps={steps}: DDIM on {path.length} training times takes 1 to {path.length}")
+    if trailing:
+        stride = (path.length - path.length / steps) - path.length  # as numpy's arange rounds it, which decides ties
+        index = (path.length + stride * torch.arange(steps, dtype=torch.float64)).round().long() - 1
+    else:
+        index = (torch.arange(steps) * (path.length // steps)).flip(0)
+    return torch.cat((path.time(index), torch.zeros(1)))
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """One stochastic step: N(mean, deviation^2 I); deviation 0 is a deterministic step without a density."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        draw = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype).to(self.mean.device)
+        return self.mean + self.deviation * draw
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact log density summed over all but the batch dimension, (batch,). Raises ValueError at deviation 0."""
+        if bool((self.deviation == 0).any()):
+            raise ValueError("a deterministic step has no density; leave it out of the log-probability")
+        z = (x - self.mean) / self.deviation
+        return (-z.square() / 2 - self.deviation.log() - math.log(2 * math.pi) / 2).flatten(1).sum(1)
+
+
+def euler(said: Prediction, t_next: Tensor) -> Tensor:
+    """x + (t' - t) v on rectified flow; on a variance-preserving path the exact DDIM step (eta = 0)."""
+    if isinstance(said.path, RectifiedFlow):
+        return said.x_t + _dim(t_next - said.t, said.x_t) * said.velocity
+    return ddim_step(said, t_next, 0.0).mean
+
+
+def ddim_step(said: Prediction, t_next: Tensor, eta: float) -> Gaussian:
+    """DDIM from t to t': mean alpha' x_0 + sqrt(sigma'^2 - s^2) eps, deviation s = eta * the DDPM posterior's."""
+    path, x = said.path, said.x_t
+    alpha, sigma = _dim(path.alpha(said.t), x), _dim(path.sigma(said.t), x)
+    alpha_next, sigma_next = _dim(path.alpha(t_next), x), _dim(path.sigma(t_next), x)
+    deviation = eta * sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
+    mean = alpha_next * said.x_0 + (sigma_next**2 - deviation**2).clamp(min=0).sqrt() * said.eps
+    return Gaussian(mean, deviation)
+
+
+def flow_sde_step(said: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor | None = None) -> Gaussian:
+    """Flow-GRPO's reverse SDE: q = a sqrt(t / (1 - t)), mean x + (v - q^2/2 score) dt, deviation q sqrt(|dt|).
+
+    At t = 1, where q is unbounded, 1 - t is read as 1 - t_first, the grid's second time, as the released code does.
+    """
+    x, t, dt = said.x_t, _dim(said.t, said.x_t), _dim(t_next - said.t, said.x_t)
+    if t_first is None and bool((t >= 1).any()):
+        raise ValueError("the Flow-SDE step is unbounded at t=1; pass t_first, the second time of the grid")
+    room = 1 - t if t_first is None else torch.where(t >= 1, 1 - _dim(t_first, x), 1 - t)
+    q2 = noise_level**2 * t / room
+    mean = x * (1 + q2 * dt / (2 * t)) + said.velocity * (1 + q2 * (1 - t) / (2 * t)) * dt
+    return Gaussian(mean, (q2 * -dt).sqrt())
+
+
+def dance_sde_step(said: Prediction, t_next: Tensor, noise_level: float) -> Gaussian:
+    """DanceGRPO's SDE: constant deviation a sqrt(|dt|), mean x + (v - a^2/2 score) dt."""
+    dt = _dim(t_next - said.t, said.x_t)
+    mean = said.x_t + (said.velocity - noise_level**2 / 2 * said.score) * dt
+    return Gaussian(mean, noise_level * (-dt).sqrt())
+
+
+def cps_step(said: Prediction, t_next: Tensor, noise_level: float) -> Gaussian:
+    """Coefficients-preserving sampling: (1 - t') x_0 + sqrt(t'^2 - s^2) eps, s = t' sin(a pi / 2)."""
+    after = _dim(t_next, said.x_t)
+    deviation = after * math.sin(noise_level * math.pi / 2)
+    return Gaussian((1 - after) * said.x_0 + (after**2 - deviation**2).sqrt() * said.eps, deviation)
+
+
+def _dim(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(like).reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t.to(like)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A rollout of K steps: states[k] lives at times[k]. states (K + 1, batch, ...), times (K + 1,).
+
+    log_probs (K, batch) where steps were stochastic: log_probs[k] is that of states[k + 1] given states[k].
+    """
+
+    states: Tensor
+    times: Tensor
+    log_probs: Tensor | None = None
+
+    @property
+    def last(self) -> Tensor:
+        return self.states[-1]
+
+
+def rollout(
+    field: Field,
+    x: Tensor,
+    grid: Tensor,
+    *,
+    solver: Literal["euler", "heun"] = "euler",
+    sde: Sde | None = None,
+    noise_level: float = 0.0,
+    generator: torch.Generator | None = None,
+    stop: int | None = None,
+) -> Trajectory:
+    """Follow the field from x at grid[0] for all of the grid's steps, or the first `stop`.
+
+    With `sde`, steps are Gaussian at `noise_level` (eta for 'ddim') and need a generator; a step whose deviation is 0
+    contributes log-probability 0. Gradients flow if they are enabled.
+    """
+    if sde and generator is None:
+        raise ValueError("a stochastic rollout needs a generator")
+    states, log_probs = [x], []
+    times = grid[: len(grid) if stop is None else stop + 1]
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        said = field(x, t)
+        if sde and generator is not None:
+            step = gaussian_step(sde, said, t_next, noise_level, grid[1])
+            x = step.sample(generator)
+            noisy = bool((step.deviation > 0).all())
+            log_probs.append(step.log_prob(x) if noisy else x.new_zeros(len(x)))
+        elif solver == "heun" and t_next > 0:
+            ahead = euler(said, t_next)
+            slope = (said.velocity + field(ahead, t_next).velocity) / 2
+            x = x + (t_next - t) * slope
+        else:
+            x = euler(said, t_next)
+        states.append(x)
+    return Trajectory(torch.stack(states), times, torch.stack(log_probs) if log_probs else None)
+
+
+def gaussian_step(sde: Sde, said: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor) -> Gaussian:
+    """The named stochastic step."""
+    if sde == "flow-sde":
+        return flow_sde_step(said, t_next, noise_level, t_first)
+    if sde == "dance-sde":
+        return dance_sde_step(said, t_next, noise_level)
+    if sde == "cps":
+        return cps_step(said, t_next, noise_level)
+    return ddim_step(said, t_next, noise_level)

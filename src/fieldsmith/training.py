@@ -1,0 +1,196 @@
+"""The one training loop: accumulation, clipping, EMA, checkpoints, exact resume, logging.
+
+In: named parameters and `losses(step, generator, log)`, which yields the step's losses in chunks and fills `log`.
+Out: trained parameters (EMA weights where asked for). Each step draws from a generator seeded by (seed, step), so a
+run that resumes repeats the uninterrupted one exactly and no random state needs saving.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fieldsmith.errors import RunError
+from fieldsmith.runs import Run
+
+Losses = Callable[[int, torch.Generator, dict[str, float]], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How parameters move: AdamW, optional warm-up and cosine decay, clipping and EMA."""
+
+    steps: int
+    lr: float
+    weight_decay: float = 0.01
+    warmup: int = 0
+    cosine: bool = False  # decay to 0 over `steps`
+    clip: float | None = None  # largest gradient norm
+    ema: float | None = None  # decay of the weights that are kept
+    checkpoint_every: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the loop did: steps taken in all, seconds in this process, why it stopped ('steps' or a rule's name)."""
+
+    steps: int
+    seconds: float
+    stopped: str
+
+
+def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator for one step; different (seed, step, stream) give independent draws."""
+    mixed = (seed * 1_000_003 + step) * 1_000_003 + stream
+    return torch.Generator().manual_seed(mixed % (2**63 - 1))
+
+
+def fit(
+    parameters: dict[str, Tensor],
+    losses: Losses,
+    optimisation: Optimisation,
+    run: Run | None = None,
+    stop: Callable[[int, dict[str, float]], str | None] | None = None,
+) -> Fit:
+    """Minimise the sum of each step's losses. `stop(steps done, log)` may name a reason to end early.
+
+    Raises RunError at a loss or gradient that is not finite: parameters and checkpoints stay at the last good step.
+    """
+    accelerator = Accelerator()
+    params = list(parameters.values())
+    optimizer = torch.optim.AdamW(params, lr=optimisation.lr, weight_decay=optimisation.weight_decay)
+    ema = [p.detach().clone() for p in params] if optimisation.ema else None
+    first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
+    began, done = time.monotonic(), first
+    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, transient=True, disable=not accelerator.is_main_process) as progress:
+        bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
+        try:
+            while done < optimisation.steps and not stopped:
+                log = _step(done, params, losses, optimizer, optimisation, accelerator)
+                if ema and optimisation.ema:
+                    # a short memory at first, so that the average forgets the random start
+                    decay = min(optimisation.ema, (1 + done) / (10 + done))
+                    torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - decay)
+                done += 1
+                if run and accelerator.is_main_process:
+                    run.log(done - 1, log)
+                stopped = stop(done, log) if stop else None
+                progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
+                if run and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
+                    _save(run, done, parameters, optimizer, ema, stopped)
+        except KeyboardInterrupt:
+            if run:
+                _save(run, done, parameters, optimizer, ema, stopped)
+            raise
+    if ema:
+        torch._foreach_copy_([p.data for p in params], ema)
+    return Fit(done, time.monotonic() - began, stopped or "steps")
+
+
+def _step(
+    step: int,
+    params: list[Tensor],
+    losses: Losses,
+    optimizer: torch.optim.Optimizer,
+    optimisation: Optimisation,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = optimisation.lr * _schedule(step, optimisation)
+    optimizer.zero_grad(set_to_none=True)
+    log: dict[str, float] = {}
+    total = 0.0
+    for loss in losses(step, generator(optimisation.seed, step, accelerator.process_index), log):
+        total += loss.item()
+        if not math.isfinite(total):
+            raise RunError(f"the loss became {total} at step {step}; lower the learning rate ({optimisation.lr:g})")
+        if loss.requires_grad:
+            loss.backward()
+    if accelerator.num_processes > 1:
+        for p in params:
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+    norm = torch.nn.utils.clip_grad_norm_(params, optimisation.clip or math.inf)
+    if not torch.isfinite(norm):
+        raise RunError(
+            f"the gradient became {norm.item()} at step {step}; lower the learning rate ({optimisation.lr:g})"
+        )
+    optimizer.step()
+    return {"loss": total, "gradient_norm": norm.item(), **log}
+
+
+def _schedule(step: int, optimisation: Optimisation) -> float:
+    warm = min(1.0, (step + 1) / optimisation.warmup) if optimisation.warmup else 1.0
+    return warm * (0.5 * (1 + math.cos(math.pi * step / optimisation.steps)) if optimisation.cosine else 1.0)
+
+
+def _save(
+    run: Run,
+    done: int,
+    parameters: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    ema: list[Tensor] | None,
+    stopped: str | None,
+) -> None:
+    """Write checkpoints/step-N beside and rename it, then delete the older ones."""
+    folder = run.folder / "checkpoints"
+    target, beside = folder / f"step-{done:08d}", folder / f".step-{done:08d}.{os.getpid()}"
+    if target.exists():
+        return
+    beside.mkdir(parents=True)
+    names = list(parameters)
+    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, beside / "weights.safetensors")
+    moments = {
+        f"{name}/{key}": value.contiguous()
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    save_file(moments, beside / "optimizer.safetensors")
+    if ema:
+        save_file(dict(zip(names, ema, strict=True)), beside / "ema.safetensors")
+    (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
+    os.replace(beside, target)
+    for old in folder.glob("*step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def _resume(
+    run: Run,
+    parameters: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    ema: list[Tensor] | None,
+    optimisation: Optimisation,
+) -> tuple[int, str | None]:
+    """Load the newest checkpoint into everything; (steps done, stop reason), (0, None) where there is none."""
+    found = sorted((run.folder / "checkpoints").glob("step-*"))
+    if not found:
+        run.rewind(0)
+        return 0, None
+    newest: pathlib.Path = found[-1]
+    state = json.loads((newest / "state.json").read_text())
+    weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
+    averages = load_file(newest / "ema.safetensors") if ema else {}
+    with torch.no_grad():
+        for place, (name, p) in enumerate(parameters.items()):
+            p.copy_(weights[name])
+            if ema:
+                ema[place].copy_(averages[name])
+            kept = {key.rpartition("/")[2]: v for key, v in moments.items() if key.rpartition("/")[0] == name}
+            if kept:
+                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
+    run.rewind(state["done"])
+    return state["done"], state["stopped"]

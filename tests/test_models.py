@@ -1,0 +1,571 @@
+"""Families against diffusers' own pipelines, adapters and reference to the last bit, loading and its errors."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORDS
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fieldsmith.errors import InputError
+from fieldsmith.models import load, load_adapter
+from fieldsmith.models.core import LoraSpec, Model, stack
+from fieldsmith.models.flux import Flux
+from fieldsmith.models.tiny import flux_pipeline, unet_pipeline
+from fieldsmith.models.unet import UNet
+from fieldsmith.samplers import ddim_step, rollout
+
+PROMPTS = ["a red square", "a blue circle", ""]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_flux() -> Flux:
+    return Flux(flux_pipeline(WORDS), "tiny")
+
+
+def tiny_unet(**options: Any) -> UNet:
+    return UNet(unet_pipeline(**options), "tiny")
+
+
+MAKERS: list[Callable[[], Model]] = [tiny_flux, tiny_unet]
+
+
+def shake(model: Model, size: float = 0.05) -> None:
+    """Move every trainable weight, as training would."""
+    generator = seeded(7)
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+@torch.no_grad()
+def ours(model: Model, prompts: list[str], steps: int, guidance: float | None = None, seed: int = 0) -> Tensor:
+    condition = model.encode(prompts)
+    start = model.noise(len(prompts), seeded(seed))
+    path = rollout(lambda x, t: model.predict(x, t, condition, guidance), start, model.grid(steps))
+    return model.decode(path.last)
+
+
+def flux_images(pipe: FluxPipeline, prompts: list[str], steps: int, seed: int = 0, **options: Any) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompts, height=32, width=32, num_inference_steps=steps, generator=seeded(seed), output_type="pt",
+        max_sequence_length=8, **options,
+    ).images  # fmt: skip
+
+
+def velocity(model: Model, grad: bool = False) -> Tensor:
+    """The field at fixed states; the same for the same weights."""
+    with torch.set_grad_enabled(grad):
+        x = model.noise(2, seeded(3))
+        return model.predict(x, torch.tensor([0.3, 0.8]), model.encode([""])).velocity
+
+
+# parity with diffusers
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_flux_sampler_is_the_pipelines(steps: int) -> None:
+    model = tiny_flux()
+    torch.testing.assert_close(
+        ours(model, PROMPTS, steps), flux_images(model.pipeline, PROMPTS, steps), atol=1e-4, rtol=0
+    )
+
+
+def test_flux_true_guidance_is_the_pipelines() -> None:
+    model = tiny_flux()
+    theirs = flux_images(model.pipeline, PROMPTS, 4, true_cfg_scale=3.0, negative_prompt=[""] * 3)
+    torch.testing.assert_close(ours(model, PROMPTS, 4, guidance=3.0), theirs, atol=1e-4, rtol=0)
+    assert (theirs - ours(model, PROMPTS, 4)).abs().max() > 1e-3  # guidance does something here
+
+
+def test_flux_embedded_guidance_is_the_pipelines() -> None:
+    model = Flux(flux_pipeline(WORDS, guidance_embeds=True), "tiny")
+    theirs = flux_images(model.pipeline, PROMPTS, 4, guidance_scale=3.5)
+    torch.testing.assert_close(ours(model, PROMPTS, 4, guidance=3.5), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flux_static_shift_is_the_pipelines(shift: float) -> None:
+    pipe = flux_pipeline(WORDS)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=shift)
+    theirs = flux_images(pipe, PROMPTS, 4)
+    torch.testing.assert_close(ours(Flux(pipe, "tiny"), PROMPTS, 4), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 7), ("trailing", 10)])
+def test_unet_sampler_is_the_ddim_pipelines(prediction_type: str, spacing: str, steps: int) -> None:
+    model = tiny_unet(train_times=100, prediction_type=prediction_type, timestep_spacing=spacing)
+    pipe = DDIMPipeline(model.network, model.pipeline.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(batch_size=2, generator=seeded(), num_inference_steps=steps, output_type="pt").images
+    torch.testing.assert_close(ours(model, ["", ""], steps), theirs, atol=1e-4, rtol=0)
+    assert theirs.std() > 0.1
+
+
+def test_unet_steps_offset_is_the_ddim_pipelines() -> None:
+    model = tiny_unet(train_times=100)
+    pipe = DDIMPipeline(model.network, DDIMScheduler(100, clip_sample=False, steps_offset=1))
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(generator=seeded(), num_inference_steps=5, output_type="pt").images
+    torch.testing.assert_close(ours(UNet(pipe, "tiny"), [""], 5), theirs, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_ddim_step_with_noise_is_the_schedulers() -> None:
+    model = tiny_unet()
+    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config)
+    scheduler.set_timesteps(10)
+    x = model.noise(2, seeded())
+    said = model.predict(x, model.path.time(torch.tensor(400)), model.encode([""]))
+    step = ddim_step(said, model.path.time(torch.tensor(300)), eta=1.0)
+    for noise, expected in ((torch.zeros_like(x), step.mean), (torch.ones_like(x), step.mean + step.deviation)):
+        theirs = scheduler.step(said.value, 400, x, eta=1.0, variance_noise=noise).prev_sample
+        torch.testing.assert_close(expected, theirs, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variance_type", ["learned_range", "learned"])
+def test_learned_variance_is_the_schedulers(variance_type: str) -> None:
+    pipe = unet_pipeline(learned_variance=True)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type=variance_type)
+    model = UNet(pipe, "tiny")
+    x = model.noise(4, seeded())
+    index = torch.tensor([0, 1, 500, 999])
+    said = model.predict(x, model.path.time(index), model.encode([""]))
+    raw = model.network(x, index).sample
+    torch.testing.assert_close(said.value, raw[:, :3], atol=1e-5, rtol=0)
+    assert said.log_variance is not None
+    for row, at in enumerate(index.tolist()):
+        theirs = pipe.scheduler._get_variance(at, predicted_variance=raw[row, 3:])
+        if variance_type == "learned":  # what the scheduler takes a root of
+            theirs = theirs.clamp(min=1e-20).log()
+            positive = raw[row, 3:] > 1e-3
+            torch.testing.assert_close(said.log_variance[row][positive], theirs[positive], atol=2e-2, rtol=0)
+        else:  # the scheduler's own float32 1 - a / b is good to about 1e-3 where beta is small
+            torch.testing.assert_close(said.log_variance[row], theirs, atol=3e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_variance_of_the_wrong_type_is_refused() -> None:
+    pipe = unet_pipeline(learned_variance=True)
+    pipe.scheduler = DDPMScheduler(variance_type="fixed_small")
+    with pytest.raises(InputError, match="learned_range"):
+        UNet(pipe, "tiny")
+
+
+# classes and conditions
+
+
+@torch.no_grad()
+def test_classes_guidance_and_the_null_class(unet_folder: pathlib.Path) -> None:
+    model = load(unet_folder)
+    assert isinstance(model, UNet) and model.classes == ("cat", "dog", "owl")
+    assert model.encode(["dog", "2", ""]).parts["label"].tolist() == [1, 2, 3]
+    x, t = model.noise(2, seeded()), torch.tensor([0.5, 0.9])
+    condition = model.encode(["cat", "owl"])
+    guided = model.predict(x, t, condition, guidance=2.0).value
+    plain, null = model.predict(x, t, condition).value, model.predict(x, t, model.encode([""])).value
+    torch.testing.assert_close(guided, null + 2 * (plain - null), atol=1e-5, rtol=1e-5)
+    assert (plain - null).abs().max() > 1e-4
+    for wrong in ("dgo", "3", "-1"):
+        with pytest.raises(InputError, match=f"'{wrong}'"):
+            model.encode([wrong])
+
+
+@torch.no_grad()
+def test_guidance_without_a_null_class_is_refused() -> None:
+    model = tiny_unet(class_rows=2)
+    assert isinstance(model, UNet) and model.encode(["1"]).parts["label"].tolist() == [1]
+    for wish in (lambda: model.encode([""]), lambda: model.predict(model.noise(1, seeded()), torch.tensor(0.5),
+                                                                   model.encode(["1"]), 2.0)):  # fmt: skip
+        with pytest.raises(InputError, match="null class"):
+            wish()
+    with pytest.raises(InputError, match="unconditional"):
+        tiny_unet().encode(["cat"])
+    with pytest.raises(InputError, match="names 3 classes"):
+        UNet(unet_pipeline(class_rows=2), "tiny", classes=("a", "b", "c"))
+
+
+@torch.no_grad()
+def test_one_condition_row_serves_a_batch() -> None:
+    model = tiny_flux()
+    x, t = model.noise(3, seeded()), torch.tensor(0.5)
+    one = model.encode(["a red circle"])
+    many = stack([one, one, one])
+    assert torch.equal(model.predict(x, t, one).value, model.predict(x, t, many).value)
+    with pytest.raises(ValueError, match="encode 1 or 3"):
+        model.predict(x, t, many[:2])
+
+
+def test_words_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(InputError, match="did you mean 'circle'"):
+        tiny_flux().encode(["a red circel"])
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_images_and_states_convert(make: Callable[[], Model]) -> None:
+    model = make()
+    states = model.noise(2, seeded()).requires_grad_()
+    images = model.decode(states, grad=True)
+    assert images.requires_grad and not model.decode(states).requires_grad
+    assert images.min() >= 0 and images.max() <= 1
+    assert model.encode_images(images.detach()).shape == states.shape
+
+
+# gradients, adapters and the reference
+
+
+def test_gradient_through_predict_is_the_networks() -> None:
+    model = tiny_flux()
+    x, t, condition = model.noise(2, seeded()), torch.tensor([0.2, 0.9]), model.encode(PROMPTS[:2])
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    model.predict(one, t, condition).velocity.square().sum().backward()
+    said = model.network(
+        hidden_states=two, timestep=t, pooled_projections=condition.parts["pooled"], img_ids=model.image_ids,
+        encoder_hidden_states=condition.parts["embeds"], txt_ids=torch.zeros(8, 3),
+    ).sample  # fmt: skip
+    said.square().sum().backward()
+    assert one.grad is not None and two.grad is not None
+    torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-6)
+    assert model.forwards == 2 * 3
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_adapter_off_is_the_base_to_the_last_bit(make: Callable[[], Model]) -> None:
+    model = make()
+    base, names = velocity(model), dict(model.network.named_parameters())
+    model.adapt(LoraSpec(rank=4, alpha=8.0))
+    assert torch.equal(velocity(model), base)  # a fresh adapter is zero
+    shake(model)
+    trained, before = velocity(model), model.trainable()
+    assert (trained - base).abs().max() > 1e-3
+    model.scale_adapter(0.0)
+    assert torch.equal(velocity(model), base)
+    model.scale_adapter(1.0)
+    with pytest.raises(KeyError), model.reference():
+        assert torch.equal(velocity(model), base)
+        with model.reference():
+            assert torch.equal(velocity(model), base)
+        assert torch.equal(velocity(model), base)  # the inner exit leaves the outer one in place
+        raise KeyError
+    assert torch.equal(velocity(model), trained)
+    assert model.trainable().keys() == before.keys()
+    model.remove_training()
+    after = dict(model.network.named_parameters())
+    assert torch.equal(velocity(model), base) and not model.trainable()
+    assert after.keys() == names.keys() and all(after[k] is names[k] for k in names)
+    model.adapt(LoraSpec(rank=2))
+    assert torch.equal(velocity(model), base)
+
+
+@pytest.mark.parametrize("subset", ["attention", "all"])
+@pytest.mark.parametrize("make", MAKERS)
+def test_full_weights_off_is_the_base_to_the_last_bit(make: Callable[[], Model], subset: str) -> None:
+    model = make()
+    base, originals = velocity(model), {k: v.clone() for k, v in model.network.state_dict().items()}
+    model.unfreeze(subset)
+    assert (model.trainable().keys() == originals.keys()) == (subset == "all")
+    shake(model)
+    trained, before = velocity(model), model.trainable()
+    assert (trained - base).abs().max() > 1e-3
+    with pytest.raises(KeyError), model.reference():
+        assert torch.equal(velocity(model), base)
+        raise KeyError
+    assert torch.equal(velocity(model), trained)
+    assert all(p is before[name] for name, p in model.trainable().items())
+    model.remove_training()
+    assert torch.equal(velocity(model), base) and not model.trainable()
+    assert all(torch.equal(v, originals[k]) for k, v in model.network.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["adapter", "weights"])
+def test_backward_crosses_the_reference(how: str) -> None:
+    model = tiny_flux()
+    if how == "adapter":
+        model.adapt(LoraSpec(rank=2))
+    else:
+        model.unfreeze("attention")
+    shake(model)
+
+    def gradients(order: str) -> list[Tensor]:
+        for p in model.trainable().values():
+            p.grad = None
+        trained = model.trainable().values()
+        if order == "student first":
+            student = velocity(model, grad=True)
+            with model.reference():
+                teacher = velocity(model)
+        else:
+            with model.reference():
+                teacher = velocity(model, grad=order != "teacher first")
+            student = velocity(model, grad=True)
+        assert not teacher.requires_grad
+        loss = (student - teacher).square().sum()
+        if order == "backward inside":
+            with model.reference():
+                loss.backward()
+        else:
+            loss.backward()
+        return [p.grad.clone() for p in trained if p.grad is not None]
+
+    first = gradients("student first")
+    assert len(first) == len(model.trainable()) and all(g.abs().max() > 0 for g in first)
+    for order in ("teacher first", "teacher with grad", "backward inside"):
+        for one, other in zip(first, gradients(order), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_gradient_through_the_reference_survives_it() -> None:
+    model = tiny_flux()
+    x, t, condition = model.noise(1, seeded()), torch.tensor(0.5), model.encode([""])
+
+    def pull() -> Tensor:
+        at = x.clone().requires_grad_()
+        with model.reference():
+            value = model.predict(at, t, condition).velocity.square().sum()
+        return torch.autograd.grad(value, at)[0]  # outside, where the trained weights are back
+
+    expected = pull()
+    model.unfreeze("attention")
+    shake(model)
+    assert torch.equal(pull(), expected)
+
+
+def test_qk_dual_trains_the_dual_blocks_only() -> None:
+    model = tiny_flux()
+    model.adapt(LoraSpec("qk_dual", rank=2))
+    layers = {name.split(".lora_")[0] for name in model.trainable()}
+    assert layers == {
+        f"transformer_blocks.{block}.attn.{layer}"
+        for block in (0, 1)
+        for layer in ("to_q", "to_k", "add_q_proj", "add_k_proj")
+    }
+
+
+def test_every_subset_names_layers() -> None:
+    for make in MAKERS:
+        for subset in make().SUBSETS:
+            model = make()
+            model.adapt(LoraSpec(subset, rank=1))
+            assert model.trainable()
+    with pytest.raises(InputError, match="known: qk_dual"):
+        tiny_flux().adapt(LoraSpec("everything"))
+    with pytest.raises(ValueError, match="being trained already"):
+        model.unfreeze("attention")
+
+
+def test_adapters_are_seeded_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        model = tiny_flux()
+        model.adapt(LoraSpec(rank=2, seed=seed))
+        assert torch.equal(torch.rand(1), expected)
+        states.append(model.adapter_state())
+    key = next(k for k in states[0] if "lora_A" in k)
+    assert torch.equal(states[0][key], states[1][key]) and not torch.equal(states[0][key], states[2][key])
+
+
+def test_dropout_acts_only_where_switched_on() -> None:
+    model = tiny_flux()
+    model.adapt(LoraSpec(rank=2, dropout=0.5))
+    shake(model)
+    still = velocity(model)
+    model.dropout(True)
+    assert not torch.equal(velocity(model), still)
+    model.dropout(False)
+    assert torch.equal(velocity(model), still)
+
+
+# saving and loading
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_saved_adapter_gives_diffusers_our_image(
+    flux_folder: pathlib.Path, tmp_path: pathlib.Path, scale: float
+) -> None:
+    model = load(flux_folder)
+    model.adapt(LoraSpec(rank=4, alpha=10.0))
+    shake(model)
+    model.scale_adapter(scale)
+    expected = ours(model, PROMPTS, 4)
+    model.save(tmp_path)
+    pipe = FluxPipeline.from_pretrained(flux_folder)
+    before = flux_images(pipe, PROMPTS, 4)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(flux_images(pipe, PROMPTS, 4), expected, atol=1e-4, rtol=0)
+    assert (before - expected).abs().max() > 1e-3
+
+    again = load(flux_folder)
+    base = ours(again, PROMPTS, 4)
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(ours(again, PROMPTS, 4), expected, atol=1e-5, rtol=0)
+    with again.reference():
+        assert torch.equal(ours(again, PROMPTS, 4), base)
+    assert again.trainable().keys() == model.trainable().keys()
+    again.save(tmp_path / "again")
+    third = load(flux_folder)
+    load_adapter(third, tmp_path / "again" / "pytorch_lora_weights.safetensors")
+    assert torch.equal(ours(third, PROMPTS, 4), ours(again, PROMPTS, 4))
+    again.scale_adapter(0.0)
+    assert torch.equal(ours(again, PROMPTS, 4), base)
+    again.remove_training()
+    assert torch.equal(ours(again, PROMPTS, 4), base) and not again.trainable()
+
+
+@pytest.mark.parametrize("how", ["adapter", "weights"])
+def test_a_saved_pipeline_gives_diffusers_our_image(tmp_path: pathlib.Path, how: str) -> None:
+    model = tiny_flux()
+    model.adapt(LoraSpec(rank=4, alpha=10.0)) if how == "adapter" else model.unfreeze("attention")
+    shake(model)
+    expected, trained = ours(model, PROMPTS, 4), model.trainable()
+    model.save(tmp_path, merged=True)
+    theirs = flux_images(FluxPipeline.from_pretrained(tmp_path), PROMPTS, 4)
+    torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
+    assert torch.equal(ours(model, PROMPTS, 4), expected)  # the live model is as it was
+    assert all(p is trained[name] for name, p in model.trainable().items())
+    torch.testing.assert_close(ours(load(tmp_path), PROMPTS, 4), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["adapter", "weights"])
+def test_a_saved_unet_is_whole(unet_folder: pathlib.Path, tmp_path: pathlib.Path, how: str) -> None:
+    model = load(unet_folder)
+    base = velocity(model)
+    model.adapt(LoraSpec(rank=4, alpha=8.0)) if how == "adapter" else model.unfreeze("all")
+    shake(model)
+    trained = velocity(model)
+    model.save(tmp_path)
+    again = load(tmp_path)
+    torch.testing.assert_close(velocity(again), trained, atol=1e-4, rtol=1e-4)
+    assert isinstance(again, UNet) and again.classes == ("cat", "dog", "owl")
+    assert torch.equal(velocity(model), trained)
+    model.remove_training()
+    assert torch.equal(velocity(model), base)
+
+
+def test_adapter_states_travel_and_are_checked() -> None:
+    one, other, odd = tiny_flux(), tiny_flux(), tiny_flux()
+    for model in (one, other):
+        model.adapt(LoraSpec(rank=2))
+    shake(one)
+    other.load_adapter_state(one.adapter_state())
+    assert torch.equal(velocity(one), velocity(other))
+    odd.adapt(LoraSpec(rank=3))
+    with pytest.raises(InputError, match="do not fit"):
+        odd.load_adapter_state(one.adapter_state())
+
+
+def test_foreign_adapters_are_refused(
+    flux_folder: pathlib.Path, tmp_path: pathlib.Path, unet_folder: pathlib.Path
+) -> None:
+    model = load(flux_folder)
+    base = velocity(model)
+    wrong = {
+        "transformer.blocks.0.to_q": (128, 128),
+        "transformer.transformer_blocks.0.attn.to_q": (64, 64),
+        "text_encoder.text_model.layer": (64, 64),
+    }
+    for layer, (tall, wide) in wrong.items():
+        save_file({f"{layer}.lora_A.weight": torch.zeros(2, wide), f"{layer}.lora_B.weight": torch.zeros(tall, 2)},
+                  tmp_path / "pytorch_lora_weights.safetensors")  # fmt: skip
+        with pytest.raises(InputError, match="does not fit"):
+            load_adapter(model, tmp_path)
+    with pytest.raises(InputError, match="holds no LoRA"):
+        load_adapter(model, tmp_path / "nowhere")
+    with pytest.raises(InputError, match="saved whole"):
+        load_adapter(load(unet_folder), tmp_path)
+    assert torch.equal(velocity(model), base) and model.spec is None
+
+
+def test_half_precision_weights_step_in_float32(flux_folder: pathlib.Path) -> None:
+    model = load(flux_folder, dtype=torch.bfloat16)
+    said = model.predict(model.noise(1, seeded()), torch.tensor(0.5), model.encode([""]))
+    assert model.network.dtype == torch.bfloat16 and said.velocity.dtype == torch.float32
+    images = ours(model, PROMPTS, 2)
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, ours(load(flux_folder), PROMPTS, 2), atol=0.1, rtol=0)
+
+
+def test_wrong_folders_are_refused_with_the_mend(
+    flux_folder: pathlib.Path, unet_folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str, change: Callable[[pathlib.Path], Any], source: pathlib.Path = unet_folder) -> str:
+        shutil.copytree(source, tmp_path / name)
+        change(tmp_path / name)
+        return str(tmp_path / name)
+
+    def renamed(folder: pathlib.Path) -> None:
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipeline"}))
+
+    def pickled(folder: pathlib.Path) -> None:
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+
+    def cut(folder: pathlib.Path) -> None:
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:2000])
+
+    cases = {
+        str(tmp_path / "nowhere"): "does not exist",
+        str(flux_folder / "model_index.json"): "is a file",
+        str(flux_folder / "vae"): "it has no model_index.json",
+        "zoo:nothing": "not in the zoo; known",
+        broken("kind", renamed): "supported: FluxPipeline, DDPMPipeline, DDIMPipeline",
+        broken("pickle", pickled): "safe_serialization=True",
+        broken("cut", cut): "could not be loaded",
+        broken("half", lambda f: shutil.rmtree(f / "vae"), flux_folder): "component 'vae' is missing",
+        broken("empty", lambda f: next((f / "unet").glob("*.safetensors")).unlink()): "'unet' has no weights",
+        broken("words", lambda f: (f / "classes.json").write_text("{")): "not a list of class names",
+        broken("text", lambda f: (f / "model_index.json").write_text("no")): "is not JSON",
+    }
+    for name, sentence in cases.items():
+        with pytest.raises(InputError, match=sentence):
+            load(name)
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", offline)
+    with pytest.raises(InputError, match=r"could be fetched from the hub.*couldn't connect") as refused:
+        load("nobody/nothing")
+    assert "\n" not in str(refused.value)
+
+
+def test_resolution_is_checked(flux_folder: pathlib.Path, unet_folder: pathlib.Path) -> None:
+    assert load(flux_folder, resolution=16).noise(1, seeded()).shape[1] == 4
+    for folder in (flux_folder, unet_folder):
+        with pytest.raises(InputError, match="resolution 17 is not a multiple"):
+            load(folder, resolution=17)
+
+
+def test_loading_is_quiet(flux_folder: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(flux_folder)
+    out, err = capfd.readouterr()
+    assert not out and not err
