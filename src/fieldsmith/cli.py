@@ -6,6 +6,7 @@ torch is imported only once a command really runs, so that --help answers at onc
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -55,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb = words[0]
         check_word(verb, tuple(VERBS), "fieldsmith's verbs")
-        from fieldsmith import commands
-
-        getattr(commands, verb)(words[1:])
+        module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
+        command = importlib.import_module(f"fieldsmith.commands.{module}")
+        getattr(command, verb)(words[1:])
     except InputError as error:
         return _say(str(error), 2)
     except RunError as error:

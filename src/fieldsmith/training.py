@@ -1,24 +1,29 @@
 """The one training loop: accumulation, clipping, EMA, checkpoints, exact resume, logging.
 
 In: named parameters and `losses(step, generator, log)`, which yields the step's losses in chunks and fills `log`.
-Out: trained parameters (EMA weights where asked for). Each step draws from a generator seeded by (seed, step), so a
-run that resumes repeats the uninterrupted one exactly and no random state needs saving.
+Out: trained parameters (EMA weights where asked for). Each step draws from a generator seeded by (seed, step), and so
+does dropout, so a run that resumes repeats the uninterrupted one exactly and no random state needs saving.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,34 +79,41 @@ def fit(
     optimizer = torch.optim.AdamW(params, lr=optimisation.lr, weight_decay=optimisation.weight_decay)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
     first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
-    began, done = time.monotonic(), first
+    began, done, whole = time.monotonic(), first, True
+    writes = run if accelerator.is_main_process else None  # one process writes, all read
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, transient=True, disable=not accelerator.is_main_process) as progress:
+    screen = Console(stderr=True)
+    with Progress(
+        *columns, console=screen, transient=True, disable=not (accelerator.is_main_process and sys.stderr.isatty())
+    ) as progress:
         bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
         try:
             while done < optimisation.steps and not stopped:
-                log = _step(done, params, losses, optimizer, optimisation, accelerator)
+                log = _gradient(done, params, losses, optimizer, optimisation, accelerator)
+                whole = False  # an interrupt from here on finds parameters, averages and log at different steps
+                optimizer.step()
                 if ema and optimisation.ema:
                     # a short memory at first, so that the average forgets the random start
                     decay = min(optimisation.ema, (1 + done) / (10 + done))
                     torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - decay)
                 done += 1
-                if run and accelerator.is_main_process:
-                    run.log(done - 1, log)
+                if writes:
+                    writes.log(done - 1, log)
+                whole = True
                 stopped = stop(done, log) if stop else None
                 progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
-                if run and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
-                    _save(run, done, parameters, optimizer, ema, stopped)
+                if writes and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
+                    _save(writes, done, parameters, optimizer, ema, stopped)
         except KeyboardInterrupt:
-            if run:
-                _save(run, done, parameters, optimizer, ema, stopped)
+            if writes and whole:
+                _save(writes, done, parameters, optimizer, ema, stopped)
             raise
     if ema:
         torch._foreach_copy_([p.data for p in params], ema)
     return Fit(done, time.monotonic() - began, stopped or "steps")
 
 
-def _step(
+def _gradient(
     step: int,
     params: list[Tensor],
     losses: Losses,
@@ -109,17 +121,20 @@ def _step(
     optimisation: Optimisation,
     accelerator: Accelerator,
 ) -> dict[str, float]:
+    """Set the learning rate and every parameter's gradient for one step; what to log. Moves no parameter."""
     for group in optimizer.param_groups:
         group["lr"] = optimisation.lr * _schedule(step, optimisation)
     optimizer.zero_grad(set_to_none=True)
     log: dict[str, float] = {}
     total = 0.0
-    for loss in losses(step, generator(optimisation.seed, step, accelerator.process_index), log):
-        total += loss.item()
-        if not math.isfinite(total):
-            raise RunError(f"the loss became {total} at step {step}; lower the learning rate ({optimisation.lr:g})")
-        if loss.requires_grad:
-            loss.backward()
+    draws = generator(optimisation.seed, step, accelerator.process_index)
+    with _global_randomness(draws.initial_seed(), params[0].device):
+        for loss in losses(step, draws, log):
+            total += loss.item()
+            if not math.isfinite(total):
+                raise RunError(f"the loss became {total} at step {step}; lower the learning rate ({optimisation.lr:g})")
+            if loss.requires_grad:
+                loss.backward()
     if accelerator.num_processes > 1:
         for p in params:
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
@@ -128,8 +143,15 @@ def _step(
         raise RunError(
             f"the gradient became {norm.item()} at step {step}; lower the learning rate ({optimisation.lr:g})"
         )
-    optimizer.step()
     return {"loss": total, "gradient_norm": norm.item(), **log}
+
+
+@contextlib.contextmanager
+def _global_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, which dropout draws from, and put them back."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def _schedule(step: int, optimisation: Optimisation) -> float:
@@ -150,22 +172,34 @@ def _save(
     target, beside = folder / f"step-{done:08d}", folder / f".step-{done:08d}.{os.getpid()}"
     if target.exists():
         return
-    beside.mkdir(parents=True)
-    names = list(parameters)
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, beside / "weights.safetensors")
-    moments = {
-        f"{name}/{key}": value.contiguous()
-        for name, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    save_file(moments, beside / "optimizer.safetensors")
-    if ema:
-        save_file(dict(zip(names, ema, strict=True)), beside / "ema.safetensors")
-    (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
-    os.replace(beside, target)
+    shutil.rmtree(beside, ignore_errors=True)  # of an earlier process with this id
+    try:
+        beside.mkdir(parents=True)
+        names = list(parameters)
+        _write({name: p.detach().contiguous() for name, p in parameters.items()}, beside / "weights.safetensors")
+        moments = {
+            f"{name}/{key}": value.contiguous()
+            for name, p in parameters.items()
+            for key, value in optimizer.state.get(p, {}).items()
+        }
+        _write(moments, beside / "optimizer.safetensors")
+        if ema:
+            _write(dict(zip(names, ema, strict=True)), beside / "ema.safetensors")
+        (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
+        os.replace(beside, target)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint would keep a full disk full
+        raise
     for old in folder.glob("*step-*"):
         if old != target:
             shutil.rmtree(old)
+
+
+def _write(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def _resume(

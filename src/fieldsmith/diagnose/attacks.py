@@ -99,7 +99,7 @@ def _with_spare(concept: Concept, target: Concept) -> str:
 def prompt_embedding(
     model: Model, world: ShapesWorld, target: Concept, steps: int = 100, lr: float = 3e-2, n: int = 64, seed: int = 0
 ) -> Interval:
-    """The strongest text attack: all embeddings of one prompt trained freely; share of its images that show the target."""
+    """The strongest text attack: one prompt's embeddings trained freely; share of its images that show the target."""
     draws = torch.Generator().manual_seed(seed)
     _, latents = _examples(model, world, target, 64, seed)
     start = model.encode([plain_prompts(target)[0]])
@@ -137,7 +137,7 @@ def relearning(
         for step in range(most):
             if step % 5 == 0:
                 seen = detected(
-                    sampler(model), world, target, plain_prompts(target), 64 // len(plain_prompts(target)), 1
+                    sampler(model), world, target, plain_prompts(target), 32 // len(plain_prompts(target)), 1
                 )
                 if seen.value >= 0.5:
                     return step

@@ -26,6 +26,7 @@ from fieldsmith.worlds.shapes import (
     Verdicts,
     caption,
     concepts,
+    parse,
     silhouettes,
 )
 
@@ -69,12 +70,19 @@ def neighbours(target: Concept) -> list[Concept]:
     return [c for c in shown if c.colour == COLOURS[order[1]]]
 
 
-def groups(target: Concept) -> dict[str, list[Concept]]:
-    """All trained compositions in three groups: target, neighbours, unrelated."""
-    near = neighbours(target)
+def groups(target: Concept, others: Sequence[Concept] = ()) -> dict[str, list[Concept]]:
+    """All trained compositions in three groups: target, neighbours, unrelated; `others` are erased too, so left out."""
     shown = [c for c in concepts() if (c.colour, c.shape) != HELD_OUT]
     erased = [c for c in shown if target.contains(c)]
-    return {"target": erased, "neighbours": near, "unrelated": [c for c in shown if c not in near + erased]}
+    kept = [c for c in shown if not any(other.contains(c) for other in (target, *others))]
+    near = [c for c in neighbours(target) if c in kept]
+    return {"target": erased, "neighbours": near, "unrelated": [c for c in kept if c not in near]}
+
+
+def erased_concepts(prompts: Sequence[str]) -> list[Concept]:
+    """The concepts that target prompts name, without those that another of them contains."""
+    named = list(dict.fromkeys(parse(prompt) for prompt in prompts))
+    return [c for c in named if not any(other != c and other.contains(c) for other in named)]
 
 
 def paraphrases(target: Concept) -> list[str]:
@@ -98,6 +106,11 @@ class Asked:
         each = [self.seen.shows(c) for c in dict.fromkeys(self.asked)]
         names = list(dict.fromkeys(self.asked))
         return torch.stack(each)[[names.index(c) for c in self.asked], torch.arange(len(self.asked))]
+
+    def names(self) -> list[str]:
+        """What the judge saw, in words."""
+        pairs = zip(self.seen.shape.tolist(), self.seen.colour.tolist(), strict=True)
+        return ["nothing" if shape < 0 else f"{COLOURS[colour]} {SHAPES[shape]}" for shape, colour in pairs]
 
     def labels(self) -> Tensor:
         """One label an image: its composition, or the last label where it is invalid."""
@@ -129,6 +142,7 @@ class Erasure:
         kept = [
             self.numbers[f"{name} right"].value / max(self.numbers[f"{name} right before"].value, 1e-9)
             for name in ("neighbours", "unrelated")
+            if name in self.after
         ]
         parts = [min(1.0, max(part, 1e-6)) for part in (erased, *kept)]
         return len(parts) / sum(1 / part for part in parts)
@@ -139,24 +153,31 @@ class Erasure:
 
 
 def erasure(
-    before: Sampler | dict[str, Asked], after: Sampler, world: ShapesWorld, target: Concept, n: int, seed: int = 0
+    before: Sampler | dict[str, Asked],
+    after: Sampler,
+    world: ShapesWorld,
+    target: Concept,
+    n: int,
+    seed: int = 0,
+    others: Sequence[Concept] = (),
 ) -> Erasure:
     """Judge n images per prompt of every group, before and after, at equal seeds."""
-    sides = groups(target)
-    old = before if isinstance(before, dict) else ask_groups(before, world, target, n, seed)
-    new = {name: ask(after, world, side, n, seed + i) for i, (name, side) in enumerate(sides.items())}
+    sides = groups(target, others)
+    old = before if isinstance(before, dict) else ask_groups(before, world, sides, n, seed)
+    new = ask_groups(after, world, sides, n, seed)
+    kept = [name for name in ("neighbours", "unrelated") if name in new]
     numbers: dict[str, Interval] = {}
     for label, asked in ((" before", old), ("", new)):
         numbers[f"target detected{label}"] = share(asked["target"].seen.shows(target))
         numbers[f"target invalid{label}"] = share(~asked["target"].seen.valid)
-        for name in ("neighbours", "unrelated"):
+        for name in kept:
             numbers[f"{name} right{label}"] = share(asked[name].right())
-    for name in ("neighbours", "unrelated"):
+    for name in kept:
         numbers[f"{name} drop points"] = paired_difference(new[name].right(), old[name].right())
     every_new, every_old = (torch.cat([~a.seen.valid for a in side.values()]) for side in (new, old))
     numbers["invalid rise points"] = paired_difference(every_old, every_new)
-    kept_new, kept_old = (torch.cat([side[k].images for k in ("neighbours", "unrelated")]) for side in (new, old))
-    labels_new, labels_old = (torch.cat([side[k].labels() for k in ("neighbours", "unrelated")]) for side in (new, old))
+    kept_new, kept_old = (torch.cat([side[k].images for k in kept]) for side in (new, old))
+    labels_new, labels_old = (torch.cat([side[k].labels() for k in kept]) for side in (new, old))
     features, size = pixel_features(8), len(SHAPES) * len(COLOURS) + 1
     distances = {
         "frechet, 8x8 pixels, kept prompts": frechet_distance(features(kept_old), features(kept_new)),
@@ -167,9 +188,22 @@ def erasure(
     return Erasure(numbers, distances, old, new)
 
 
-def ask_groups(draw: Sampler, world: ShapesWorld, target: Concept, n: int, seed: int) -> dict[str, Asked]:
-    """The groups' images of one model; the seeds are those that `erasure` uses."""
-    return {name: ask(draw, world, side, n, seed + i) for i, (name, side) in enumerate(groups(target).items())}
+def ask_groups(
+    draw: Sampler, world: ShapesWorld, sides: dict[str, list[Concept]], n: int, seed: int
+) -> dict[str, Asked]:
+    """Every group's images from one model; a group's seed depends on its place only, so two models compare."""
+    return {name: ask(draw, world, side, n, seed + 1000 * i) for i, (name, side) in enumerate(sides.items()) if side}
+
+
+def by_attribute(asked: Asked) -> dict[str, Interval]:
+    """Share of images that show all that was asked: in all, by colour, by shape, and for the held-out composition."""
+    right = asked.right()
+    held = torch.tensor([(c.colour, c.shape) == HELD_OUT for c in asked.asked])
+    rows = {"all trained": share(right[~held]), "held out: " + " ".join(HELD_OUT): share(right[held])}
+    for word in (*COLOURS, *SHAPES):
+        rows[word] = share(right[torch.tensor([word in (c.colour, c.shape) for c in asked.asked]) & ~held])
+    rows["valid"] = share(asked.seen.valid)
+    return rows
 
 
 def detected(draw: Sampler, world: ShapesWorld, target: Concept, prompts: Sequence[str], n: int, seed: int) -> Interval:

@@ -35,7 +35,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
     safetensors.
     """
     name = str(name)
-    folder = _folder(name)
+    folder = pipeline_folder(name)
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
         index = _index(name, folder)
         family = _family(name, index)
@@ -103,7 +103,7 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
     model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))
 
 
-def _folder(name: str) -> pathlib.Path | None:
+def pipeline_folder(name: str) -> pathlib.Path | None:
     """Where the pipeline lies on this machine; None for a hub id."""
     if name.startswith("zoo:"):
         known = sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))

@@ -22,7 +22,7 @@ from fieldsmith.runs import Run
 from fieldsmith.samplers import flow_sde_step, gaussian_step
 from fieldsmith.training import Fit, Losses, Optimisation, fit, generator
 
-Probe = Callable[[int, dict[str, float]], None]
+Probe = Callable[[int, dict[str, float]], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Pair:
 
 
 def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Probe | None = None) -> Result:
-    """Erase config.targets from the model, in place. `probe(step, log)` is called before step 0 and after each step.
+    """Erase config.targets from the model, in place. `probe(step, log)` is called before step 0 and after each step;
+    a reason that it returns ends the run.
 
     Raises InputError before anything is trained (settings, prompts, preflight), RunError if training breaks.
     """
@@ -57,6 +58,7 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     spent = model.forwards
     if config.method in ("uce", "projection"):
         _separations(model, config, encoded)
+        model.forwards = spent
         if run:
             run.begin()
         if config.method == "uce":
@@ -66,18 +68,28 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
         return Result(0, 0.0, model.forwards - spent, "closed form" if config.method == "uce" else "training-free")
 
     base = _prepare(model, config, encoded)
+    model.forwards = spent
     parameters = model.trainable()
     losses, extra = LOSSES[config.method](model, config, encoded)
     parameters = {**parameters, **extra}
     built = model.forwards  # what the method itself spent on preparation
-    _first_look(model, config, encoded, losses, base, quiet=run is None)
+    try:
+        _first_look(model, config, encoded, losses, base, quiet=run is None)
+    except BaseException:
+        model.remove_training()  # refused before anything was trained: the model can be used again
+        raise
     if run:
         run.begin()
     per_step = _states_per_step(config)
     kept = S.kept_states(model, config, generator(config.seed, 0, stream=2))
     model.forwards = built + (len(kept.t) if config.retain else 0)  # checks and diagnostics are not the method's cost
 
+    carried: list[int] = []  # what an interrupted run had spent before this process took over
+
     def watched(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        if not carried:
+            earlier = run.history() if run else []
+            carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
         yield from losses(step, draws, log)
         if config.retain:
             some = kept[torch.randint(len(kept.t), (per_step // 4 or 1,), generator=draws)]
@@ -87,11 +99,12 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
             yield config.retain * (config.gamma if config.method == "gem" else 1.0) * apart
         if step % 5 == 0:
             log["drift"] = drift(model, kept, config)
-        log["forwards"] = model.forwards - spent
+        log["forwards"] = carried[0] + model.forwards - spent
 
     def stop(done: int, log: dict[str, float]) -> str | None:
-        if probe:
-            probe(done, log)
+        reason = probe(done, log) if probe else None
+        if reason:
+            return reason
         if config.stop_active is not None and log.get("active", 1.0) < config.stop_active:
             return "active fraction"
         if config.stop_lambda is not None and log.get("lambda", 0.0) > config.stop_lambda:
@@ -111,7 +124,9 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
         )  # fmt: skip
     finally:
         model.dropout(False)
-    return Result(done.steps, done.seconds, model.forwards - spent, done.stopped)
+    history = run.history() if run else []
+    cost = int(history[-1]["forwards"]) if history else model.forwards - spent
+    return Result(done.steps, done.seconds, cost, done.stopped)
 
 
 def _states_per_step(config: EraseConfig) -> int:

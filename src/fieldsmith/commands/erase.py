@@ -1,0 +1,244 @@
+"""`fieldsmith erase`: train, save, judge what changed, write the page.
+
+In: the words after the verb. Out: a run directory with adapter/ (or model/), metrics.json and report.html.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fieldsmith.commands import arguments
+from fieldsmith.errors import InputError
+from fieldsmith.methods.erase.config import EraseConfig, check, preset
+
+if TYPE_CHECKING:
+    from fieldsmith.diagnose.concepts import Erasure, Sampler
+    from fieldsmith.models.core import Model
+    from fieldsmith.report.page import Page
+    from fieldsmith.runs import Run
+
+GROUPS = {"target": "What was asked for, and is gone", "neighbours": "Near it", "unrelated": "The rest"}
+NOTES = """Also: --preset tiny|demo|paper|paper-gore|paper-sd3 (default: tiny for zoo models, else paper) sets the
+fields below, --config FILE.toml (such as a run's config.toml) sets them again, and flags come last."""
+
+
+def erase(words: Sequence[str]) -> None:
+    run(configure(list(words)))
+
+
+def configure(words: list[str]) -> EraseConfig:
+    """Preset, then file, then flags."""
+    name, path = arguments.take(words, "--preset"), arguments.take(words, "--config")
+    file = arguments.from_file(path, EraseConfig, "erase") if path else {}
+    model = arguments.peek(words, "--model") or file.get("model", EraseConfig.model)
+    method = arguments.peek(words, "--method") or file.get("method", EraseConfig.method)
+    base = preset(name or ("tiny" if model.startswith("zoo:") else "paper"), method)
+    return arguments.parse(dataclasses.replace(base, **file), words, "erase", NOTES)
+
+
+def run(config: EraseConfig) -> Run:
+    """The whole verb; the finished run directory. Raises InputError before anything is written."""
+    check(config)
+    if config.out is None:
+        raise InputError("no out folder given; add --out DIR, e.g. --out runs/erase")
+    from rich.console import Console
+
+    from fieldsmith.methods.erase import loop
+    from fieldsmith.models import load
+    from fieldsmith.runs import Run
+
+    console = Console(stderr=True)
+    directory = Run(config.out, "erase", config)
+    if directory.finished:
+        console.print(f"this run is complete: {directory.folder / 'report.html'}")
+        return directory
+    model = load(config.model, config.resolution)
+    result = loop.erase(model, config, directory)
+    shipped = _ship(model, config, directory)
+    console.print(f"{result.steps} steps in {result.seconds:.0f} s; judging what changed")
+
+    from fieldsmith.diagnose.concepts import sampler
+
+    changed: Any = loop.Projected(model, config) if config.method == "projection" else model
+    after = sampler(changed, config.steps, config.rollout_guidance)
+
+    def before(prompts: Sequence[str], seed: int) -> Any:
+        with model.reference():
+            return sampler(model, config.steps, config.rollout_guidance)(prompts, seed)
+
+    metrics: dict[str, Any] = {
+        "method": config.method,
+        "seconds": result.seconds,
+        "forward_equivalents": result.forward_equivalents,
+        "steps": result.steps,
+        "stopped": result.stopped,
+        "adapter": shipped,
+    }
+    metrics |= _page(model, config, directory, metrics, before, after)
+    directory.finish(metrics)
+    console.print(f"page: {directory.folder / 'report.html'}")
+    return directory
+
+
+def _ship(model: Model, config: EraseConfig, directory: Run) -> str:
+    """Save what the user ships; its folder's name."""
+    if config.method == "projection":
+        return "none: the projection acts while sampling"
+    folder = "adapter" if model.spec else "model"
+    model.save(directory.folder / folder)
+    return folder
+
+
+def _page(
+    model: Model, config: EraseConfig, directory: Run, metrics: dict[str, Any], before: Sampler, after: Sampler
+) -> dict[str, Any]:
+    """Judge and show: exactly on a model whose world is known, by the rest alone elsewhere."""
+    from fieldsmith.report.page import Page
+    from fieldsmith.worlds.cards import world_of
+
+    names = ", ".join(f"'{target}'" for target in config.targets[:4])
+    more = f" and {len(config.targets) - 4} more" if len(config.targets) > 4 else ""
+    page = Page(f"Erased {names}{more} from {config.model}", f"{config.method}, seed {config.seed}")
+    world = world_of(config.model)
+    found = _judged(page, config, world, before, after) if world else _unjudged(page, config, before, after)
+    _training_section(page, directory, metrics)
+    commands = [f"fieldsmith erase --config {directory.folder / 'config.toml'} --out ANOTHER-FOLDER"]
+    if metrics["adapter"] == "adapter":
+        commands += [
+            "",
+            "# in Python, with diffusers alone",
+            f'pipe = DiffusionPipeline.from_pretrained("{config.model}")',
+            f'pipe.load_lora_weights("{directory.folder / "adapter"}")',
+        ]
+    page.command("Repeat it, load it", commands)
+    page.write(directory.folder / "report.html")
+    return found
+
+
+def _judged(page: Page, config: EraseConfig, world: Any, before: Sampler, after: Sampler) -> dict[str, Any]:
+    from fieldsmith.diagnose.concepts import detected, erased_concepts, erasure, paraphrases
+    from fieldsmith.metrics.distances import pixel_features
+    from fieldsmith.metrics.rest import compare
+    from fieldsmith.training import generator
+
+    found: dict[str, Any] = {"concepts": {}}
+    targets = erased_concepts(config.targets)
+    for place, target in enumerate(targets):
+        e = erasure(before, after, world, target, config.evaluate, config.seed, others=targets)
+        words = detected(after, world, target, paraphrases(target), config.evaluate, config.seed + 9)
+        n = e.numbers
+        gone = n["target detected"].high < 0.5 and n["target invalid"].value < 0.1
+        well = n["unrelated drop points"].value <= 2 and n["invalid rise points"].value <= 2
+        sentence = (
+            f"'{target}' shows in {n['target detected'].short()} of images that ask for it "
+            f"(before: {n['target detected before'].short()}); unrelated prompts: "
+            f"{n['unrelated drop points'].short()} lost, invalid images: {n['invalid rise points'].short()} more."
+        )
+        page.verdict(sentence, (gone and well) if gone == well else None)
+        if place == 0:
+            page.numbers(_cards(e), "At a glance")
+        for group, title in (
+            ("target", "What was asked for, and is gone"),
+            ("neighbours", "Near it"),
+            ("unrelated", "The rest"),
+        ):
+            page.before_after(f"{title}: {target}" if len(targets) > 1 else title, _pairs(e, group, target))
+        rows = [(name, interval.short(), interval.n) for name, interval in n.items()]
+        rows.append(("paraphrases detected", words.short(), words.n))
+        page.table(f"Judged: {target}", ["measure", "value [95% interval]", "n"], rows)
+        found["concepts"][str(target)] = {**e.to_json(), "paraphrases detected": words.value}
+        kept = [name for name in ("neighbours", "unrelated") if name in e.after]
+        asked = [str(c) for name in kept for c in e.after[name].asked]
+        old, new = (_cat([side[name].images for name in kept]) for side in (e.before, e.after))
+        rest = compare(old, new, asked, pixel_features(8), generator(config.seed, 0, stream=7))
+        headers, lines = rest.table()
+        page.table(f"What else changed: {target}", headers, lines, note=rest.verdict)
+        found["rest"] = rest.to_json()
+    return found
+
+
+def _unjudged(page: Page, config: EraseConfig, before: Sampler, after: Sampler) -> dict[str, Any]:
+    """A model whose images nobody here can judge: pictures at equal seeds and the rest on kept prompts."""
+    from fieldsmith.metrics.distances import pixel_features
+    from fieldsmith.metrics.rest import compare
+    from fieldsmith.report.page import Pair
+    from fieldsmith.training import generator
+
+    shown = list(dict.fromkeys((*config.targets[:4], *config.keep[:8])))
+    rows = []
+    for prompt in shown:
+        old, new = (draw([prompt] * 4, config.seed) for draw in (before, after))
+        rows.append(Pair(prompt, old, new))
+    page.verdict("No judge knows this model's images: look at the pairs, drawn at equal seeds.", None, "Look")
+    page.before_after("Before and after", rows)
+    kept = [prompt for prompt in (config.keep or ("",)) for _ in range(max(2, config.evaluate // 2))]
+    rest = compare(
+        before(kept, config.seed),
+        after(kept, config.seed),
+        kept,
+        pixel_features(8),
+        generator(config.seed, 0, stream=7),
+    )
+    headers, lines = rest.table()
+    page.table("What else changed, on kept prompts", headers, lines, note=rest.verdict)
+    return {"rest": rest.to_json()}
+
+
+def _cards(e: Erasure) -> list[tuple[Any, Any, Any]]:
+    cards: list[tuple[Any, Any, Any]] = []
+    for name in ("target detected", "unrelated right", "neighbours right", "target invalid"):
+        if name in e.numbers:
+            before = f"before: {e.numbers[f'{name} before'].short()}"
+            cards.append((name, f"{100 * e.numbers[name].value:.1f}%", before))
+    return cards
+
+
+def _pairs(e: Erasure, group: str, target: Any, most: int = 6, columns: int = 8) -> list[Any]:
+    from fieldsmith.report.page import Caption, Pair
+    from fieldsmith.worlds.shapes import caption
+
+    rows = []
+    old, new = e.before[group], e.after[group]
+    prompts = list(dict.fromkeys(old.asked))
+    for concept in prompts[:: max(1, len(prompts) // most)][:most]:
+        places = [i for i, asked in enumerate(old.asked) if asked == concept][:columns]
+        marks = []
+        for side in (old, new):
+            names, right, shows = side.names(), side.right(), side.seen.shows(target)
+            # after an erasure a target prompt is right where the target is gone and something is still there
+            gone = side.seen.valid & ~shows
+            good = gone if group == "target" and side is new else right
+            marks.append([Caption(names[i], bool(good[i])) for i in places])
+        rows.append(Pair(caption(concept), old.images[places], new.images[places], *marks))
+    return rows
+
+
+def _training_section(page: Page, directory: Run, metrics: dict[str, Any]) -> None:
+    from fieldsmith.report.page import Panel
+
+    history = directory.history()
+    panels = []
+    for title, keys in (
+        ("distances", ("d_plus", "d_minus")),
+        ("progress", ("lambda", "active")),
+        ("drift on kept prompts", ("drift",)),
+        ("loss", ("loss",)),
+    ):
+        series = {}
+        for key in keys:
+            rows = [row for row in history if key in row]
+            if rows:
+                series[key] = ([row["step"] for row in rows], [row[key] for row in rows])
+        if series:
+            panels.append(Panel(title, series, "step"))
+    if panels:
+        cost = f"{metrics['forward_equivalents']:,} forward-equivalents (a forward of one state is 1, its backward 2)"
+        page.curves("The run", panels, note=f"{metrics['steps']} steps, {metrics['seconds']:.0f} s, {cost}.")
+
+
+def _cat(parts: list[Any]) -> Any:
+    import torch
+
+    return torch.cat(parts)

@@ -1,0 +1,147 @@
+"""`pretrain`, `sample`, `evaluate` and `reproduce`: making, drawing, judging models, and repeating the papers' claims.
+
+In: the words after the verb. Out: a zoo model, a PNG grid, a table of verdicts, or results/VERB.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fieldsmith.commands import arguments
+from fieldsmith.errors import InputError, check_word
+
+RECIPES = ("shapes-flux",)
+CLAIMS = ("erase",)
+
+
+def pretrain(words: Sequence[str]) -> None:
+    """fieldsmith pretrain RECIPE --out DIR [--field value ...]; resumes where it was interrupted."""
+    recipe, rest = _first(words, RECIPES, "pretrain", "recipes")
+    out = arguments.take(rest, "--out")
+    from fieldsmith.zoo.shapes_flux import ShapesFlux, train
+
+    config = arguments.parse(ShapesFlux(), rest, f"pretrain {recipe}", "Also: --out DIR, the folder to write.")
+    if out is None:
+        raise InputError("no out folder given; add --out DIR, e.g. --out runs/shapes-flux")
+    train(config, pathlib.Path(out))
+    print(f"pipeline: {pathlib.Path(out) / 'model'}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw a grid of images: one row a prompt."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`."""
+    model: str = "zoo:shapes-flux"
+    """A diffusers pipeline folder, a hub id, or a zoo model."""
+    adapter: pathlib.Path | None = None
+    """A LoRA folder to attach first, such as a run's adapter/."""
+    out: pathlib.Path = pathlib.Path("sample.png")
+    """The PNG to write."""
+    each: int = 8
+    """Images per prompt."""
+    steps: int = 28
+    """Sampler steps."""
+    guidance: float | None = None
+    """Guidance scale; none and 1 are off."""
+    resolution: int | None = None
+    """Image side in pixels; None: the model's own, at most 512."""
+    seed: int = 0
+    """Equal seeds give equal noise."""
+
+
+def sample(words: Sequence[str]) -> None:
+    config = arguments.parse(SampleConfig(), list(words), "sample")
+    if not config.prompts:
+        raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')
+    if min(config.each, config.steps) < 1:
+        raise InputError(f"each={config.each} and steps={config.steps} must both be at least 1")
+    draw = _sampler(config)
+    from fieldsmith.report.grid import save_grid
+
+    images = draw([prompt for prompt in config.prompts for _ in range(config.each)], config.seed)
+    scale = max(1, 128 // images.shape[-1])
+    save_grid(images, config.out, columns=config.each, scale=scale)
+    print(f"{len(images)} images: {config.out}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Judge what a model draws for every composition of its world, and print the table."""
+
+    model: str = "zoo:shapes-flux"
+    """A zoo model, or a pipeline folder whose card.json names its world."""
+    adapter: pathlib.Path | None = None
+    """A LoRA folder to attach first, such as a run's adapter/."""
+    out: pathlib.Path | None = None
+    """A JSON file to write the numbers to."""
+    each: int = 16
+    """Images per prompt."""
+    steps: int = 28
+    """Sampler steps."""
+    guidance: float | None = None
+    """Guidance scale; none and 1 are off."""
+    resolution: int | None = None
+    """Image side in pixels; None: the model's own."""
+    seed: int = 0
+    """Equal seeds give equal noise."""
+
+
+def evaluate(words: Sequence[str]) -> None:
+    config = arguments.parse(EvaluateConfig(), list(words), "evaluate")
+    from fieldsmith.worlds.cards import world_of
+
+    world = world_of(config.model)
+    if world is None:
+        raise InputError(
+            f"no judge knows the images of '{config.model}': it has no card.json that names a world; use a zoo model"
+        )
+    draw = _sampler(config)
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from fieldsmith.diagnose.concepts import ask, by_attribute
+    from fieldsmith.runs import write_atomically
+    from fieldsmith.worlds.shapes import concepts
+
+    rows = by_attribute(ask(draw, world, concepts(), config.each, config.seed))
+    table = Table(title=f"{config.model}, {config.steps} steps, {config.each} images a prompt", title_justify="left")
+    table.add_column("prompts")
+    table.add_column("judged right [95%], n", justify="right")
+    for name, interval in rows.items():
+        table.add_row(name, str(interval))
+    Console().print(table)
+    if config.out:
+        numbers = {k: {"value": v.value, "low": v.low, "high": v.high, "n": v.n} for k, v in rows.items()}
+        write_atomically(config.out, json.dumps(numbers, indent=1) + "\n")
+
+
+def reproduce(words: Sequence[str]) -> None:
+    """fieldsmith reproduce VERB [--out results] [--field value ...]; resumable, one run at a time."""
+    claim, rest = _first(words, CLAIMS, "reproduce", "verbs with claims")
+    from fieldsmith.reproduce.erase import ReproduceErase, main
+
+    main(arguments.parse(ReproduceErase(), rest, f"reproduce {claim}"))
+
+
+def _first(words: Sequence[str], known: tuple[str, ...], verb: str, kind: str) -> tuple[str, list[str]]:
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: fieldsmith {verb} NAME [--field value ...]; {kind}: {', '.join(known)}")
+        raise SystemExit(0 if words else 2)
+    check_word(words[0], known, f"the {kind}")
+    return words[0], list(words[1:])
+
+
+def _sampler(config: SampleConfig | EvaluateConfig):  # type: ignore[no-untyped-def]
+    from fieldsmith.diagnose.concepts import sampler
+    from fieldsmith.models import load, load_adapter
+
+    model = load(config.model, config.resolution)
+    if config.adapter:
+        load_adapter(model, config.adapter)
+    return sampler(model, config.steps, config.guidance)

@@ -1,0 +1,237 @@
+"""`fieldsmith reproduce erase`: GEM and every baseline on zoo:shapes-flux, at equal erasure and equal largest cost.
+
+Protocol: every run trains until a probe of 32 plain target prompts shows the concept in none, or until the cost cap.
+So methods meet at (nearly) equal erasure, and what differs is what else broke and what it cost. Each arm's setting is
+the best of three learning rates (or strengths) on one concept and a seed that no result uses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fieldsmith.diagnose import attacks
+from fieldsmith.diagnose.concepts import (
+    Asked,
+    Sampler,
+    ask_groups,
+    detected,
+    erasure,
+    groups,
+    paraphrases,
+    plain_prompts,
+    sampler,
+)
+from fieldsmith.errors import InputError, check_word
+from fieldsmith.methods.erase import loop
+from fieldsmith.methods.erase.config import EraseConfig, preset
+from fieldsmith.models import load
+from fieldsmith.models.core import Model
+from fieldsmith.reproduce.erase_summary import summarise
+from fieldsmith.runs import plain, write_atomically
+from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, parse
+
+SWEEP_SEED = 100
+ANCHORS = {"triangle": "circle", "red": "blue", "red triangle": "red circle"}
+PROBE = 32  # images per probe
+
+RATES = (1e-3, 3e-3, 1e-2)
+# arm -> (method, what it changes, the name and three values of what its sweep varies). All train the same layers, where
+# text enters, but for the paper's own choice (q and k of the dual-stream blocks), which has an arm to itself.
+ARMS: dict[str, tuple[str, dict[str, Any], str, tuple[float, ...]]] = {
+    "gem": ("gem", {}, "lr", RATES),
+    "gem+margin+retain": ("gem", {"margin": 1.0, "retain": 3.0}, "lr", RATES),
+    "esd": ("esd", {}, "lr", RATES),
+    "concept-ablation": ("concept-ablation", {}, "lr", RATES),
+    "eraseflow": ("eraseflow", {}, "lr", RATES),
+    "eraseanything": ("eraseanything", {}, "lr", RATES),
+    "uce": ("uce", {}, "uce_lambda", (0.01, 0.1, 0.5)),
+    "projection": ("projection", {}, "nothing", (0.0,)),
+    "gem+margin": ("gem", {"margin": 1.0}, "lr", RATES),
+    "gem+retain": ("gem", {"retain": 3.0}, "lr", RATES),
+    "gem, q and k": ("gem", {"subset": "qk_dual"}, "lr", (3e-4, 1e-3, 3e-3)),
+}
+TRIANGLE_ONLY = ("gem+margin", "gem+retain", "gem, q and k")  # ablations of GEM
+
+
+@dataclass(frozen=True)
+class ReproduceErase:
+    """Repeat the erasure claims on zoo:shapes-flux."""
+
+    out: Path = Path("results/erase")
+    """Where runs/, summary.json, plots and README.md go; finished runs are not repeated."""
+    model: str = "zoo:shapes-flux"
+    """The model to erase from."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds; evaluation noise follows them."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Which arms to run."""
+    cap: int = 30_000
+    """Largest cost of a run in forward-equivalents."""
+    probe_every: int = 2_000
+    """Forward-equivalents between probes."""
+    images: int = 16
+    """Images per prompt in the final evaluation."""
+    part: tuple[int, int] = (0, 1)
+    """This process takes runs K, K + N, ... of the list: `--part 0 2` and `--part 1 2` share the work."""
+
+
+def main(config: ReproduceErase) -> None:
+    """Run what is missing, then write the summary (once all of it is there)."""
+    if config.images < 1 or config.cap < config.probe_every:
+        raise InputError(f"images={config.images} must be at least 1 and cap={config.cap} at least probe_every")
+    for arm in config.arms:
+        check_word(arm, tuple(ARMS), "the arms")
+    torch.set_num_threads(1)
+    bench = Bench(config)
+    for arm in config.arms[config.part[0] :: config.part[1]]:
+        for value in ARMS[arm][3]:
+            bench.run(arm, "triangle", SWEEP_SEED, value, sweep=True)
+    wait_for_sweeps(config)
+    jobs = [
+        (concept, seed, arm)
+        for concept in ANCHORS
+        for seed in config.seeds
+        for arm in config.arms
+        if concept == "triangle" or arm not in TRIANGLE_ONLY
+    ]
+    for concept, seed, arm in jobs[config.part[0] :: config.part[1]]:
+        bench.run(arm, concept, seed, chosen(config, arm), sweep=False)
+    if all(_file(config, arm, concept, seed, None).exists() for concept, seed, arm in jobs):
+        summarise(config.out, config.seeds, f"fieldsmith reproduce erase --seeds {' '.join(map(str, config.seeds))}")
+
+
+def wait_for_sweeps(config: ReproduceErase) -> None:
+    """The other process may still be sweeping the arms that are its part."""
+    while any(not _file(config, a, "triangle", SWEEP_SEED, v).exists() for a in config.arms for v in ARMS[a][3]):
+        time.sleep(5)
+
+
+def chosen(config: ReproduceErase, arm: str) -> float:
+    """The swept value with the best composite."""
+    runs = {v: json.loads(_file(config, arm, "triangle", SWEEP_SEED, v).read_text()) for v in ARMS[arm][3]}
+    return max(runs, key=lambda v: runs[v]["evaluation"]["composite (ours)"])
+
+
+def _file(config: ReproduceErase, arm: str, concept: str, seed: int, value: float | None) -> Path:
+    kind = "final" if value is None else f"sweep-{value:g}"
+    name = f"{concept}_{arm}_{kind}_seed{seed}.json".replace(", ", "-").replace(" ", "-")
+    return config.out / "runs" / name
+
+
+def training_pairs(target: Concept, anchor: Concept) -> list[tuple[str, str]]:
+    """The bare concept and each plain caption of it, with the anchor's words in the target's place."""
+    pairs = [(str(target), str(anchor))]
+    for shown in groups(target)["target"]:
+        pairs.append((caption(shown), caption(Concept(anchor.colour or shown.colour, anchor.shape or shown.shape))))
+    return list(dict.fromkeys(pairs))
+
+
+def kept_prompts(target: Concept) -> tuple[str, ...]:
+    """Prompts to keep that no evaluation uses: each other colour or shape alone, and the empty prompt."""
+    colours = [caption(Concept(colour)) for colour in COLOURS if colour != target.colour or target.shape]
+    shapes = [caption(Concept(shape=shape)) for shape in SHAPES if shape != target.shape or target.colour]
+    return (*colours, *shapes, "")
+
+
+class Bench:
+    """One process's model, with the base's images cached per concept and seed."""
+
+    def __init__(self, config: ReproduceErase):
+        self.config = config
+        self.model: Model = load(config.model)
+        self.world = ShapesWorld(self.model.resolution)  # type: ignore[attr-defined]
+        self.base: dict[tuple[str, int, int], dict[str, Asked]] = {}
+
+    def run(self, arm: str, concept: str, seed: int, value: float, sweep: bool) -> None:
+        """Train, judge and write one run, unless its file is there."""
+        path = _file(self.config, arm, concept, seed, value if sweep else None)
+        if path.exists():
+            return
+        method, changes, swept, _ = ARMS[arm]
+        target, anchor = parse(concept), parse(ANCHORS[concept])
+        pairs = training_pairs(target, anchor)
+        settings = replace(
+            preset("tiny", method), targets=tuple(t for t, _ in pairs), anchors=tuple(a for _, a in pairs),
+            keep=kept_prompts(target), model=self.config.model, seed=seed, budget=10**9, synonyms=(), **changes,
+        )  # fmt: skip
+        if swept in ("lr", "uce_lambda"):
+            settings = replace(settings, **{swept: value})  # type: ignore[arg-type]
+        trace: list[dict[str, float]] = []
+        began = time.monotonic()
+        result = loop.erase(self.model, settings, None, self._probe(target, trace))
+        trained = time.monotonic() - began
+        images = 8 if sweep else self.config.images
+        draw: Sampler = sampler(self.model)
+        if method == "projection":
+            draw = sampler(loop.Projected(self.model, settings))  # type: ignore[arg-type]
+        found = erasure(self._before(concept, target, seed, images), draw, self.world, target, images, 10_000 + seed)
+        record: dict[str, Any] = {
+            "arm": arm, "concept": concept, "seed": seed, "value": value, "swept": swept,
+            "forward_equivalents": result.forward_equivalents, "seconds": trained, "steps": result.steps,
+            "stopped": result.stopped, "trace": trace, "evaluation": found.to_json(),
+            "settings": plain(asdict(settings)),
+        }  # fmt: skip
+        if not sweep:
+            words = detected(draw, self.world, target, paraphrases(target), 8, 20_000 + seed)
+            record["paraphrases"] = asdict(words)
+            if concept == "triangle" and method != "projection":
+                record["attacks"] = self._attacks(target, seed, settings)
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+        self.model.remove_training()
+        print(f"{path.stem}: {json.dumps({k: round(v.value, 3) for k, v in found.numbers.items()})}", flush=True)
+
+    def _before(self, concept: str, target: Concept, seed: int, images: int) -> dict[str, Asked]:
+        key = (concept, seed, images)
+        if key not in self.base:
+            self.base.clear()
+            with self.model.reference():
+                self.base[key] = ask_groups(sampler(self.model), self.world, groups(target), images, 10_000 + seed)
+        return self.base[key]
+
+    def _probe(self, target: Concept, trace: list[dict[str, float]]) -> loop.Probe:
+        prompts = plain_prompts(target)
+        each = -(-PROBE // len(prompts))
+
+        def probe(step: int, log: dict[str, float]) -> str | None:
+            spent = log.get("forwards", 0.0)
+            if trace and spent < trace[-1]["forwards"] + self.config.probe_every:
+                return None
+            seen = detected(sampler(self.model), self.world, target, prompts, each, 30_000)
+            trace.append({"step": step, "forwards": spent, "detected": seen.value, **_finite(log)})
+            if seen.value == 0:
+                return "erased"
+            return "cost cap" if spent >= self.config.cap else None
+
+        return probe
+
+    def _attacks(self, target: Concept, seed: int, settings: EraseConfig) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "learned token": asdict(attacks.learned_token(self.model, self.world, target, seed=seed)),
+            "prompt embedding": asdict(attacks.prompt_embedding(self.model, self.world, target, seed=seed)),
+        }
+        if self.model.trainable():
+            found["relearning steps"] = attacks.relearning(self.model, self.world, target, most=40, seed=seed)
+        few = {}
+        for steps in (4, 8, 14, 50):
+            seen = detected(sampler(self.model, steps), self.world, target, plain_prompts(target), 8, 40_000 + seed)
+            few[str(steps)] = seen.value
+        found["detected by sampler steps"] = few
+        if self.model.spec:
+            scales = {}
+            for scale in (0.0, 0.5, 0.75, 1.25, 1.5):
+                self.model.scale_adapter(scale)
+                seen = detected(sampler(self.model), self.world, target, plain_prompts(target), 8, 50_000 + seed)
+                scales[str(scale)] = seen.value
+            self.model.scale_adapter(1.0)
+            found["detected by adapter scale"] = scales
+        return found
+
+
+def _finite(log: dict[str, float]) -> dict[str, float]:
+    return {k: round(v, 5) for k, v in log.items() if k in ("lambda", "active", "drift", "loss", "d_plus", "d_minus")}

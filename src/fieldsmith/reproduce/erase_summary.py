@@ -1,0 +1,286 @@
+"""results/erase/summary.json, its plots and its README, made from the runs and from nothing else.
+
+In: runs/*.json. Out: claims with intervals and verdicts, tables, the Pareto plot, the cost plot.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fieldsmith.metrics.intervals import Interval, mean_interval, wilson
+from fieldsmith.runs import write_atomically
+
+GEMS = ("gem", "gem+margin+retain")
+PAPER = "GEM, arXiv 2606.00140"
+
+
+class Runs:
+    """The final runs by arm and concept, the sweep's by arm."""
+
+    def __init__(self, folder: Path):
+        records = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+        self.finals: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self.sweeps: dict[str, list[dict[str, Any]]] = {}
+        for path, record in zip(sorted((folder / "runs").glob("*.json")), records, strict=True):
+            if "_sweep-" in path.stem:
+                self.sweeps.setdefault(record["arm"], []).append(record)
+            else:
+                self.finals.setdefault((record["arm"], record["concept"]), []).append(record)
+        self.arms = [arm for arm in dict.fromkeys(arm for arm, _ in self.finals)]
+        self.concepts = [c for c in ("triangle", "red", "red triangle") if any(k[1] == c for k in self.finals)]
+
+    def share(self, arm: str, concept: str, name: str) -> Interval:
+        """A share pooled over the seeds' images, Wilson."""
+        numbers = [run["evaluation"][name] for run in self.finals[arm, concept]]
+        return wilson(sum(round(x["value"] * x["n"]) for x in numbers), sum(x["n"] for x in numbers))
+
+    def mean(self, arm: str, concept: str, name: str) -> Interval:
+        """A mean over the seeds, Student t."""
+        return mean_interval(torch.tensor([run["evaluation"][name]["value"] for run in self.finals[arm, concept]]))
+
+    def attack(self, arm: str, name: str) -> Interval:
+        numbers = [run["attacks"][name] for run in self.finals[arm, "triangle"]]
+        return wilson(sum(round(x["value"] * x["n"]) for x in numbers), sum(x["n"] for x in numbers))
+
+    def headline(self) -> str:
+        """The GEM arm that its sweep chose: the best composite over the four arms' best settings."""
+        return max(
+            (arm for arm in GEMS if arm in self.sweeps), key=lambda arm: max(_composite(r) for r in self.sweeps[arm])
+        )
+
+
+def _composite(run: dict[str, Any]) -> float:
+    return float(run["evaluation"]["composite (ours)"])
+
+
+def cost_to_erase(run: dict[str, Any]) -> tuple[float, bool]:
+    """Forward-equivalents at the first probe with at most 5% detected, and whether it came; else all that was spent."""
+    for point in run["trace"]:
+        if point["detected"] <= 0.05:
+            return float(point["forwards"]), True
+    return float(run["forward_equivalents"]), False
+
+
+def cost_ratio(runs: Runs, arm: str, headline: str) -> tuple[Interval, int]:
+    """Geometric mean over concepts and seeds of the arm's cost over GEM's, and how many of its runs never got there."""
+    logs, missed = [], 0
+    for concept in runs.concepts:
+        for theirs, ours in zip(runs.finals[arm, concept], runs.finals[headline, concept], strict=True):
+            (cost, reached), (base, _) = cost_to_erase(theirs), cost_to_erase(ours)
+            missed += not reached
+            logs.append(math.log(cost / base))
+    spread = mean_interval(torch.tensor(logs))
+    return Interval(math.exp(spread.value), math.exp(spread.low), math.exp(spread.high), spread.n), missed
+
+
+def claim(name: str, statement: str, found: Interval, unit: str, verdict: str, extra: dict[str, Any]) -> dict[str, Any]:
+    spread = {"value": found.value, "low": found.low, "high": found.high, "unit": unit}
+    return {"id": name, "statement": statement, "paper": PAPER, **spread, "verdict": verdict, **extra}
+
+
+def below(found: Interval, aim: float) -> str:
+    """Reproduced where the whole interval meets the aim, partly where the value does."""
+    return "reproduced" if found.high <= aim else "partly" if found.value <= aim else "not"
+
+
+def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
+    best = runs.headline()
+    spent = sum(r["forward_equivalents"] for r in runs.finals[best, "triangle"]) / len(seeds)
+    extra = {"seeds": list(seeds), "command": command, "forward_equivalents": spent}
+    found = []
+    for prefix, arm, label in (
+        ("erase.", best, f"GEM at its chosen setting ({best})"),
+        ("erase.paper_loss.", "gem", "GEM with the paper's loss, no margin, no retained prompts"),
+    ):
+        gone = runs.share(arm, "triangle", "target detected")
+        said = f"{label}: share of plain triangle prompts that still show one"
+        found.append(claim(f"{prefix}target_detected", said, gone, "share", below(gone, 0.05), extra))
+        for key, name in (
+            ("unrelated_drop_points", "unrelated drop points"),
+            ("invalid_rise_points", "invalid rise points"),
+            ("neighbour_drop_points", "neighbours drop points"),
+        ):
+            change = runs.mean(arm, "triangle", name)
+            said = f"{label}, triangle erased: {name}"
+            found.append(claim(prefix + key, said, change, "points", below(change, 2.0), extra))
+        token = runs.attack(arm, "learned token")
+        said = f"{label}: share of images that show a triangle again after a learned-token attack"
+        found.append(claim(f"{prefix}learned_token_attack", said, token, "share", below(token, 0.05), extra))
+    for arm in ("esd", "eraseanything", "eraseflow"):
+        ratio, missed = cost_ratio(runs, arm, "gem")
+        note = f"; {missed} of {ratio.n} runs never got there, so this is a lower bound" if missed else ""
+        said = f"{arm}'s forward-equivalents to 95% erasure over GEM's with the paper's loss (paper: 5x){note}"
+        verdict = "reproduced" if ratio.low >= 5 else "partly" if ratio.value > 1 else "not"
+        found.append(claim(f"erase.cost_ratio_{arm}", said, ratio, "ratio", verdict, extra))
+    return found
+
+
+def summarise(folder: Path, seeds: Sequence[int], command: str) -> None:
+    """Write summary.json, the plots and README.md."""
+    runs = Runs(folder)
+    listed = claims(runs, seeds, command)
+    chosen = {arm: {"swept": r[0]["swept"], "value": max(r, key=_composite)["value"]} for arm, r in runs.sweeps.items()}
+    summary = {"claims": listed, "headline": runs.headline(), "chosen": chosen}
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    pareto(runs, folder / "pareto.png")
+    costs(runs, folder / "cost.png")
+    write_atomically(folder / "README.md", readme(runs, listed, command))
+
+
+def pareto(runs: Runs, path: Path) -> None:
+    """Erasure against kept ability: every final run of every concept, the sweep's runs hollow."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(runs.concepts), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(runs.concepts), squeeze=False, sharey=True)[0]
+    markers = "os^Dv<>P*X"
+    for axis, concept in zip(axes, runs.concepts, strict=True):
+        for i, arm in enumerate(runs.arms):
+            style = {"color": f"C{i % 10}", "marker": markers[i % len(markers)], "linestyle": "none"}
+            if concept == "triangle":
+                axis.plot(*_points(runs.sweeps.get(arm, [])), fillstyle="none", alpha=0.5, **style)
+            if (arm, concept) in runs.finals:
+                axis.plot(*_points(runs.finals[arm, concept]), label=arm, **style)
+        axis.set_title(f"erased: {concept}")
+        axis.set_xlabel("erased: neither detected nor invalid, % of target prompts")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("unrelated prompts right, % of before")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _points(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    e = [run["evaluation"] for run in records]
+    x = [100 * (1 - run["target detected"]["value"] - run["target invalid"]["value"]) for run in e]
+    y = [100 * run["unrelated right"]["value"] / run["unrelated right before"]["value"] for run in e]
+    return x, y
+
+
+def costs(runs: Runs, path: Path) -> None:
+    """Detection against forward-equivalents, triangle, mean over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, arm in enumerate(runs.arms):
+        for k, run in enumerate(runs.finals[arm, "triangle"]):
+            if len(run["trace"]) > 1:
+                x = [p["forwards"] / 1000 for p in run["trace"]]
+                y = [100 * p["detected"] for p in run["trace"]]
+                axis.plot(x, y, color=f"C{i % 10}", alpha=0.8, label=arm if k == 0 else None)
+    axis.axhline(5, color="0.5", linewidth=0.8)
+    axis.set_xlabel("training cost, thousand forward-equivalents")
+    axis.set_ylabel("triangle detected, % of probe")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
+    lines = [
+        "# Erasure on zoo:shapes-flux",
+        "",
+        f"Made by `{command}` from the files in `runs/`; not written by hand.",
+        "",
+        "Every run trains until a probe of 32 plain target prompts shows the concept in none of them, or until",
+        "30,000 forward-equivalents are spent. Each arm's setting is the best composite of three, on triangle and a",
+        "seed that no result uses. `gem` is the paper's loss; `+margin` and `+retain` are our options. Shares pool the",
+        "seeds' images (Wilson 95%), points are means over seeds (Student t). Invalid images count apart from erased.",
+        "",
+        "![erasure against kept ability](pareto.png)",
+        "",
+        "![detection against cost](cost.png)",
+        "",
+        "## Claims",
+        "",
+        "| id | value [95%] | verdict | statement |",
+        "|---|---|---|---|",
+    ]
+    for c in listed:
+        number = f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
+        lines.append(f"| {c['id']} | {number} | {c['verdict']} | {c['statement']} |")
+    for concept in runs.concepts:
+        before = runs.share(runs.arms[0], concept, "target detected before")
+        right = runs.share(runs.arms[0], concept, "unrelated right before")
+        lines += [
+            "",
+            f"## Erasing {concept}",
+            "",
+            f"Before: detected {before.short()}, unrelated prompts right {right.short()}.",
+            "",
+            "| arm | detected | target invalid | unrelated drop, points | neighbour drop, points | "
+            "invalid rise, points | paraphrases detected | cost to 95%, thousand | seconds | drift |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_row(runs, arm, concept) for arm in runs.arms if (arm, concept) in runs.finals]
+    lines += [
+        "",
+        "## Bringing the triangle back",
+        "",
+        "| arm | learned token | prompt embedding | relearning steps to 50% (at most 40) | detected at 4 / 8 / 14 / 50 "
+        "sampler steps | detected at adapter scale 0.5 / 0.75 / 1.25 / 1.5 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in runs.arms:
+        if all("attacks" in run for run in runs.finals[arm, "triangle"]):
+            lines.append(_attack_row(runs, arm))
+    lines += ["", "## Settings that the sweep chose", "", "| arm | swept | value | composites |", "|---|---|---|---|"]
+    for arm, records in runs.sweeps.items():
+        tried = ", ".join(f"{r['value']:g}: {_composite(r):.3f}" for r in sorted(records, key=lambda r: r["value"]))
+        lines.append(f"| {arm} | {records[0]['swept']} | {max(records, key=_composite)['value']:g} | {tried} |")
+    return "\n".join(lines) + "\n"
+
+
+def _row(runs: Runs, arm: str, concept: str) -> str:
+    records = runs.finals[arm, concept]
+    costs = [cost_to_erase(run) for run in records]
+    cost = f"{sum(c for c, _ in costs) / len(costs) / 1000:.1f}" if records[0]["trace"] and costs[0][0] else "0"
+    missed = sum(not reached for _, reached in costs)
+    words = [run["paraphrases"] for run in records]
+    said = wilson(sum(round(w["value"] * w["n"]) for w in words), sum(w["n"] for w in words))
+    drifts = [run["trace"][-1].get("drift") for run in records if run["trace"]]
+    drift = [d for d in drifts if d is not None]
+    cells = [
+        arm,
+        runs.share(arm, concept, "target detected").short(),
+        runs.share(arm, concept, "target invalid").short(),
+        *(
+            _plain(runs.mean(arm, concept, name))
+            for name in ("unrelated drop points", "neighbours drop points", "invalid rise points")
+        ),
+        said.short(),
+        cost + (f" ({missed} of {len(records)} never)" if missed else ""),
+        f"{sum(run['seconds'] for run in records) / len(records):.0f}",
+        f"{sum(drift) / len(drift):.3f}" if drift else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _attack_row(runs: Runs, arm: str) -> str:
+    attacks = [run["attacks"] for run in runs.finals[arm, "triangle"]]
+    steps = [a.get("relearning steps") for a in attacks]
+    few = [sum(a["detected by sampler steps"][k] for a in attacks) / len(attacks) for k in ("4", "8", "14", "50")]
+    cells = [
+        arm,
+        runs.attack(arm, "learned token").short(),
+        runs.attack(arm, "prompt embedding").short(),
+        ", ".join("-" if s is None else str(s) for s in steps),
+        " / ".join(f"{100 * x:.0f}%" for x in few),
+    ]
+    scales = [a.get("detected by adapter scale") for a in attacks]
+    if all(scales):
+        mean = [sum(s[k] for s in scales if s) / len(scales) for k in ("0.5", "0.75", "1.25", "1.5")]
+        cells.append(" / ".join(f"{100 * x:.0f}%" for x in mean))
+    else:
+        cells.append("no adapter")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _plain(interval: Interval) -> str:
+    return f"{interval.value:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"

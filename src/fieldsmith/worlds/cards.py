@@ -1,0 +1,27 @@
+"""A pipeline folder's card.json: what the model was trained on, and so which world can judge it.
+
+In: a model's name. Out: its world, or None where nobody here can judge its images.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from fieldsmith.worlds.shapes import ShapesWorld
+
+ZOO = pathlib.Path(__file__).parent.parent / "zoo"
+
+
+def card_of(name: str) -> dict[str, Any]:
+    """The card of a folder or a zoo model, {} where there is none."""
+    folder = ZOO / name.removeprefix("zoo:") if name.startswith("zoo:") else pathlib.Path(name)
+    file = folder / "card.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def world_of(name: str) -> ShapesWorld | None:
+    """The world that the card names."""
+    card = card_of(name)
+    return ShapesWorld(card["size"]) if card.get("world") == "shapes" else None

@@ -1,0 +1,125 @@
+"""Who may import whom, what stays light, and how long a file may be (design, section 3)."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import fieldsmith
+
+ROOT = pathlib.Path(fieldsmith.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(file: pathlib.Path) -> str:
+    parts = file.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(file: pathlib.Path) -> set[str]:
+    """Every module that a file imports, anywhere in it; 'from a import b' counts as a and as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write imports in full"
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+IMPORTS = {name_of(file): imports(file) for file in FILES}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def offenders(of: str, forbidden: tuple[str, ...], allowed: tuple[str, ...] = ()) -> list[str]:
+    """Imports by the modules of one package from forbidden ones."""
+    assert any(within(module, of) for module in IMPORTS), of
+    return [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        if within(module, of)
+        for name in sorted(names)
+        if any(within(name, package) for package in forbidden) and not any(within(name, free) for free in allowed)
+    ]
+
+
+def ours(*names: str) -> tuple[str, ...]:
+    return tuple(f"fieldsmith.{name}" for name in names)
+
+
+def outside(*names: str) -> tuple[str, ...]:
+    """Every room of fieldsmith but these."""
+    rooms = {module.split(".")[1] for module in IMPORTS if "." in module}
+    return ours(*sorted(rooms - set(names)))
+
+
+@pytest.mark.parametrize(
+    ("room", "may_use"),
+    [
+        ("errors", ()),
+        ("paths", ("errors",)),
+        ("samplers", ("errors", "paths")),
+        ("runs", ("errors",)),
+        ("training", ("errors", "runs")),
+        ("metrics", ("errors",)),
+        ("worlds", ("errors", "paths")),
+        ("models", ("errors", "paths", "samplers")),
+        ("preflight", ("errors", "models", "paths", "samplers")),
+        ("methods", ("errors", "models", "paths", "preflight", "runs", "samplers", "training")),
+        ("diagnose", ("errors", "metrics", "models", "paths", "samplers", "worlds")),
+    ],
+)
+def test_a_room_imports_only_rooms_below_it(room, may_use):
+    assert not offenders(f"fieldsmith.{room}", outside(room, *may_use))
+
+
+def test_methods_do_not_import_each_other():
+    methods = {f"fieldsmith.methods.{file.stem}" for file in (ROOT / "methods").iterdir() if file.stem[0] not in "._"}
+    for method in methods:
+        others = tuple(methods - {method})
+        free = ("fieldsmith.methods.align",) if method == "fieldsmith.methods.edit" else ()
+        assert not offenders(method, others, free)
+
+
+@pytest.mark.parametrize("module", sorted(m for m in IMPORTS if not within(m, "fieldsmith.models")))
+def test_only_models_import_diffusers_transformers_and_peft(module):
+    heavy = ("diffusers", "transformers", "peft")
+    assert not [name for name in IMPORTS[module] if any(within(name, library) for library in heavy)]
+
+
+def test_losses_know_no_model_optimiser_or_accelerator():
+    assert not offenders("fieldsmith.methods.erase.losses", ("fieldsmith", "accelerate", "torch.optim"))
+
+
+def test_what_help_needs_does_not_import_torch():
+    modules = ("", ".cli", ".errors", ".commands", ".commands.arguments", ".commands.erase", ".methods.erase.config")
+    lines = [f"import fieldsmith{module}" for module in modules]
+    script = "\n".join([*lines, "import sys", "print({'torch', 'diffusers', 'numpy'} & set(sys.modules) or 'light')"])
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert said.stdout.strip() == "light", said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_is_finished_and_of_readable_length(file):
+    text = file.read_text(encoding="utf-8")
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    assert len(text.splitlines()) <= 420
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_says_first_what_it_is_for(file):
+    assert file.name == "__main__.py" or ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def test_every_package_is_importable_as_one():
+    folders = {file.parent for file in FILES if file.parent != ROOT}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
