@@ -147,8 +147,10 @@ def _judged(page: Page, config: EraseConfig, world: Any, before: Sampler, after:
             page.before_after(f"{title}: {target}" if len(targets) > 1 else title, _pairs(e, group, target))
         rows = [(name, interval.short(), interval.n) for name, interval in n.items()]
         rows.append(("paraphrases detected", words.short(), words.n))
+        leak = detected(before, world, target, list(config.anchors), 2 * config.evaluate, config.seed + 8)
+        rows.append(("anchor leak: the anchor's own images, before, that show it", leak.short(), leak.n))
         page.table(f"Judged: {target}", ["measure", "value [95% interval]", "n"], rows)
-        found["concepts"][str(target)] = {**e.to_json(), "paraphrases detected": words.value}
+        found["concepts"][str(target)] = {**e.to_json(), "paraphrases detected": words.value, "anchor leak": leak.value}
         kept = [name for name in ("neighbours", "unrelated") if name in e.after]
         asked = [str(c) for name in kept for c in e.after[name].asked]
         old, new = (_cat([side[name].images for name in kept]) for side in (e.before, e.after))

@@ -274,7 +274,9 @@ def svg_of(figure: Figure, prefix: str) -> Markup:
     """The figure as SVG for the middle of a page: no date, no outside name, ids that no other figure has."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "fieldsmith", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        metadata = {"Date": None, "Creator": None}
+        # tight: the layout is computed at another resolution, and cut the first digit off wide labels
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata, bbox_inches="tight", pad_inches=0.06)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)

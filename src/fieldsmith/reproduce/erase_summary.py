@@ -16,6 +16,10 @@ import torch
 from fieldsmith.metrics.intervals import Interval, mean_interval, wilson
 from fieldsmith.runs import write_atomically
 
+ORDER = (
+    "gem", "gem+margin", "gem+retain", "gem+margin+retain", "esd", "concept-ablation", "eraseflow", "eraseanything",
+    "uce", "projection",
+)  # fmt: skip
 GEMS = ("gem", "gem+margin+retain")
 PAPER = "GEM, arXiv 2606.00140"
 
@@ -32,7 +36,7 @@ class Runs:
                 self.sweeps.setdefault(record["arm"], []).append(record)
             else:
                 self.finals.setdefault((record["arm"], record["concept"]), []).append(record)
-        self.arms = [arm for arm in dict.fromkeys(arm for arm, _ in self.finals)]
+        self.arms = sorted({arm for arm, _ in self.finals}, key=ORDER.index)
         self.concepts = [c for c in ("triangle", "red", "red triangle") if any(k[1] == c for k in self.finals)]
 
     def share(self, arm: str, concept: str, name: str) -> Interval:
@@ -57,6 +61,17 @@ class Runs:
 
 def _composite(run: dict[str, Any]) -> float:
     return float(run["evaluation"]["composite (ours)"])
+
+
+def choice(sweep: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cheapest run of a sweep whose composite is within 0.01, the evaluation's noise, of the best."""
+    best = max(_composite(run) for run in sweep)
+    return min((r for r in sweep if _composite(r) >= best - 0.01), key=lambda r: r["forward_equivalents"])
+
+
+def said(setting: dict[str, float]) -> str:
+    """A setting in words."""
+    return ", ".join(f"{key} {value:g}" for key, value in setting.items()) or "nothing to set"
 
 
 def cost_to_erase(run: dict[str, Any]) -> tuple[float, bool]:
@@ -99,25 +114,25 @@ def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any
         ("erase.paper_loss.", "gem", "GEM with the paper's loss, no margin, no retained prompts"),
     ):
         gone = runs.share(arm, "triangle", "target detected")
-        said = f"{label}: share of plain triangle prompts that still show one"
-        found.append(claim(f"{prefix}target_detected", said, gone, "share", below(gone, 0.05), extra))
+        words = f"{label}: share of plain triangle prompts that still show one"
+        found.append(claim(f"{prefix}target_detected", words, gone, "share", below(gone, 0.05), extra))
         for key, name in (
             ("unrelated_drop_points", "unrelated drop points"),
             ("invalid_rise_points", "invalid rise points"),
             ("neighbour_drop_points", "neighbours drop points"),
         ):
             change = runs.mean(arm, "triangle", name)
-            said = f"{label}, triangle erased: {name}"
-            found.append(claim(prefix + key, said, change, "points", below(change, 2.0), extra))
+            words = f"{label}, triangle erased: {name}"
+            found.append(claim(prefix + key, words, change, "points", below(change, 2.0), extra))
         token = runs.attack(arm, "learned token")
-        said = f"{label}: share of images that show a triangle again after a learned-token attack"
-        found.append(claim(f"{prefix}learned_token_attack", said, token, "share", below(token, 0.05), extra))
+        words = f"{label}: share of images that show a triangle again after a learned-token attack"
+        found.append(claim(f"{prefix}learned_token_attack", words, token, "share", below(token, 0.05), extra))
     for arm in ("esd", "eraseanything", "eraseflow"):
         ratio, missed = cost_ratio(runs, arm, "gem")
         note = f"; {missed} of {ratio.n} runs never got there, so this is a lower bound" if missed else ""
-        said = f"{arm}'s forward-equivalents to 95% erasure over GEM's with the paper's loss (paper: 5x){note}"
+        words = f"{arm}'s forward-equivalents to 95% erasure over GEM's with the paper's loss (paper: 5x){note}"
         verdict = "reproduced" if ratio.low >= 5 else "partly" if ratio.value > 1 else "not"
-        found.append(claim(f"erase.cost_ratio_{arm}", said, ratio, "ratio", verdict, extra))
+        found.append(claim(f"erase.cost_ratio_{arm}", words, ratio, "ratio", verdict, extra))
     return found
 
 
@@ -125,7 +140,7 @@ def summarise(folder: Path, seeds: Sequence[int], command: str) -> None:
     """Write summary.json, the plots and README.md."""
     runs = Runs(folder)
     listed = claims(runs, seeds, command)
-    chosen = {arm: {"swept": r[0]["swept"], "value": max(r, key=_composite)["value"]} for arm, r in runs.sweeps.items()}
+    chosen = {arm: choice(sweep)["setting"] for arm, sweep in runs.sweeps.items()}
     summary = {"claims": listed, "headline": runs.headline(), "chosen": chosen}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     pareto(runs, folder / "pareto.png")
@@ -189,9 +204,10 @@ def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
         f"Made by `{command}` from the files in `runs/`; not written by hand.",
         "",
         "Every run trains until a probe of 32 plain target prompts shows the concept in none of them, or until",
-        "30,000 forward-equivalents are spent. Each arm's setting is the best composite of three, on triangle and a",
-        "seed that no result uses. `gem` is the paper's loss; `+margin` and `+retain` are our options. Shares pool the",
-        "seeds' images (Wilson 95%), points are means over seeds (Student t). Invalid images count apart from erased.",
+        "25,000 forward-equivalents are spent. Each arm's setting is the cheapest within 0.01 of the best composite of",
+        "a small sweep (last table), on triangle and a seed that no result uses. `gem` is the paper's loss; `+margin`",
+        "and `+retain` are our options; every arm trains the layers where text enters. Shares pool the seeds' images",
+        "(Wilson 95%), points are means over seeds (Student t). Invalid images count apart from erased ones.",
         "",
         "![erasure against kept ability](pareto.png)",
         "",
@@ -230,10 +246,22 @@ def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
     for arm in runs.arms:
         if all("attacks" in run for run in runs.finals[arm, "triangle"]):
             lines.append(_attack_row(runs, arm))
-    lines += ["", "## Settings that the sweep chose", "", "| arm | swept | value | composites |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "## The sweep: triangle, a seed of its own",
+        "",
+        "| arm | setting | detected | invalid | unrelated right | neighbours right | ",
+    ]
+    lines[-1] += "composite (ours) | thousand forward-equivalents | chosen |"
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for arm, records in runs.sweeps.items():
-        tried = ", ".join(f"{r['value']:g}: {_composite(r):.3f}" for r in sorted(records, key=lambda r: r["value"]))
-        lines.append(f"| {arm} | {records[0]['swept']} | {max(records, key=_composite)['value']:g} | {tried} |")
+        for run in records:
+            names = ("target detected", "target invalid", "unrelated right", "neighbours right")
+            shares = [f"{100 * run['evaluation'][name]['value']:.0f}%" for name in names]
+            cost, mark = f"{run['forward_equivalents'] / 1000:.1f}", "yes" if run is choice(records) else ""
+            lines.append(
+                f"| {' | '.join([arm, said(run['setting']), *shares, f'{_composite(run):.3f}', cost, mark])} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -243,7 +271,7 @@ def _row(runs: Runs, arm: str, concept: str) -> str:
     cost = f"{sum(c for c, _ in costs) / len(costs) / 1000:.1f}" if records[0]["trace"] and costs[0][0] else "0"
     missed = sum(not reached for _, reached in costs)
     words = [run["paraphrases"] for run in records]
-    said = wilson(sum(round(w["value"] * w["n"]) for w in words), sum(w["n"] for w in words))
+    reworded = wilson(sum(round(w["value"] * w["n"]) for w in words), sum(w["n"] for w in words))
     drifts = [run["trace"][-1].get("drift") for run in records if run["trace"]]
     drift = [d for d in drifts if d is not None]
     cells = [
@@ -254,7 +282,7 @@ def _row(runs: Runs, arm: str, concept: str) -> str:
             _plain(runs.mean(arm, concept, name))
             for name in ("unrelated drop points", "neighbours drop points", "invalid rise points")
         ),
-        said.short(),
+        reworded.short(),
         cost + (f" ({missed} of {len(records)} never)" if missed else ""),
         f"{sum(run['seconds'] for run in records) / len(records):.0f}",
         f"{sum(drift) / len(drift):.3f}" if drift else "",

@@ -144,7 +144,7 @@ TINY: dict[str, dict[str, Any]] = {
 DEMO: dict[str, Any] = {
     "margin": 1.0,
     "retain": 3.0,
-    "stop_lambda": 0.9,
+    "budget": 4_400,
     "keep": (
         "a red shape", "a green shape", "a blue shape", "a yellow shape", "a colored circle", "a colored square",
         "a colored cross", "a colored ring", "a colored star", "",
