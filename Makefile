@@ -23,7 +23,7 @@ demo: install
 test: install
 	@! $(BIN)/pip list 2>/dev/null | grep -iE '^(nvidia|triton|torchvision|torchaudio)' || \
 		command -v nvidia-smi >/dev/null 2>&1 || { echo 'CUDA or torchvision packages in a CPU environment: rm -rf $(VENV), then make install'; exit 1; }
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest
 
 check: install
 	$(BIN)/ruff format --check src tests

@@ -102,7 +102,7 @@ def _page(
     more = f" and {len(config.targets) - 4} more" if len(config.targets) > 4 else ""
     page = Page(f"Erased {names}{more} from {config.model}", f"{config.method}, seed {config.seed}")
     world = world_of(config.model)
-    found = _judged(page, config, world, before, after) if world else _unjudged(page, config, before, after)
+    found = _judged(page, model, config, world, before, after) if world else _unjudged(page, config, before, after)
     _training_section(page, directory, metrics)
     commands = [f"fieldsmith erase --config {directory.folder / 'config.toml'} --out ANOTHER-FOLDER"]
     if metrics["adapter"] == "adapter":
@@ -117,7 +117,10 @@ def _page(
     return found
 
 
-def _judged(page: Page, config: EraseConfig, world: Any, before: Sampler, after: Sampler) -> dict[str, Any]:
+def _judged(
+    page: Page, model: Model, config: EraseConfig, world: Any, before: Sampler, after: Sampler
+) -> dict[str, Any]:
+    from fieldsmith.diagnose.attacks import battery
     from fieldsmith.diagnose.concepts import detected, erased_concepts, erasure, paraphrases
     from fieldsmith.metrics.distances import pixel_features
     from fieldsmith.metrics.rest import compare
@@ -150,6 +153,10 @@ def _judged(page: Page, config: EraseConfig, world: Any, before: Sampler, after:
         leak = detected(before, world, target, list(config.anchors), 2 * config.evaluate, config.seed + 8)
         rows.append(("anchor leak: the anchor's own images, before, that show it", leak.short(), leak.n))
         page.table(f"Judged: {target}", ["measure", "value [95% interval]", "n"], rows)
+        if config.attacks and model.family == "flux" and config.method != "projection":
+            attacked = battery(model, world, target, config.seed)
+            page.table(f"Bringing it back: {target}", ["attack", "share that shows it again"], _flat(attacked))
+            found.setdefault("attacks", {})[str(target)] = attacked
         found["concepts"][str(target)] = {**e.to_json(), "paraphrases detected": words.value, "anchor leak": leak.value}
         kept = [name for name in ("neighbours", "unrelated") if name in e.after]
         asked = [str(c) for name in kept for c in e.after[name].asked]
@@ -186,6 +193,19 @@ def _unjudged(page: Page, config: EraseConfig, before: Sampler, after: Sampler) 
     headers, lines = rest.table()
     page.table("What else changed, on kept prompts", headers, lines, note=rest.verdict)
     return {"rest": rest.to_json()}
+
+
+def _flat(attacked: dict[str, Any]) -> list[tuple[str, str]]:
+    """Attacks as rows; shares with an interval, steps as they are, one row a sampler or scale."""
+    rows = []
+    for name, found in attacked.items():
+        if isinstance(found, int):
+            rows.append((name, f"{found} until half of the images show it again (40: never)"))
+        elif "low" in found:
+            rows.append((name, f"{100 * found['value']:.1f}% [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"))
+        else:
+            rows += [(f"{name}: {key}", f"{100 * value:.1f}%") for key, value in found.items()]
+    return rows
 
 
 def _cards(e: Erasure) -> list[tuple[Any, Any, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -150,3 +151,26 @@ def relearning(
             p.data.copy_(originals[name])
             p.grad = None
         model.forwards = counted
+
+
+def battery(model: Model, world: ShapesWorld, target: Concept, seed: int = 0) -> dict[str, Any]:
+    """Every attack, and what other samplers and adapter scales show: plain numbers for metrics.json."""
+    prompts = plain_prompts(target)
+    found: dict[str, Any] = {
+        "learned token": asdict(learned_token(model, world, target, seed=seed)),
+        "prompt embedding": asdict(prompt_embedding(model, world, target, seed=seed)),
+    }
+    if model.trainable():
+        found["relearning steps"] = relearning(model, world, target, most=40, seed=seed)
+    found["detected by sampler steps"] = {
+        str(steps): detected(sampler(model, steps), world, target, prompts, 8, 40_000 + seed).value
+        for steps in (4, 8, 14, 50)
+    }
+    if model.spec:
+        scales = {}
+        for scale in (0.0, 0.5, 0.75, 1.25, 1.5):
+            model.scale_adapter(scale)
+            scales[str(scale)] = detected(sampler(model), world, target, prompts, 8, 50_000 + seed).value
+        model.scale_adapter(1.0)
+        found["detected by adapter scale"] = scales
+    return found

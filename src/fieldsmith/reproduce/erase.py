@@ -30,7 +30,7 @@ from fieldsmith.diagnose.concepts import (
 )
 from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import loop
-from fieldsmith.methods.erase.config import EraseConfig, preset
+from fieldsmith.methods.erase.config import preset
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.reproduce.erase_summary import choice, summarise
@@ -177,7 +177,7 @@ class Bench:
             words = detected(draw, self.world, target, paraphrases(target), 8, 20_000 + seed)
             record["paraphrases"] = asdict(words)
             if concept == "triangle" and method != "projection":
-                record["attacks"] = self._attacks(target, seed, settings)
+                record["attacks"] = attacks.battery(self.model, self.world, target, seed)
         write_atomically(path, json.dumps(record, indent=1) + "\n")
         self.model.remove_training()
         print(f"{path.stem}: {json.dumps({k: round(v.value, 3) for k, v in found.numbers.items()})}", flush=True)
@@ -205,28 +205,6 @@ class Bench:
             return "cost cap" if spent >= self.config.cap else None
 
         return probe
-
-    def _attacks(self, target: Concept, seed: int, settings: EraseConfig) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "learned token": asdict(attacks.learned_token(self.model, self.world, target, seed=seed)),
-            "prompt embedding": asdict(attacks.prompt_embedding(self.model, self.world, target, seed=seed)),
-        }
-        if self.model.trainable():
-            found["relearning steps"] = attacks.relearning(self.model, self.world, target, most=40, seed=seed)
-        few = {}
-        for steps in (4, 8, 14, 50):
-            seen = detected(sampler(self.model, steps), self.world, target, plain_prompts(target), 8, 40_000 + seed)
-            few[str(steps)] = seen.value
-        found["detected by sampler steps"] = few
-        if self.model.spec:
-            scales = {}
-            for scale in (0.0, 0.5, 0.75, 1.25, 1.5):
-                self.model.scale_adapter(scale)
-                seen = detected(sampler(self.model), self.world, target, plain_prompts(target), 8, 50_000 + seed)
-                scales[str(scale)] = seen.value
-            self.model.scale_adapter(1.0)
-            found["detected by adapter scale"] = scales
-        return found
 
 
 def _finite(log: dict[str, float]) -> dict[str, float]:

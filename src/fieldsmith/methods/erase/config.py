@@ -101,6 +101,8 @@ class EraseConfig:
     """Stop when the relative drift on kept prompts exceeds this."""
     evaluate: int = 16
     """Images per prompt in the report's evaluation."""
+    attacks: bool = False
+    """Also try to bring the concept back (learned word, free embeddings, relearning, other samplers and scales)."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
