@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
         command = importlib.import_module(f"fieldsmith.commands.{module}")
         getattr(command, verb)(words[1:])
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
     except InputError as error:
         return _say(str(error), 2)
     except RunError as error:

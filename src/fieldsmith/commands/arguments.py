@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import math
+import os
 import pathlib
 import tomllib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fieldsmith.errors import InputError, check_word
 
@@ -34,14 +39,54 @@ def peek(words: Sequence[str], flag: str) -> str | None:
 
 
 def parse(default: C, words: Sequence[str], verb: str, notes: str = "") -> C:
-    """The config with the flags applied; prints help or usage errors and exits (0 or 2) by itself."""
+    """The config with the flags applied; --help prints and exits. Raises InputError at what is no flag or no value."""
     import tyro
 
-    return tyro.cli(
-        type(default), default=default, args=list(words), prog=f"fieldsmith {verb}",
-        description=f"{(type(default).__doc__ or '').strip()}\n\n{notes}".strip(),
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )  # fmt: skip
+    fields = [field.name.replace("_", "-") for field in dataclasses.fields(default)]  # type: ignore[arg-type]
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag != "--help" and flag[2:].removeprefix("no-") not in fields:
+            check_word(flag, [f"--{name}" for name in fields], f"`fieldsmith {verb}`'s flags")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                type(default), default=default, args=list(words), prog=f"fieldsmith {verb}",
+                description=f"{(type(default).__doc__ or '').strip()}\n\n{notes}".strip(),
+                config=(tyro.conf.OmitSubcommandPrefixes,),
+            )  # fmt: skip
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise InputError(f"{_first_of_box(said.getvalue())}; see `fieldsmith {verb} --help`") from end
+
+
+def _first_of_box(text: str) -> str:
+    """tyro's own sentence, out of the box that it draws: what stands between the title and the next rule."""
+    lines = [line.strip("│| ") for line in text.strip().splitlines()[1:]]
+    rules = [not line.strip("─-+╭╮╰╯ ") for line in lines]
+    parts = itertools.groupby(zip(rules, lines, strict=True), key=lambda pair: pair[0])
+    said = next((" ".join(line for _, line in part) for rule, part in parts if not rule), "these words are no settings")
+    return said.rstrip(".").replace(". ", ", ")
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Raises InputError where one of the fields is set and below `least`, or not a number."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and (math.isnan(value) or value < least):
+            raise InputError(f"{name}={value} must be at least {least}")
+
+
+def check_out(out: pathlib.Path, folder: bool) -> None:
+    """Raises InputError where `out` cannot become a folder (or a file): it is the other one, or cannot be made."""
+    if folder and out.is_file():
+        raise InputError(f"out '{out}' is a file; name a folder")
+    if not folder and out.is_dir():
+        raise InputError(f"out '{out}' is a folder; name a file")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"out '{out}' cannot be made, '{above}' is not a folder that you may write to; name another")
 
 
 def from_file(path: str, kind: type[Any], verb: str) -> dict[str, Any]:
@@ -54,24 +99,29 @@ def from_file(path: str, kind: type[Any], verb: str) -> dict[str, Any]:
         raise InputError(f"config file '{path}' is not TOML: {error}") from error
     if settings.pop("verb", verb) != verb:
         raise InputError(f"config file '{path}' is of another verb; this is `fieldsmith {verb}`")
-    settings.pop("versions", None)
     known = {field.name: field for field in dataclasses.fields(kind)}
+    if settings.pop("versions", None):  # a run's own record, which leaves out what was None
+        settings = {name: None for name, field in known.items() if field.default is None} | settings
+    hints = get_type_hints(kind)
     for key, value in settings.items():
         check_word(key, tuple(known), f"{verb}'s settings (in '{path}')")
-        _check_type(path, key, value, str(known[key].type))
+        if value is not None and not _fits(value, hints[key]):
+            raise InputError(f"config file '{path}': {key} = {value!r} should be of type {known[key].type}")
+        if isinstance(value, str) and "Path" in str(known[key].type):
+            settings[key] = pathlib.Path(value)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
-def _check_type(path: str, key: str, value: Any, expected: str) -> None:
-    kinds: dict[str, Any] = {
-        "int": int,
-        "float": (int, float),
-        "str": str,
-        "bool": bool,
-        "tuple": list,
-        "Path": str,
-        "Literal": str,
-    }
-    fits = [kind for name, kind in kinds.items() if name in expected]
-    if fits and (not any(isinstance(value, k) for k in fits) or (isinstance(value, bool) and "bool" not in expected)):
-        raise InputError(f"config file '{path}': {key} = {value!r} should be of type {expected}")
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a TOML value can fill a field of this type."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inside
+    if origin is tuple:
+        many = inside[-1] is Ellipsis
+        each = inside[:1] * len(value) if many and isinstance(value, list) else inside
+        return isinstance(value, list) and len(value) == len(each) and all(map(_fits, value, each))
+    if inside:  # X | None
+        return any(_fits(value, option) for option in inside)
+    stored = {float: (int, float), pathlib.Path: (str,)}
+    return type(value) in stored.get(hint, (hint,))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from fieldsmith.commands import arguments
 from fieldsmith.commands.erase import configure, run
-from fieldsmith.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class DemoConfig:
 
 def demo(words: Sequence[str]) -> None:
     config = arguments.parse(DemoConfig(), list(words), "demo")
-    if config.out.is_file():
-        raise InputError(f"out '{config.out}' is a file; name a folder")
+    arguments.check_out(config.out, folder=True)
     flags = ["--targets", "triangle", "--anchors", "circle", "--out", str(config.out / "erase")]
     done = run(configure([*flags, "--preset", "demo"]))
     page = config.out / "index.html"

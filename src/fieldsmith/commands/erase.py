@@ -43,6 +43,7 @@ def run(config: EraseConfig) -> Run:
     check(config)
     if config.out is None:
         raise InputError("no out folder given; add --out DIR, e.g. --out runs/erase")
+    arguments.check_out(config.out, folder=True)
     from rich.console import Console
 
     from fieldsmith.methods.erase import loop
@@ -132,12 +133,13 @@ def _judged(
         e = erasure(before, after, world, target, config.evaluate, config.seed, others=targets)
         words = detected(after, world, target, paraphrases(target), config.evaluate, config.seed + 9)
         n = e.numbers
+        lost = n.get("unrelated drop points")  # nothing is unrelated to 'a colored shape'
         gone = n["target detected"].high < 0.5 and n["target invalid"].value < 0.1
-        well = n["unrelated drop points"].value <= 2 and n["invalid rise points"].value <= 2
+        well = (lost is None or lost.value <= 2) and n["invalid rise points"].value <= 2
         sentence = (
             f"'{target}' shows in {n['target detected'].short()} of images that ask for it "
             f"(before: {n['target detected before'].short()}); unrelated prompts: "
-            f"{n['unrelated drop points'].short()} lost, invalid images: {n['invalid rise points'].short()} more."
+            f"{lost.short() if lost else 'none'} lost, invalid images: {n['invalid rise points'].short()} more."
         )
         page.verdict(sentence, (gone and well) if gone == well else None)
         if place == 0:
@@ -147,6 +149,8 @@ def _judged(
             ("neighbours", "Near it"),
             ("unrelated", "The rest"),
         ):
+            if group not in e.after:
+                continue
             page.before_after(f"{title}: {target}" if len(targets) > 1 else title, _pairs(e, group, target))
         rows = [(name, interval.short(), interval.n) for name, interval in n.items()]
         rows.append(("paraphrases detected", words.short(), words.n))
@@ -159,6 +163,8 @@ def _judged(
             found.setdefault("attacks", {})[str(target)] = attacked
         found["concepts"][str(target)] = {**e.to_json(), "paraphrases detected": words.value, "anchor leak": leak.value}
         kept = [name for name in ("neighbours", "unrelated") if name in e.after]
+        if not kept:
+            continue
         asked = [str(c) for name in kept for c in e.after[name].asked]
         old, new = (_cat([side[name].images for name in kept]) for side in (e.before, e.after))
         rest = compare(old, new, asked, pixel_features(8), generator(config.seed, 0, stream=7))
@@ -182,7 +188,7 @@ def _unjudged(page: Page, config: EraseConfig, before: Sampler, after: Sampler) 
         rows.append(Pair(prompt, old, new))
     page.verdict("No judge knows this model's images: look at the pairs, drawn at equal seeds.", None, "Look")
     page.before_after("Before and after", rows)
-    kept = [prompt for prompt in (config.keep or ("",)) for _ in range(max(2, config.evaluate // 2))]
+    kept = [prompt for prompt in (config.keep or ("",)) for _ in range(max(4, config.evaluate // 2))]
     rest = compare(
         before(kept, config.seed),
         after(kept, config.seed),

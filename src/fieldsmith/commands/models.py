@@ -25,6 +25,10 @@ def pretrain(words: Sequence[str]) -> None:
     config = arguments.parse(ShapesFlux(), rest, f"pretrain {recipe}", "Also: --out DIR, the folder to write.")
     if out is None:
         raise InputError("no out folder given; add --out DIR, e.g. --out runs/shapes-flux")
+    counts = ("images", "heads", "vae_steps", "vae_batch", "steps", "batch", "threads")
+    arguments.at_least(config, 1, *counts)
+    arguments.at_least(config, 0, "vae_lr", "kl", "lr", "ema")
+    arguments.check_out(pathlib.Path(out), folder=True)
     train(config, pathlib.Path(out))
     print(f"pipeline: {pathlib.Path(out) / 'model'}")
 
@@ -57,8 +61,8 @@ def sample(words: Sequence[str]) -> None:
     config = arguments.parse(SampleConfig(), list(words), "sample")
     if not config.prompts:
         raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')
-    if min(config.each, config.steps) < 1:
-        raise InputError(f"each={config.each} and steps={config.steps} must both be at least 1")
+    arguments.at_least(config, 1, "each", "steps", "resolution")
+    arguments.check_out(config.out, folder=False)
     draw = _sampler(config)
     from fieldsmith.report.grid import save_grid
 
@@ -92,8 +96,13 @@ class EvaluateConfig:
 
 def evaluate(words: Sequence[str]) -> None:
     config = arguments.parse(EvaluateConfig(), list(words), "evaluate")
+    arguments.at_least(config, 1, "each", "steps", "resolution")
+    if config.out:
+        arguments.check_out(config.out, folder=False)
+    from fieldsmith.models import pipeline_folder
     from fieldsmith.worlds.cards import world_of
 
+    pipeline_folder(config.model)  # a name that is no model is refused as such
     world = world_of(config.model)
     if world is None:
         raise InputError(
@@ -130,9 +139,11 @@ def reproduce(words: Sequence[str]) -> None:
 
 
 def _first(words: Sequence[str], known: tuple[str, ...], verb: str, kind: str) -> tuple[str, list[str]]:
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
+        raise InputError(f"no name given after `fieldsmith {verb}`; {kind}: {', '.join(known)}")
+    if words[0] in ("-h", "--help"):
         print(f"usage: fieldsmith {verb} NAME [--field value ...]; {kind}: {', '.join(known)}")
-        raise SystemExit(0 if words else 2)
+        raise SystemExit(0)
     check_word(words[0], known, f"the {kind}")
     return words[0], list(words[1:])
 

@@ -73,7 +73,7 @@ def neighbours(target: Concept) -> list[Concept]:
 def groups(target: Concept, others: Sequence[Concept] = ()) -> dict[str, list[Concept]]:
     """All trained compositions in three groups: target, neighbours, unrelated; `others` are erased too, so left out."""
     shown = [c for c in concepts() if (c.colour, c.shape) != HELD_OUT]
-    erased = [c for c in shown if target.contains(c)]
+    erased = [c for c in shown if target.contains(c)] or [c for c in concepts() if target.contains(c)]  # the held out
     kept = [c for c in shown if not any(other.contains(c) for other in (target, *others))]
     near = [c for c in neighbours(target) if c in kept]
     return {"target": erased, "neighbours": near, "unrelated": [c for c in kept if c not in near]}
@@ -176,6 +176,8 @@ def erasure(
         numbers[f"{name} drop points"] = paired_difference(new[name].right(), old[name].right())
     every_new, every_old = (torch.cat([~a.seen.valid for a in side.values()]) for side in (new, old))
     numbers["invalid rise points"] = paired_difference(every_old, every_new)
+    if not kept:  # nothing else than the target is left to ask for
+        return Erasure(numbers, {}, old, new)
     kept_new, kept_old = (torch.cat([side[k].images for k in kept]) for side in (new, old))
     labels_new, labels_old = (torch.cat([side[k].labels() for k in kept]) for side in (new, old))
     features, size = pixel_features(8), len(SHAPES) * len(COLOURS) + 1

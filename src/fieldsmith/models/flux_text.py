@@ -17,7 +17,7 @@ from torch import Tensor
 def text_inputs(model: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """What each prompt feeds to the text projections: {module name: (prompts, in)}; the last word's row of T5."""
     condition = model.encode(prompts)
-    last = torch.tensor([len(words) - 1 for words in word_positions(model, prompts)])
+    last = torch.tensor([max(0, len(words) - 1) for words in word_positions(model, prompts)])
     return {
         "context_embedder": condition.parts["embeds"][torch.arange(len(prompts)), last],
         "time_text_embed.text_embedder.linear_1": condition.parts["pooled"],

@@ -179,18 +179,23 @@ def check(config: EraseConfig) -> None:
     for target, anchor in pairs(config):
         if " ".join(target.lower().split()) == " ".join(anchor.lower().split()):
             raise InputError(f"target '{target}' is its own anchor; name another anchor")
-    first, last = config.window
-    if not (0 if not config.official_pairing else 1) <= first <= last <= config.steps - 1:
-        raise InputError(f"window {first}..{last} does not fit {config.steps} sampler steps; use 1..{config.steps - 1}")
     positive = ("budget", "batch", "steps", "chunk", "rank", "evaluate")
     for name in positive:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)} must be at least 1")
+    first, last = config.window
+    if not (0 if not config.official_pairing else 1) <= first <= last <= config.steps - 1:
+        raise InputError(f"window {first}..{last} does not fit {config.steps} sampler steps; use 1..{config.steps - 1}")
     for name in ("lr", "gamma", "uce_lambda", "noise_level"):
         if not getattr(config, name) > 0:
             raise InputError(f"{name}={getattr(config, name)} must be above 0")
-    for name in ("eta", "margin", "retain"):
-        if getattr(config, name) < 0:
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"dropout={config.dropout} must be in [0, 1)")
+    for name in ("alpha", "resolution"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise InputError(f"{name}={getattr(config, name)} must be above 0")
+    for name in ("eta", "margin", "retain", "weight_decay"):
+        if not getattr(config, name) >= 0:
             raise InputError(f"{name}={getattr(config, name)} must not be negative")
 
 

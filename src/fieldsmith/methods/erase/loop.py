@@ -136,7 +136,7 @@ def _states_per_step(config: EraseConfig) -> int:
 
 
 @torch.no_grad()
-def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 14) -> float:
+def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> float:
     """Mean relative velocity distance to the reference on kept prompts; not counted as cost."""
     counted = model.forwards
     some = kept[torch.arange(0, len(kept.t), every)]
@@ -168,9 +168,7 @@ def _prepare(model: Model, config: EraseConfig, encoded: list[Pair]) -> Tensor:
     if config.full:
         model.unfreeze(config.subset)
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)  # peft draws its A matrices from the global generator
-            model.adapt(LoraSpec(config.subset, config.rank, config.alpha, config.dropout))
+        model.adapt(LoraSpec(config.subset, config.rank, config.alpha, config.dropout, config.seed))
     return base
 
 

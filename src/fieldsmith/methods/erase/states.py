@@ -83,9 +83,10 @@ def single(model: Model, condition: Condition, config: EraseConfig, generator: t
 
 
 @torch.no_grad()
-def kept_states(model: Model, config: EraseConfig, generator: torch.Generator, rollouts: int = 16) -> Kept:
+def kept_states(model: Model, config: EraseConfig, generator: torch.Generator) -> Kept:
     """All states of reference rollouts under the kept prompts in turn; Euler's own differences are the velocities."""
     prompts = config.keep or ("",)
+    rollouts = max(16, len(prompts))
     condition = model.encode([prompts[i % len(prompts)] for i in range(rollouts)])
     with model.reference():
         field = lambda x, t: model.predict(x, t, condition, config.loss_guidance)  # noqa: E731

@@ -1,0 +1,381 @@
+"""The command line: exit codes, one sentence for what is wrong, precedence, resuming, and one erasure end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fieldsmith import __version__, training
+from fieldsmith.cli import VERBS, main
+from fieldsmith.commands.erase import configure
+from fieldsmith.methods.erase import losses
+from fieldsmith.methods.erase.config import preset
+
+PAIR = ["--targets", "triangle", "--anchors", "circle"]
+# a run of twelve cheap steps on the tiny random Flux of conftest
+TINY = [
+    "erase", "--targets", "red circle", "--anchors", "blue circle", "--preset", "tiny", "--steps", "6", "--window", "1",
+    "3", "--batch", "1", "--budget", "60", "--evaluate", "2",
+]  # fmt: skip
+
+
+def refused(capsys: Any, *words: str, says: str) -> None:
+    """The command ends with code 2 and one sentence that matches."""
+    assert main([str(word) for word in words]) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("fieldsmith: ") and sentence.count("\n") == 1, sentence
+    assert not re.search(r"[.!] [A-Z]|Traceback", sentence), sentence
+    assert re.search(says, sentence), sentence
+
+
+# answers at once
+
+
+def test_help_is_quick_and_does_not_import_torch():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = subprocess.run([sys.executable, "-X", "importtime", "-m", "fieldsmith", "--help"], capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5
+    assert all(verb in said.stdout for verb in VERBS)
+    assert not re.search(r"\| +(torch|numpy|diffusers|tyro)$", said.stderr, re.M)
+
+
+def test_version_of_the_module():
+    said = subprocess.run([sys.executable, "-m", "fieldsmith", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"], *[[verb, "--help"] for verb in VERBS],
+                                   ["reproduce", "erase", "--help"]], ids=" ".join)  # fmt: skip
+def test_help_is_success(capsys, words):
+    assert main(words) == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["erasse"], "'erasse'.*did you mean 'erase'"),
+        (["erase", "--targets", "triangel", "--anchors", "circle"], "'triangel'.*did you mean 'triangle'"),
+        (["erase", "--targets", "triangle", "--anchors", "cirlce"], "'cirlce'.*did you mean 'circle'"),
+        (["erase", *PAIR, "--keep", "a rde star"], "'rde'.*did you mean 'red'"),
+        (["erase", "--targets", "triangle", "--anchors", " Triangle"], "'triangle' is its own anchor; name another"),
+        (["erase", "--targets", "ring", "star", "cross", "--anchors", "circle", "square"], "3 targets and 2 anchors; "),
+        (["erase", "--anchors", "circle"], "no target given; .*--targets"),
+        (["erase", "--targets", "triangle"], "no anchor given; .*--anchors"),
+        (["erase", *PAIR, "--preset", "papre"], "preset 'papre' is unknown; known: paper"),
+        (["erase", *PAIR, "--method", "gme"], "method 'gme' is unknown; known: gem"),
+        (["erase", *PAIR, "--subset", "heads"], "'heads' is unknown.*known: qk_dual"),
+        (["erase", *PAIR, "--model", "zoo:shape-flux"], "'zoo:shape-flux' is not in the zoo; known: zoo:shapes-flux"),
+        (["erase", *PAIR, "--model", "nowhere"], "the folder 'nowhere' does not exist; give"),
+        (["erase", *PAIR, "--budgt", "3"], "'--budgt'.*did you mean '--budget'"),
+        (["erase", *PAIR, "--budget", "many"], "--budget.*'many'"),
+        (["erase", *PAIR, "--budget"], "--budget.*--help"),
+        (["erase", *PAIR, "stray", "--budget", "3", "word"], "word"),
+        (["erase", *PAIR, "--timestep-weight", "tp"], "'tp'.*'uniform', 'tb'"),
+        (["erase", *PAIR, "--config"], "--config needs a value"),
+        (["erase", *PAIR, "--config", "absent.toml"], "'absent.toml' cannot be read"),
+        (["erase", *PAIR, "--window", "1", "28"], "window 1..28 does not fit 28 sampler steps; use 1..27"),
+        (["erase", *PAIR, "--window", "5", "4"], "window 5..4"),
+        (["erase", *PAIR, "--window", "1"], "--window"),
+        (["erase", *PAIR, "--budget", "0"], "budget=0 must be at least 1"),
+        (["erase", *PAIR, "--batch", "-1"], "batch=-1"),
+        (["erase", *PAIR, "--steps", "0"], "steps=0 must be at least 1"),
+        (["erase", *PAIR, "--evaluate", "0"], "evaluate=0"),
+        (["erase", *PAIR, "--lr", "0"], "lr=0.0 must be above 0"),
+        (["erase", *PAIR, "--eta", "nan"], "eta=nan"),
+        (["erase", *PAIR, "--retain", "-2"], "retain=-2.0"),
+        (["erase", *PAIR, "--weight-decay", "-1"], "weight_decay=-1.0"),
+        (["erase", *PAIR, "--dropout", "1.5"], "dropout=1.5"),
+        (["erase", *PAIR, "--alpha", "0"], "alpha=0.0"),
+        (["erase", *PAIR, "--resolution", "-32"], "resolution=-32"),
+        (["erase", *PAIR, "--resolution", "33"], "resolution 33 is not a multiple"),
+        (["pretrain", "shapes-flix"], "'shapes-flix'.*did you mean 'shapes-flux'"),
+        (["pretrain", "shapes-flux", "--steps", "0"], "steps=0"),
+        (["pretrain", "shapes-flux", "--stepz", "3"], "did you mean '--steps'"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    place = 2 if words[0] == "pretrain" else 1
+    refused(capsys, *words[:place], "--out", "run", *words[place:], says=says)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["erase", *PAIR], "no out folder given; add --out"),
+        (["pretrain", "shapes-flux"], "no out folder given; add --out"),
+        (["pretrain"], "no name given.*shapes-flux"),
+        (["reproduce"], "no name given.*erase"),
+        (["reproduce", "ease"], "'ease'.*did you mean 'erase'"),
+        (["reproduce", "erase", "--images", "0"], "images=0"),
+        (["sample"], "no prompt given; .*--prompts"),
+        (["sample", "--prompts", "a rde star"], "'rde'.*did you mean 'red'"),
+        (["sample", "--prompts", "star", "--each", "0"], "each=0"),
+        (["sample", "--prompts", "star", "--out", "."], "out '.' is a folder"),
+        (["sample", "--prompts", "star", "--adapter", "gone"], "'gone' holds no LoRA"),
+        (["evaluate", "--steps", "0"], "steps=0"),
+        (["evaluate", "--model", "zoo:nothing"], "'zoo:nothing' is not in the zoo"),
+        (["evaluate", "--model", "some/model"], "no judge knows the images of 'some/model'.*use a zoo model"),
+        (["demo", "--uot", "here"], "did you mean '--out'"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)  # fmt: skip
+def test_other_bad_input_is_one_sentence_too(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, *words, says=says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_hold_no_pipeline_of_ours(capsys, tmp_path, flux_folder):
+    out, broken = tmp_path / "run", tmp_path / "model"
+
+    def refuses(says: str) -> None:
+        refused(capsys, "erase", *PAIR, "--model", broken, "--out", out, says=says)
+        assert not out.exists()
+
+    broken.mkdir()
+    refuses("is not a diffusers pipeline folder: it has no model_index.json")
+    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    refuses("StableDiffusionPipeline, which is not supported; supported: FluxPipeline")
+    shutil.rmtree(broken)
+    shutil.copytree(flux_folder, broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refuses("diffusion_pytorch_model.bin, which is not safetensors.*convert it")
+
+
+def test_an_out_that_is_taken(capsys, tmp_path, flux_folder):
+    taken, file = tmp_path / "taken", tmp_path / "file"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("x")
+    file.write_text("x")
+    refused(capsys, "erase", *PAIR, "--out", taken, says="'.*taken' holds other files; name one")
+    refused(capsys, "erase", *PAIR, "--out", file, says="is a file; name a folder")
+    refused(capsys, "erase", *PAIR, "--out", file / "run", says="cannot be made.*name another")
+    refused(capsys, "sample", "--prompts", "star", "--out", file / "a.png", says="cannot be made")
+    (taken / "thesis.tex").rename(taken / "config.toml")
+    (taken / "config.toml").write_text('verb = "erase"\nseed = 4\n')
+    refused(capsys, "erase", *PAIR, "--out", taken, says="holds another run .*seed.*differ.*; name a new folder")
+    assert [f.name for f in taken.iterdir()] == ["config.toml"] and file.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("budgte = 3", "'budgte'.*did you mean 'budget'"),
+        ("budget = = 3", "is not TOML"),
+        ('verb = "sample"', "is of another verb"),
+        ('budget = "3"', "budget = '3' should be of type int"),
+        ("budget = true", "budget = True should be of type int"),
+        ("budget = 1.5", "budget = 1.5 should be of type int"),
+        ('targets = "triangle"', "targets = 'triangle' should be of type tuple"),
+        ("targets = [1]", "targets"),
+        ("window = [1, 2, 3]", "window"),
+        ("window = 3", "window"),
+        ('timestep_weight = "tp"', "timestep_weight = 'tp'"),
+        ('method = "gme"', "method"),
+        ("full = 1", "full"),
+        ("model = 3", "model"),
+        ("lr = -1", "lr=-1"),
+    ],
+)
+def test_bad_config_files(capsys, tmp_path, text, says):
+    file = tmp_path / "my.toml"
+    file.write_text(text)
+    refused(capsys, "erase", *PAIR, "--config", file, "--out", tmp_path / "run", says=says)
+    assert not (tmp_path / "run").exists()
+
+
+# where settings come from
+
+
+def test_flags_overrule_the_file_and_the_file_the_preset(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text('budget = 7\nrank = 3\nkeep = ["star"]\nlr = 1\nout = "here"')
+    config = configure([*PAIR, "--preset", "demo", "--config", str(file), "--rank=5"])
+    demo = preset("demo")
+    assert (config.budget, config.rank, config.keep, config.lr) == (7, 5, ("star",), 1)
+    assert (config.margin, config.batch, config.out) == (demo.margin, demo.batch, pathlib.Path("here"))
+
+
+def test_the_model_chooses_the_preset_and_the_method_its_numbers(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text('method = "esd"\n')
+    assert configure([]) == preset("tiny")
+    assert configure(["--model", "org/flux"]) == replace(preset("paper"), model="org/flux")
+    assert configure(["--config", str(file)]) == preset("tiny", "esd")
+    assert configure(["--config", str(file), "--method", "uce"]) == preset("tiny", "uce")
+
+
+def test_a_runs_own_config_repeats_it(tmp_path):
+    from fieldsmith.runs import Run
+
+    words = [*PAIR, "--preset", "paper", "--method", "eraseflow", "--alpha", "None", "--keep", "star", ""]
+    config = configure(words)
+    Run(tmp_path / "run", "erase", config).begin()
+    file = str(tmp_path / "run" / "config.toml")
+    assert config.alpha is None and preset("paper", "eraseflow").alpha == 64
+    assert configure(["--config", file]) == config
+    assert configure(["--config", file, "--seed", "3"]) == replace(config, seed=3)
+
+
+# failure and interruption
+
+
+def test_nan_in_training_is_code_3_and_the_last_checkpoint_stays(capsys, tmp_path, flux_folder, monkeypatch):
+    hinge, calls = losses.erase_loss, []
+
+    def breaking(*args: Any) -> Any:
+        calls.append(1)
+        return hinge(*args) * (math.nan if len(calls) > 1 + 12 else 1)  # one call is the preflight's
+
+    monkeypatch.setattr(losses, "erase_loss", breaking)
+    out = tmp_path / "run"
+    assert main([*TINY, "--model", str(flux_folder), "--out", str(out)]) == 3
+    said = capsys.readouterr().err
+    assert "fieldsmith: the loss became nan at step 12; lower the learning rate" in said and "Traceback" not in said
+    (last,) = (out / "checkpoints").iterdir()
+    assert last.name == "step-00000010"
+    assert all(torch.isfinite(p).all() for p in load_file(last / "weights.safetensors").values())
+    assert not (out / "adapter").exists() and not (out / "metrics.json").exists()
+
+
+def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys, tmp_path, flux_folder, monkeypatch):
+    gradient, calls = training._gradient, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return gradient(*args)
+
+    words = [*TINY, "--model", str(flux_folder), "--dropout", "0.3"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    cut = [*words, "--out", str(tmp_path / "cut")]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_gradient", interrupted)
+        assert main(cut) == 130
+    assert "the same command resumes it" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "adapter").exists()
+    assert main(cut) == 0
+    whole, resumed = (
+        load_file(tmp_path / name / "adapter" / "pytorch_lora_weights.safetensors") for name in ("whole", "cut")
+    )
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(20))
+    page = (tmp_path / "cut" / "report.html").read_text()
+    assert "No judge knows" in page
+
+    written = (tmp_path / "cut" / "metrics.json").stat().st_mtime_ns
+    assert main(cut) == 0
+    assert "this run is complete" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "cut" / "metrics.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device", "weights"),
+                                   RuntimeError("CUDA out of memory")], ids=repr)  # fmt: skip
+def test_a_machine_that_gives_out_is_code_3(capsys, tmp_path, flux_folder, monkeypatch, error):
+    def breaking(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(training, "_gradient", breaking)
+    assert main([*TINY, "--model", str(flux_folder), "--out", str(tmp_path / "run")]) == 3
+    assert "last good checkpoint stays" in capsys.readouterr().err
+
+
+# the whole of it
+
+
+@pytest.fixture(scope="module")
+def erased(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The triangle erased from the zoo's model."""
+    out = tmp_path_factory.mktemp("runs") / "no-triangle"
+    assert main(["erase", "--preset", "demo", *PAIR, "--budget", "2640", "--evaluate", "8", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_demo_erases_the_triangle_and_little_else(erased):
+    metrics = json.loads((erased / "metrics.json").read_text())
+    found = metrics["concepts"]["triangle"]
+    assert found["target detected before"]["value"] > 0.8
+    assert found["target detected"]["value"] <= 0.1
+    assert found["unrelated drop points"]["value"] <= 5
+    assert {f.name for f in erased.iterdir()} == {
+        "config.toml", "metrics.jsonl", "metrics.json", "checkpoints", "adapter", "report.html"
+    }  # fmt: skip
+
+
+def test_its_page_loads_nothing_from_elsewhere(erased):
+    page = (erased / "report.html").read_text()
+    assert "triangle" in page and "data:image" in page
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(["']?https?:|<script[^>]+src""", page)
+
+
+def test_plain_diffusers_draws_the_same_with_the_adapter(erased):
+    import diffusers
+
+    from fieldsmith.diagnose.concepts import sampler
+    from fieldsmith.models import load, load_adapter, pipeline_folder
+
+    ours = load("zoo:shapes-flux")
+    load_adapter(ours, erased / "adapter")
+    prompt = "a red triangle"
+    image = sampler(ours, steps=28)([prompt], 5)[0]
+    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder("zoo:shapes-flux"))
+    pipe.set_progress_bar_config(disable=True)
+    draw = {"prompt": prompt, "num_inference_steps": 28, "height": 32, "width": 32, "output_type": "pt",
+            "max_sequence_length": ours.text_length, "guidance_scale": 1.0}  # fmt: skip
+    before = pipe(**draw, generator=torch.Generator().manual_seed(5)).images[0]
+    pipe.load_lora_weights(str(erased / "adapter"))
+    theirs = pipe(**draw, generator=torch.Generator().manual_seed(5)).images[0]
+    assert (theirs - image).abs().max() < 1e-3
+    assert (before - image).abs().max() > 0.1
+
+
+def test_sample_draws_a_grid_with_and_without_the_adapter(capsys, tmp_path, erased):
+    words = ["sample", "--prompts", "a red triangle", "a blue ring", "--each", "3", "--steps", "6", "--out"]
+    assert main([*words, str(tmp_path / "base.png")]) == 0
+    assert main([*words, str(tmp_path / "in" / "erased.png"), "--adapter", str(erased / "adapter")]) == 0
+    assert "6 images" in capsys.readouterr().out
+    base, changed = (Image.open(tmp_path / name) for name in ("base.png", "in/erased.png"))
+    assert base.format == "PNG" and base.size == changed.size == (3 * (128 + 2) + 2, 2 * (128 + 2) + 2)
+    assert base.tobytes() != changed.tobytes()
+
+
+def test_evaluate_writes_its_table(capsys, tmp_path):
+    assert main(["evaluate", "--each", "1", "--steps", "6", "--out", str(tmp_path / "numbers.json")]) == 0
+    rows = json.loads((tmp_path / "numbers.json").read_text())
+    assert rows["all trained"]["n"] == 23 and 0 <= rows["triangle"]["low"] <= rows["triangle"]["value"] <= 1
+    assert "all trained" in capsys.readouterr().out
+
+
+def test_evaluate_needs_a_world(capsys, flux_folder):
+    refused(capsys, "evaluate", "--model", flux_folder, says="no judge knows.*no card.json.*use a zoo model")
+
+
+def test_an_erasure_with_nothing_unrelated_is_judged_too(tmp_path):
+    words = ["erase", "--targets", "shape", "--anchors", "circle", "--budget", "11", "--batch", "1", "--evaluate", "1"]
+    assert main([*words, "--steps", "12", "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
