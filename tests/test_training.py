@@ -275,7 +275,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(tmp_path, 
     with pytest.raises(RunError, match="at step 12; lower the learning rate"):
         fit(parameters, losses, PLAN, begun(tmp_path / "run"))
     assert torch.equal(parameters["b"], seen[-1])
-    assert left_behind(tmp_path / "run")["name"] == "step-00000010"
+    assert left_behind(tmp_path / "run")["name"] == "step-00000012"
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_moves():

@@ -104,8 +104,8 @@ def fit(
                 progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
                 if writes and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
                     _save(writes, done, parameters, optimizer, ema, stopped)
-        except KeyboardInterrupt:
-            if writes and whole:
+        except (KeyboardInterrupt, RunError):  # a loss that is not finite is found before parameters move
+            if writes and whole and done > first:
                 _save(writes, done, parameters, optimizer, ema, stopped)
             raise
     if ema:

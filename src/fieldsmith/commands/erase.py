@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fieldsmith.report.page import Page
     from fieldsmith.runs import Run
 
-GROUPS = {"target": "What was asked for, and is gone", "neighbours": "Near it", "unrelated": "The rest"}
+GROUPS = {"target": "What was asked for", "neighbours": "Near it", "unrelated": "The rest"}
 NOTES = """Also: --preset tiny|demo|paper|paper-gore|paper-sd3 (default: tiny for zoo models, else paper) sets the
 fields below, --config FILE.toml (such as a run's config.toml) sets them again, and flags come last."""
 
@@ -63,11 +63,12 @@ def run(config: EraseConfig) -> Run:
     from fieldsmith.diagnose.concepts import sampler
 
     changed: Any = loop.Projected(model, config) if config.method == "projection" else model
-    after = sampler(changed, config.steps, config.rollout_guidance)
+    steps = max(28, config.steps)  # every method is judged with the same sampler
+    after = sampler(changed, steps, config.rollout_guidance)
 
     def before(prompts: Sequence[str], seed: int) -> Any:
         with model.reference():
-            return sampler(model, config.steps, config.rollout_guidance)(prompts, seed)
+            return sampler(model, steps, config.rollout_guidance)(prompts, seed)
 
     metrics: dict[str, Any] = {
         "method": config.method,
@@ -134,7 +135,7 @@ def _judged(
         words = detected(after, world, target, paraphrases(target), config.evaluate, config.seed + 9)
         n = e.numbers
         lost = n.get("unrelated drop points")  # nothing is unrelated to 'a colored shape'
-        gone = n["target detected"].high < 0.5 and n["target invalid"].value < 0.1
+        gone = n["target detected"].value < 0.05 and n["target invalid"].value <= 0.05
         well = (lost is None or lost.value <= 2) and n["invalid rise points"].value <= 2
         sentence = (
             f"'{target}' shows in {n['target detected'].short()} of images that ask for it "
@@ -145,7 +146,7 @@ def _judged(
         if place == 0:
             page.numbers(_cards(e), "At a glance")
         for group, title in (
-            ("target", "What was asked for, and is gone"),
+            ("target", "What was asked for"),
             ("neighbours", "Near it"),
             ("unrelated", "The rest"),
         ):

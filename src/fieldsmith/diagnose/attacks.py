@@ -37,8 +37,8 @@ def _frozen(model: Model) -> Iterator[None]:
 
 
 def _flow_loss(model: Model, x_0: Tensor, condition: Condition, draws: torch.Generator) -> Tensor:
-    eps = torch.randn(x_0.shape, generator=draws)
-    t = torch.rand(len(x_0), generator=draws)
+    eps = torch.randn(x_0.shape, generator=draws).to(x_0)
+    t = torch.rand(len(x_0), generator=draws).to(x_0)
     velocity = model.predict(noised(model.path, x_0, eps, t), t, condition).velocity
     return (velocity - (eps - x_0)).square().mean()
 

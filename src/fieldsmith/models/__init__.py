@@ -31,6 +31,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
     """The model in a pipeline folder, under a hub id ('org/name') or in the zoo ('zoo:shapes-flux').
 
     `resolution` is the side of its images where it is not the family's default, `dtype` that of its weights (float32).
+    It comes on the GPU where there is one.
     Raises InputError, in a sentence with the mend, at anything that is not a whole pipeline of a known family in
     safetensors.
     """
@@ -51,6 +52,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
             )
+            pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
     if family == "flux":

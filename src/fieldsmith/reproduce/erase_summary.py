@@ -21,23 +21,26 @@ ORDER = (
     "uce", "projection",
 )  # fmt: skip
 GEMS = ("gem", "gem+margin+retain")
+CONCEPTS = ("triangle", "red", "red triangle")
+EVERYWHERE = [arm for arm in ORDER if arm not in ("gem+margin", "gem+retain")]  # those two are triangle's only
 PAPER = "GEM, arXiv 2606.00140"
 
 
 class Runs:
     """The final runs by arm and concept, the sweep's by arm."""
 
-    def __init__(self, folder: Path):
-        records = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    def __init__(self, folder: Path, seeds: Sequence[int]):
         self.finals: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.sweeps: dict[str, list[dict[str, Any]]] = {}
-        for path, record in zip(sorted((folder / "runs").glob("*.json")), records, strict=True):
+        for path in sorted((folder / "runs").glob("*.json")):
+            record = json.loads(path.read_text())
             if "_sweep-" in path.stem:
                 self.sweeps.setdefault(record["arm"], []).append(record)
-            else:
+            elif record["seed"] in seeds:
                 self.finals.setdefault((record["arm"], record["concept"]), []).append(record)
         self.arms = sorted({arm for arm, _ in self.finals}, key=ORDER.index)
-        self.concepts = [c for c in ("triangle", "red", "red triangle") if any(k[1] == c for k in self.finals)]
+        whole = [c for c in CONCEPTS if all(len(self.finals.get((arm, c), ())) == len(seeds) for arm in EVERYWHERE)]
+        self.concepts = whole
 
     def share(self, arm: str, concept: str, name: str) -> Interval:
         """A share pooled over the seeds' images, Wilson."""
@@ -45,15 +48,27 @@ class Runs:
         return wilson(sum(round(x["value"] * x["n"]) for x in numbers), sum(x["n"] for x in numbers))
 
     def mean(self, arm: str, concept: str, name: str) -> Interval:
-        """A mean over the seeds, Student t."""
-        return mean_interval(torch.tensor([run["evaluation"][name]["value"] for run in self.finals[arm, concept]]))
+        """A mean over the seeds; the wider of Student's t over them and of the seeds' own paired intervals combined.
+
+        Three seeds that happen to agree would else claim a certainty that their images do not give.
+        """
+        found = [run["evaluation"][name] for run in self.finals[arm, concept]]
+        over_seeds = mean_interval(torch.tensor([x["value"] for x in found]))
+        half = math.sqrt(sum(((x["high"] - x["low"]) / 2) ** 2 for x in found)) / len(found)
+        half = max(half, over_seeds.high - over_seeds.value)
+        return Interval(over_seeds.value, over_seeds.value - half, over_seeds.value + half, len(found))
+
+    def spent(self, arm: str) -> float:
+        """Mean forward-equivalents of the arm's triangle runs."""
+        records = self.finals[arm, "triangle"]
+        return sum(run["forward_equivalents"] for run in records) / len(records)
 
     def attack(self, arm: str, name: str) -> Interval:
         numbers = [run["attacks"][name] for run in self.finals[arm, "triangle"]]
         return wilson(sum(round(x["value"] * x["n"]) for x in numbers), sum(x["n"] for x in numbers))
 
     def headline(self) -> str:
-        """The GEM arm that its sweep chose: the best composite over the four arms' best settings."""
+        """The GEM arm that its sweep chose: the better composite of the two arms' chosen settings."""
         return max(
             (arm for arm in GEMS if arm in self.sweeps), key=lambda arm: max(_composite(r) for r in self.sweeps[arm])
         )
@@ -64,7 +79,7 @@ def _composite(run: dict[str, Any]) -> float:
 
 
 def choice(sweep: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cheapest run of a sweep whose composite is within 0.01, the evaluation's noise, of the best."""
+    """The cheapest run of a sweep whose composite is within 0.01 (about one image of its evaluation) of the best."""
     best = max(_composite(run) for run in sweep)
     return min((r for r in sweep if _composite(r) >= best - 0.01), key=lambda r: r["forward_equivalents"])
 
@@ -82,16 +97,17 @@ def cost_to_erase(run: dict[str, Any]) -> tuple[float, bool]:
     return float(run["forward_equivalents"]), False
 
 
-def cost_ratio(runs: Runs, arm: str, headline: str) -> tuple[Interval, int]:
-    """Geometric mean over concepts and seeds of the arm's cost over GEM's, and how many of its runs never got there."""
-    logs, missed = [], 0
+def cost_ratio(runs: Runs, arm: str, headline: str) -> tuple[Interval, int, int]:
+    """Geometric mean over concepts and seeds of the arm's cost over GEM's; how many runs of each never got there."""
+    logs, missed, base_missed = [], 0, 0
     for concept in runs.concepts:
         for theirs, ours in zip(runs.finals[arm, concept], runs.finals[headline, concept], strict=True):
-            (cost, reached), (base, _) = cost_to_erase(theirs), cost_to_erase(ours)
+            (cost, reached), (base, got) = cost_to_erase(theirs), cost_to_erase(ours)
             missed += not reached
+            base_missed += not got
             logs.append(math.log(cost / base))
     spread = mean_interval(torch.tensor(logs))
-    return Interval(math.exp(spread.value), math.exp(spread.low), math.exp(spread.high), spread.n), missed
+    return Interval(math.exp(spread.value), math.exp(spread.low), math.exp(spread.high), spread.n), missed, base_missed
 
 
 def claim(name: str, statement: str, found: Interval, unit: str, verdict: str, extra: dict[str, Any]) -> dict[str, Any]:
@@ -106,15 +122,14 @@ def below(found: Interval, aim: float) -> str:
 
 def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
     best = runs.headline()
-    spent = sum(r["forward_equivalents"] for r in runs.finals[best, "triangle"]) / len(seeds)
-    extra = {"seeds": list(seeds), "command": command, "forward_equivalents": spent}
     found = []
     for prefix, arm, label in (
         ("erase.", best, f"GEM at its chosen setting ({best})"),
         ("erase.paper_loss.", "gem", "GEM with the paper's loss, no margin, no retained prompts"),
     ):
+        extra = {"seeds": list(seeds), "command": command, "forward_equivalents": runs.spent(arm)}
         gone = runs.share(arm, "triangle", "target detected")
-        words = f"{label}: share of plain triangle prompts that still show one"
+        words = f"{label}: share of plain triangle prompts that still show one (aim: below 0.05)"
         found.append(claim(f"{prefix}target_detected", words, gone, "share", below(gone, 0.05), extra))
         for key, name in (
             ("unrelated_drop_points", "unrelated drop points"),
@@ -122,23 +137,25 @@ def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any
             ("neighbour_drop_points", "neighbours drop points"),
         ):
             change = runs.mean(arm, "triangle", name)
-            words = f"{label}, triangle erased: {name}"
+            words = f"{label}, triangle erased: {name} (aim: at most 2)"
             found.append(claim(prefix + key, words, change, "points", below(change, 2.0), extra))
         token = runs.attack(arm, "learned token")
-        words = f"{label}: share of images that show a triangle again after a learned-token attack"
+        words = f"{label}: share of images that show a triangle after a learned-token attack (robust: below 0.05)"
         found.append(claim(f"{prefix}learned_token_attack", words, token, "share", below(token, 0.05), extra))
-    for arm in ("esd", "eraseanything", "eraseflow"):
-        ratio, missed = cost_ratio(runs, arm, "gem")
-        note = f"; {missed} of {ratio.n} runs never got there, so this is a lower bound" if missed else ""
+    for arm in ("esd", "eraseanything", "eraseflow", "concept-ablation"):
+        extra = {"seeds": list(seeds), "command": command, "forward_equivalents": runs.spent(arm)}
+        ratio, missed, base_missed = cost_ratio(runs, arm, "gem")
+        note = f"; {missed} of its {ratio.n} runs never got there and count with all they spent" if missed else ""
+        note += f"; {base_missed} of GEM's never did and count likewise" if base_missed else ""
         words = f"{arm}'s forward-equivalents to 95% erasure over GEM's with the paper's loss (paper: 5x){note}"
-        verdict = "reproduced" if ratio.low >= 5 else "partly" if ratio.value > 1 else "not"
+        verdict = "reproduced" if ratio.low >= 5 else "partly" if ratio.low > 1 else "not"
         found.append(claim(f"erase.cost_ratio_{arm}", words, ratio, "ratio", verdict, extra))
     return found
 
 
 def summarise(folder: Path, seeds: Sequence[int], command: str) -> None:
     """Write summary.json, the plots and README.md."""
-    runs = Runs(folder)
+    runs = Runs(folder, seeds)
     listed = claims(runs, seeds, command)
     chosen = {arm: choice(sweep)["setting"] for arm, sweep in runs.sweeps.items()}
     summary = {"claims": listed, "headline": runs.headline(), "chosen": chosen}
@@ -204,10 +221,19 @@ def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
         f"Made by `{command}` from the files in `runs/`; not written by hand.",
         "",
         "Every run trains until a probe of 32 plain target prompts shows the concept in none of them, or until",
-        "25,000 forward-equivalents are spent. Each arm's setting is the cheapest within 0.01 of the best composite of",
-        "a small sweep (last table), on triangle and a seed that no result uses. `gem` is the paper's loss; `+margin`",
-        "and `+retain` are our options; every arm trains the layers where text enters. Shares pool the seeds' images",
-        "(Wilson 95%), points are means over seeds (Student t). Invalid images count apart from erased ones.",
+        "25,000 forward-equivalents are spent. Each arm's setting is the cheapest within 0.01 of the best composite",
+        "of a small sweep (last table), on triangle and a seed that no result uses. `gem` is the paper's loss;",
+        "`+margin` and `+retain` are our options. All arms train the layers where text enters; the paper's own choice,",
+        "q and k of the dual-stream blocks, is in the sweep only, where it broke the rest before it erased. Plain",
+        "target prompts are also training prompts; paraphrases are not, and neither are the kept compositions.",
+        "",
+        "Shares pool the seeds' images (Wilson 95%); points are means over seeds, with the wider of Student's t and",
+        "the paired interval. Invalid images count apart from erased ones. Seconds include the probes. The projection",
+        "costs nothing to train, and two more forwards a pair at every sampler step (11 times the sampling, here).",
+        "",
+        "Known limits: the best learning rate of ESD, EraseFlow and concept ablation is the sweep's lowest, so lower",
+        "ones may keep more; concept ablation's bank holds 4 images a pair at batch 1 (released: 1,000); EraseAnything",
+        "runs without synonyms, and its keyword is the whole target prompt.",
         "",
         "![erasure against kept ability](pareto.png)",
         "",
@@ -231,8 +257,9 @@ def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
             f"Before: detected {before.short()}, unrelated prompts right {right.short()}.",
             "",
             "| arm | detected | target invalid | unrelated drop, points | neighbour drop, points | "
-            "invalid rise, points | paraphrases detected | cost to 95%, thousand | seconds | drift |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "invalid rise, points | paraphrases detected | cost to 95%, thousand | seconds | "
+            "Fréchet, 8x8 pixels, kept | composite (ours) |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_row(runs, arm, concept) for arm in runs.arms if (arm, concept) in runs.finals]
     lines += [
@@ -268,12 +295,11 @@ def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
 def _row(runs: Runs, arm: str, concept: str) -> str:
     records = runs.finals[arm, concept]
     costs = [cost_to_erase(run) for run in records]
-    cost = f"{sum(c for c, _ in costs) / len(costs) / 1000:.1f}" if records[0]["trace"] and costs[0][0] else "0"
-    missed = sum(not reached for _, reached in costs)
+    cost = f"{sum(c for c, _ in costs) / len(costs) / 1000:.1f}"
+    missed = sum(not reached for _, reached in costs) if records[0]["steps"] else 0
     words = [run["paraphrases"] for run in records]
     reworded = wilson(sum(round(w["value"] * w["n"]) for w in words), sum(w["n"] for w in words))
-    drifts = [run["trace"][-1].get("drift") for run in records if run["trace"]]
-    drift = [d for d in drifts if d is not None]
+    distance = [run["evaluation"]["distances"]["frechet, 8x8 pixels, kept prompts"] for run in records]
     cells = [
         arm,
         runs.share(arm, concept, "target detected").short(),
@@ -285,7 +311,8 @@ def _row(runs: Runs, arm: str, concept: str) -> str:
         reworded.short(),
         cost + (f" ({missed} of {len(records)} never)" if missed else ""),
         f"{sum(run['seconds'] for run in records) / len(records):.0f}",
-        f"{sum(drift) / len(drift):.3f}" if drift else "",
+        f"{sum(distance) / len(distance):.3f}",
+        f"{sum(map(_composite, records)) / len(records):.3f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -298,7 +325,7 @@ def _attack_row(runs: Runs, arm: str) -> str:
         arm,
         runs.attack(arm, "learned token").short(),
         runs.attack(arm, "prompt embedding").short(),
-        ", ".join("-" if s is None else str(s) for s in steps),
+        ", ".join("-" if s is None else "never" if s >= 40 else str(s) for s in steps),
         " / ".join(f"{100 * x:.0f}%" for x in few),
     ]
     scales = [a.get("detected by adapter scale") for a in attacks]

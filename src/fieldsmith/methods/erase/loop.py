@@ -278,7 +278,7 @@ def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[L
                 states.append(x)
         on_target = []
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-            said = model.predict(states[k], t, pair.target, config.loss_guidance)
+            said = model.predict(states[k], t, pair.target, config.rollout_guidance)  # as the anchor's, to cancel
             on_target.append(log_prob(said, states[k + 1], t_next))
         loss = L.flow_balance(torch.stack(on_target), torch.stack(on_anchor), log_z, config.beta).mean()
         log["log_z"] = log_z.item()
@@ -290,8 +290,9 @@ def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[L
 def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
     """EraseAnything: negative guidance and attention on even steps, preservation on odd ones (3.4).
 
-    Mended: the teacher is frozen, states match their times, irrelevant words are the kept prompts, and the
-    flow-matching part of preservation sees kept prompts (on the concept it would teach the concept back).
+    Mended: the teacher is frozen, states match their times, irrelevant words are the kept prompts, and preservation
+    regresses the reference's velocity on kept prompts, the mean of flow matching on its images (on images of the
+    concept, as released, it would teach the concept back). The keyword is the whole target prompt.
     """
     from fieldsmith.models.flux_text import attention_maps, word_positions
 

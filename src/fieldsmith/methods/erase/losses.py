@@ -55,8 +55,8 @@ def square_loss(student: Tensor, goal: Tensor) -> Tensor:
 def flow_balance(log_forward: Tensor, log_anchor: Tensor, log_z: Tensor, beta: float) -> Tensor:
     """EraseFlow's squared trajectory balance, (batch,): (sum_k [log p(c) - log p(anchor)] + log Z - beta)^2.
 
-    Log-probabilities (steps, batch) are means over a state's numbers. The released Flux code drops the second term,
-    which leaves the Gaussians' constants in the residual and its sign to chance; here they cancel.
+    Log-probabilities (steps, batch) are means over a state's numbers. The second term is our mend: the released Flux
+    code has log p(c) alone, which leaves the Gaussians' constants in the residual and its sign to chance.
     """
     return ((log_forward - log_anchor).sum(0) + log_z - beta).square()
 
