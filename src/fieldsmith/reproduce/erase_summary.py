@@ -123,9 +123,11 @@ def below(found: Interval, aim: float) -> str:
 def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
     best = runs.headline()
     found = []
+    labels = {"gem": "the paper's loss", "gem+margin+retain": "our margin and retained prompts"}
+    other = next(arm for arm in GEMS if arm != best)
     for prefix, arm, label in (
-        ("erase.", best, f"GEM at its chosen setting ({best})"),
-        ("erase.paper_loss.", "gem", "GEM with the paper's loss, no margin, no retained prompts"),
+        ("erase.", best, f"GEM at its chosen setting ({labels[best]})"),
+        ("erase.other_loss.", other, f"GEM with {labels[other]}"),
     ):
         extra = {"seeds": list(seeds), "command": command, "forward_equivalents": runs.spent(arm)}
         gone = runs.share(arm, "triangle", "target detected")
@@ -144,10 +146,10 @@ def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any
         found.append(claim(f"{prefix}learned_token_attack", words, token, "share", below(token, 0.05), extra))
     for arm in ("esd", "eraseanything", "eraseflow", "concept-ablation"):
         extra = {"seeds": list(seeds), "command": command, "forward_equivalents": runs.spent(arm)}
-        ratio, missed, base_missed = cost_ratio(runs, arm, "gem")
+        ratio, missed, base_missed = cost_ratio(runs, arm, best)
         note = f"; {missed} of its {ratio.n} runs never got there and count with all they spent" if missed else ""
         note += f"; {base_missed} of GEM's never did and count likewise" if base_missed else ""
-        words = f"{arm}'s forward-equivalents to 95% erasure over GEM's with the paper's loss (paper: 5x){note}"
+        words = f"{arm}'s forward-equivalents to 95% erasure over GEM's ({labels[best]}; paper: 5x){note}"
         verdict = "reproduced" if ratio.low >= 5 else "partly" if ratio.low > 1 else "not"
         found.append(claim(f"erase.cost_ratio_{arm}", words, ratio, "ratio", verdict, extra))
     return found
