@@ -22,7 +22,6 @@ ORDER = (
 )  # fmt: skip
 GEMS = ("gem", "gem+margin+retain")
 CONCEPTS = ("triangle", "red", "red triangle")
-EVERYWHERE = [arm for arm in ORDER if arm not in ("gem+margin", "gem+retain")]  # those two are triangle's only
 PAPER = "GEM, arXiv 2606.00140"
 
 
@@ -38,9 +37,10 @@ class Runs:
                 self.sweeps.setdefault(record["arm"], []).append(record)
             elif record["seed"] in seeds:
                 self.finals.setdefault((record["arm"], record["concept"]), []).append(record)
+        # an arm counts for a concept once all its seeds are there
+        self.finals = {key: records for key, records in self.finals.items() if len(records) == len(seeds)}
         self.arms = sorted({arm for arm, _ in self.finals}, key=ORDER.index)
-        whole = [c for c in CONCEPTS if all(len(self.finals.get((arm, c), ())) == len(seeds) for arm in EVERYWHERE)]
-        self.concepts = whole
+        self.concepts = [c for c in CONCEPTS if all((arm, c) in self.finals for arm in GEMS)]
 
     def share(self, arm: str, concept: str, name: str) -> Interval:
         """A share pooled over the seeds' images, Wilson."""
@@ -100,7 +100,7 @@ def cost_to_erase(run: dict[str, Any]) -> tuple[float, bool]:
 def cost_ratio(runs: Runs, arm: str, headline: str) -> tuple[Interval, int, int]:
     """Geometric mean over concepts and seeds of the arm's cost over GEM's; how many runs of each never got there."""
     logs, missed, base_missed = [], 0, 0
-    for concept in runs.concepts:
+    for concept in (c for c in runs.concepts if (arm, c) in runs.finals):
         for theirs, ours in zip(runs.finals[arm, concept], runs.finals[headline, concept], strict=True):
             (cost, reached), (base, got) = cost_to_erase(theirs), cost_to_erase(ours)
             missed += not reached
@@ -182,7 +182,7 @@ def pareto(runs: Runs, path: Path) -> None:
             if (arm, concept) in runs.finals:
                 axis.plot(*_points(runs.finals[arm, concept]), label=arm, **style)
         axis.set_title(f"erased: {concept}")
-        axis.set_xlabel("erased: neither detected nor invalid, % of target prompts")
+        axis.set_xlabel("erased (neither detected nor invalid), %")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("unrelated prompts right, % of before")
     axes[0].legend(fontsize=7)
