@@ -62,7 +62,8 @@ def test_the_same_settings_are_taken_again(tmp_path):
 def test_where_a_run_lies_is_not_one_of_its_settings(tmp_path):
     begun(tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / "moved")
-    Run(tmp_path / "moved", "erase", Settings(out=tmp_path / "moved"))
+    again = Run(tmp_path / "moved", "erase", Settings(out=tmp_path / "moved"))
+    assert "out" not in again.settings and again.settings["verb"] == "erase"
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -81,7 +82,8 @@ def test_other_versions_of_packages_do_not_hinder_resuming(tmp_path):
     begun(tmp_path)
     file = tmp_path / "config.toml"
     file.write_text(file.read_text().replace('python = "', 'python = "0.'))
-    Run(tmp_path, "erase", Settings())
+    assert 'python = "0.' in file.read_text()
+    assert Run(tmp_path, "erase", Settings()).folder == tmp_path
 
 
 # files

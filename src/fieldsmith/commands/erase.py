@@ -145,11 +145,7 @@ def _judged(
         page.verdict(sentence, (gone and well) if gone == well else None)
         if place == 0:
             page.numbers(_cards(e), "At a glance")
-        for group, title in (
-            ("target", "What was asked for"),
-            ("neighbours", "Near it"),
-            ("unrelated", "The rest"),
-        ):
+        for group, title in GROUPS.items():
             if group not in e.after:
                 continue
             page.before_after(f"{title}: {target}" if len(targets) > 1 else title, _pairs(e, group, target))

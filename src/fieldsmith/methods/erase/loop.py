@@ -17,7 +17,7 @@ from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
 from fieldsmith.methods.erase.config import EraseConfig, check, pairs
 from fieldsmith.models.core import Condition, LoraSpec, Model
-from fieldsmith.paths import Prediction, noised
+from fieldsmith.paths import Prediction, RectifiedFlow, noised
 from fieldsmith.runs import Run
 from fieldsmith.samplers import flow_sde_step, gaussian_step
 from fieldsmith.training import Fit, Losses, Optimisation, fit, generator
@@ -51,21 +51,13 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     Raises InputError before anything is trained (settings, prompts, preflight), RunError if training breaks.
     """
     check(config)
-    if model.path.__class__.__name__ != "RectifiedFlow":
+    if not isinstance(model.path, RectifiedFlow):
         raise InputError(f"{model.name} is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev")
     encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
     model.encode(config.keep or [""])  # unknown words are refused now
     spent = model.forwards
     if config.method in ("uce", "projection"):
-        _separations(model, config, encoded)
-        model.forwards = spent
-        if run:
-            run.begin()
-        if config.method == "uce":
-            _closed_form(model, config)
-        if probe:
-            probe(0, {})
-        return Result(0, 0.0, model.forwards - spent, "closed form" if config.method == "uce" else "training-free")
+        return _untrained(model, config, encoded, run, probe)
 
     base = _prepare(model, config, encoded)
     model.forwards = spent
@@ -127,6 +119,20 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     history = run.history() if run else []
     cost = int(history[-1]["forwards"]) if history else model.forwards - spent
     return Result(done.steps, done.seconds, cost, done.stopped)
+
+
+def _untrained(model: Model, config: EraseConfig, encoded: list[Pair], run: Run | None, probe: Probe | None) -> Result:
+    """UCE and the projection: no steps, and no forwards of the network."""
+    spent = model.forwards
+    _separations(model, config, encoded)
+    model.forwards = spent
+    if run:
+        run.begin()
+    if config.method == "uce":
+        _closed_form(model, config)
+    if probe:
+        probe(0, {})
+    return Result(0, 0.0, 0, "closed form" if config.method == "uce" else "training-free")
 
 
 def _states_per_step(config: EraseConfig) -> int:
