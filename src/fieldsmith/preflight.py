@@ -57,9 +57,9 @@ def separation(anchor: Tensor, target: Tensor, names: str) -> Check:
 
 
 def gradients(model: Model, loss: Tensor) -> list[Check]:
-    """Gradient reaches every trainable layer and nothing else. A LoRA's A has none at the start, where B is 0."""
+    """Gradient reaches every trainable layer and nothing else; behind a layer of zeros there is none at the start."""
     loss.backward()
-    trained = {name: p for name, p in model.trainable().items() if "lora_A" not in name}
+    trained = {name: p for name, p in model.trainable().items() if model.DORMANT not in name}
     dead = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
     strays = [n for n, p in model.network.named_parameters() if not p.requires_grad and p.grad is not None]
     for p in model.network.parameters():

@@ -17,7 +17,7 @@ from torch import Tensor
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving
 
 Field = Callable[[Tensor, Tensor], Prediction]
-Sde = Literal["flow-sde", "dance-sde", "cps", "ddim"]
+Sde = Literal["flow-sde", "dance-sde", "cps", "ddim", "ddim-uniform"]
 
 
 def flow_grid(steps: int, shift: float = 1.0) -> Tensor:
@@ -70,12 +70,31 @@ def euler(said: Prediction, t_next: Tensor) -> Tensor:
 
 
 def ddim_step(said: Prediction, t_next: Tensor, eta: float) -> Gaussian:
-    """DDIM from t to t': mean alpha' x_0 + sqrt(sigma'^2 - s^2) eps, deviation s = eta * the DDPM posterior's."""
+    """DDIM from t to t': mean alpha' x_0 + sqrt(sigma'^2 - s^2) eps, deviation s = eta * the posterior's given x_0.
+
+    On any path s = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2); eta = 1 is DDPM's step, which forgets its
+    start by t = 1 (memoryless) on rectified flow too.
+    """
     path, x = said.path, said.x_t
     alpha, sigma = _dim(path.alpha(said.t), x), _dim(path.sigma(said.t), x)
     alpha_next, sigma_next = _dim(path.alpha(t_next), x), _dim(path.sigma(t_next), x)
-    deviation = eta * sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
+    kept = alpha * sigma_next / (alpha_next * sigma)
+    deviation = eta * sigma_next * (1 - kept**2).clamp(min=0).sqrt()
     mean = alpha_next * said.x_0 + (sigma_next**2 - deviation**2).clamp(min=0).sqrt() * said.eps
+    return Gaussian(mean, deviation)
+
+
+def ddim_uniform_step(said: Prediction, t_next: Tensor, weight: float) -> Gaussian:
+    """DDIM whose deviation s solves (c1 + c2) / s = weight at every step (RSM notes, 4.3: uwsigma, weight 4.5).
+
+    c1 = sigma alpha' / alpha and c2 = sqrt(sigma'^2 - s^2) are what eps weighs in x_0's place and on its own.
+    """
+    path, x = said.path, said.x_t
+    c1 = _dim(path.sigma(said.t) * path.alpha(t_next) / path.alpha(said.t), x)
+    alpha_next, sigma2_next = _dim(path.alpha(t_next), x), _dim(path.sigma(t_next), x) ** 2
+    room = (sigma2_next * (weight**2 + 1) - c1**2).clamp(min=0).sqrt()
+    deviation = torch.minimum((weight * c1 + room) / (weight**2 + 1), sigma2_next.sqrt())
+    mean = alpha_next * said.x_0 + (sigma2_next - deviation**2).clamp(min=0).sqrt() * said.eps
     return Gaussian(mean, deviation)
 
 
@@ -172,4 +191,6 @@ def gaussian_step(sde: Sde, said: Prediction, t_next: Tensor, noise_level: float
         return dance_sde_step(said, t_next, noise_level)
     if sde == "cps":
         return cps_step(said, t_next, noise_level)
+    if sde == "ddim-uniform":
+        return ddim_uniform_step(said, t_next, noise_level)
     return ddim_step(said, t_next, noise_level)

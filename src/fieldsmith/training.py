@@ -45,6 +45,7 @@ class Optimisation:
     clip: float | None = None  # largest gradient norm
     ema: float | None = None  # decay of the weights that are kept
     checkpoint_every: int = 50
+    block: int = 1  # steps that share what the first of them drew: checkpoints fall between blocks only
     seed: int = 0
 
 
@@ -105,7 +106,7 @@ def fit(
                 if writes and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
                     _save(writes, done, parameters, optimizer, ema, stopped)
         except (KeyboardInterrupt, RunError):  # a loss that is not finite is found before parameters move
-            if writes and whole and done > first:
+            if writes and whole and done > first and done % optimisation.block == 0:
                 _save(writes, done, parameters, optimizer, ema, stopped)
             raise
     if ema:

@@ -65,6 +65,7 @@ class Model:
 
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
+    DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
     path: Path
     pipeline: Any
     network: Any  # an nn.Module with diffusers' config, whose fields no checker knows

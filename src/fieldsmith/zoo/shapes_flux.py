@@ -1,4 +1,4 @@
-"""The recipe of zoo:shapes-flux: a real Flux pipeline of about a million parameters that draws the shapes world.
+"""The recipe of zoo:shapes-flux and its small, half-trained sister: real Flux pipelines that draw the shapes world.
 
 First its VAE (32 pixels to 8 x 8 x 8 latents, so 16 tokens), then transformer and text encoders together.
 `fieldsmith pretrain shapes-flux --out DIR` repeats it: about an hour on one core.
@@ -41,14 +41,14 @@ class ShapesFlux:
     threads: int = 1
 
 
-def train(config: ShapesFlux, folder: pathlib.Path) -> Flux:
+def train(config: ShapesFlux, folder: pathlib.Path, name: str = "shapes-flux") -> Flux:
     """Train from nothing, resumably; the pipeline is in folder/model."""
     torch.set_num_threads(config.threads)
     run, vae_run = Run(folder / "flow", "pretrain", config), Run(folder / "vae", "pretrain", config)
     for part in (run, vae_run):
         part.begin()
     model = Flux(
-        flux_pipeline(VOCABULARY, vae_channels=(8, 16, 32), heads=config.heads, seed=config.seed), "zoo:shapes-flux"
+        flux_pipeline(VOCABULARY, vae_channels=(8, 16, 32), heads=config.heads, seed=config.seed), f"zoo:{name}"
     )
     data = ShapesWorld(model.resolution).sample(config.images, config.seed)
     vae = model.pipeline.vae
@@ -102,27 +102,27 @@ def train(config: ShapesFlux, folder: pathlib.Path) -> Flux:
     for part in parts.values():
         part.requires_grad_(False)
     model.save(folder / "model")
-    write_card(model, config, folder / "model")
+    write_card(model, config, folder / "model", name)
     return model
 
 
-def write_card(model: Flux, config: ShapesFlux, folder: pathlib.Path, each: int = 32) -> None:
+def write_card(model: Flux, config: ShapesFlux, folder: pathlib.Path, name: str, each: int = 32) -> None:
     """card.json (which world judges it, what made it, what it scores) and the same in words, README.md."""
     world = ShapesWorld(model.resolution)
     rows = by_attribute(ask(sampler(model, 28), world, concepts(), each, seed=1))
-    numbers = {name: {"value": x.value, "low": x.low, "high": x.high, "n": x.n} for name, x in rows.items()}
+    numbers = {k: {"value": x.value, "low": x.low, "high": x.high, "n": x.n} for k, x in rows.items()}
     card = {
         "world": "shapes",
         "size": model.resolution,
-        "command": "fieldsmith pretrain shapes-flux --out DIR",
+        "command": f"fieldsmith pretrain {name} --out DIR",
         "settings": plain(config),
         "parameters": sum(p.numel() for p in model.network.parameters()),
         "judged right, 28 steps": numbers,
     }
     write_atomically(folder / "card.json", json.dumps(card, indent=1) + "\n")
-    table = [f"| {name} | {interval} |" for name, interval in rows.items()]
+    table = [f"| {k} | {interval} |" for k, interval in rows.items()]
     lines = [
-        "# zoo:shapes-flux",
+        f"# zoo:{name}",
         "",
         f"A FluxPipeline with a transformer of {card['parameters']:,} parameters that draws one coloured shape on",
         f"grey, {model.resolution} pixels. Trained by fieldsmith on its own procedural shapes world; Apache-2.0.",

@@ -1,0 +1,206 @@
+"""One collection: rollouts of the current policy, their rewards, and what follows for every row.
+
+In: a Setting, an epoch. Out: a Batch of rows with advantages (zeroth order) or guidance in score units (first order).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fieldsmith.methods.align import guidance as G
+from fieldsmith.methods.align import losses as L
+from fieldsmith.methods.align.auxiliary import Auxiliary
+from fieldsmith.methods.align.config import REGRESSIONS
+from fieldsmith.methods.align.rollouts import Rollout, Rows, soft_returns
+from fieldsmith.methods.align.setting import Setting
+from fieldsmith.paths import noised
+from fieldsmith.samplers import euler, gaussian_step
+from fieldsmith.training import generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One collection: rows with what their estimator makes of the rewards."""
+
+    rollout: Rollout
+    rewards: Tensor  # (m,) of endpoints, as given
+    advantage: Tensor  # (n,); zeros where the estimator is a regression
+    returns: Tensor | None = None  # (n,) rewards by row over alpha, for critics
+    guidance: Tensor | None = None  # (n, ...) in score units
+    ends: Tensor | None = None  # (n, ...) clean states by row, for the value's own loss
+
+    def __getitem__(self, at: Tensor) -> Batch:
+        some = [None if part is None else part[at] for part in (self.returns, self.guidance, self.ends)]
+        return Batch(replace(self.rollout, rows=self.rollout.rows[at]), self.rewards, self.advantage[at], *some)
+
+
+def collect(setting: Setting, helper: Auxiliary | None, epoch: int, log: dict[str, float]) -> Batch:
+    """Roll out the current policy, judge it, and estimate; no gradient reaches the weights."""
+    config = setting.config
+    draws = generator(config.seed, epoch, stream=5)
+    prompt = choose(setting, draws)
+    x = setting.model.noise(len(prompt), draws)
+    if config.shared_noise:
+        x = x[torch.arange(len(x)) // config.rollouts * config.rollouts]
+    rollout = setting.roll(x, prompt, draws)
+    rewards = setting.judge(rollout.x_0, rollout.prompt)
+    log["reward"], log["reward deviation"] = rewards.mean().item(), rewards.std(correction=0).item()
+    log["reward calls"] = float(len(rewards))
+    if config.estimator in ("nft", "awm"):
+        return renoised(setting, rollout, rewards, draws, log)
+    kept = torch.arange(len(rollout.rows))
+    if config.train_steps:
+        kept = thinned(rollout, config.train_steps, draws)
+    if config.estimator in REGRESSIONS:
+        return regression(setting, rollout, rewards, kept)
+    return policy(setting, helper, rollout, rewards, kept, log)
+
+
+def choose(setting: Setting, draws: torch.Generator) -> Tensor:
+    """The prompt of each root, (prompts_per_epoch * rollouts,): prompts without repeats as far as there are enough."""
+    order = torch.randperm(len(setting.prompts), generator=draws)
+    chosen = order[torch.arange(setting.config.prompts_per_epoch) % len(order)]
+    return chosen.repeat_interleave(setting.config.rollouts)
+
+
+def policy(
+    setting: Setting, helper: Auxiliary | None, rollout: Rollout, rewards: Tensor, kept: Tensor, log: dict[str, float]
+) -> Batch:
+    """Advantages of drawn transitions."""
+    config, rows, s = setting.config, rollout.rows, setting.s
+    scaled = rewards if config.advantage == "std" else rewards / config.temperature
+    if config.soft:
+        with torch.no_grad(), setting.model.reference():
+            reference = setting.output(rows.x, rows.step, rows.prompt)
+        log_rho = -L.log_ratio(reference.to(rows.said), rows.said, rows.noise, s.w[rows.step])
+        returns = soft_returns(rollout, scaled, log_rho.cpu())
+    else:
+        returns = rollout.mean_over_endpoints(scaled)
+    advantage = centred(setting, returns, rows, rows.root if config.group_by == "root" else rows.prompt, log)
+    if helper and config.auxiliary == "baseline":
+        with torch.no_grad():
+            value = helper(rows.x, s.times[rows.step].to(rows.x), rows.prompt)
+        advantage = (returns - value.cpu()).clamp(-config.advantage_clip, config.advantage_clip)
+    return Batch(rollout, rewards, advantage, returns)[kept]
+
+
+def centred(setting: Setting, returns: Tensor, rows: Rows, unit: Tensor, log: dict[str, float]) -> Tensor:
+    """Advantages within (unit, step), clipped."""
+    config = setting.config
+    group = unit * len(setting.s) + rows.step
+    if config.advantage != "raw":
+        spread = G.advantages(returns, group, "mean").abs()
+        log["rows without signal"] = (spread < 1e-9).float().mean().item()
+    advantage = G.advantages(returns, group, config.advantage)
+    return advantage.clamp(-config.advantage_clip, config.advantage_clip)
+
+
+def renoised(
+    setting: Setting, rollout: Rollout, rewards: Tensor, draws: torch.Generator, log: dict[str, float]
+) -> Batch:
+    """Endpoints noised again at the sampler's own times, the old policy's output beside them."""
+    config, s = setting.config, setting.s
+    m, many = len(rollout.x_0), min(config.renoise, len(s))
+    picks = torch.stack([torch.randperm(len(s), generator=draws)[:many] for _ in range(m)]).flatten()
+    end = torch.arange(m).repeat_interleave(many)
+    x_0, prompt = rollout.x_0[end], rollout.prompt[end]
+    eps = torch.randn(x_0.shape, generator=draws).to(x_0)
+    x_t = noised(setting.model.path, x_0, eps, s.times[picks].to(x_0))
+    with torch.no_grad():
+        said = setting.output(x_t, picks, prompt)
+    rows = Rows(x_t, x_0, eps, said, picks, prompt, end, torch.ones(len(end)))
+    scaled = rewards if config.advantage == "std" else rewards / config.temperature
+    whole = replace(rows, step=torch.zeros_like(picks))  # a group compares endpoints, at whatever times
+    return Batch(replace(rollout, rows=rows), rewards, centred(setting, scaled[end], whole, prompt, log))
+
+
+def regression(setting: Setting, rollout: Rollout, rewards: Tensor, kept: Tensor) -> Batch:
+    """First-order guidance at rows of whole trajectories; next-state estimates carry omega."""
+    config, rows = setting.config, rollout.rows
+    if config.estimator == "tweedie":
+        rows = rows[kept]
+        guidance = tweedie(setting, rows)
+    else:
+        clean = _clean(setting, rollout)
+        guidance = (
+            rollout.mean_over_endpoints(clean) if config.estimator == "terminal" else adjoint(setting, rollout, clean)
+        )
+        rows, guidance = rows[kept], guidance[kept]
+    if config.state == "next":
+        guidance = L.over(setting.s.omega[rows.step], guidance) * guidance
+    ends = rollout.mean_over_endpoints(rollout.x_0)[kept] if config.auxiliary == "value" else None
+    return Batch(replace(rollout, rows=rows), rewards, torch.zeros(len(rows)), guidance=guidance, ends=ends)
+
+
+def _clean(setting: Setting, rollout: Rollout) -> Tensor:
+    """grad r at the endpoints, once a trajectory."""
+    parts = []
+    for at in torch.arange(len(rollout.x_0)).split(setting.config.chunk):
+        x_0 = rollout.x_0[at].to(setting.model.device)
+        parts.append(G.clean_gradient(setting.value(rollout.prompt[at]), x_0))
+    return torch.cat(parts).to(rollout.x_0.device)
+
+
+def tweedie(setting: Setting, rows: Rows) -> Tensor:
+    """At each row's own state, or at the next one; through the current network, as the methods do."""
+    config, s = setting.config, setting.s
+    found = torch.empty_like(rows.x)
+    for k in rows.step.unique().tolist():  # one time a batch: lookahead takes the sampler's own steps from there
+        first = k if config.state == "current" else k + 1
+        for at in (rows.step == k).nonzero().squeeze(1).split(config.chunk):
+            x = (rows.x if config.state == "current" else rows.after)[at].to(setting.model.device)
+            t, ahead = s.times[first].to(x), s.times[first + 1 : first + 1 + config.lookahead].to(x)
+            place = setting.place(rows.prompt[at])
+            value = setting.value(rows.prompt[at])
+            found[at] = G.tweedie(value, place, x, t, config.jacobian, ahead).to(found.device)
+    return found
+
+
+def adjoint(setting: Setting, rollout: Rollout, clean: Tensor) -> Tensor:
+    """a_{k+1} at each row: the clean gradient carried back along the reference's chain, one backward a step."""
+    s, rows = setting.s, rollout.rows
+    found, carried = torch.empty_like(rows.x), clean
+    with setting.model.reference():
+        for k in reversed(range(len(s))):
+            row = rollout.lineage[:, k]
+            if bool((row >= 0).all()):
+                found[row] = carried
+                x = rows.x[row]
+            elif k and bool((rollout.lineage[:, k - 1] >= 0).all()):
+                x = rows.after[rollout.lineage[:, k - 1]]  # a certain step keeps no row: its state came out before it
+            else:
+                break
+            carried = torch.cat([
+                carry(setting, x[at], k, rollout.prompt[at], carried[at])
+                for at in torch.arange(len(x)).split(setting.config.chunk)
+            ])  # fmt: skip
+    return found
+
+
+def carry(setting: Setting, x: Tensor, k: int, prompt: Tensor, after: Tensor, drawn: bool = True) -> Tensor:
+    """(d mean_k(x) / d x)^T after: of the chain's step where `drawn`, else of the ODE's."""
+    x = x.detach().requires_grad_(True)
+    t, t_next = setting.s.times[k].to(x), setting.s.times[k + 1].to(x)
+    with torch.enable_grad():
+        said = setting.predict(x, t, prompt)
+        mean = euler(said, t_next)
+        if drawn and setting.s.noisy[k]:
+            mean = gaussian_step(setting.sde, said, t_next, setting.noise_level, setting.s.times[1].to(x)).mean
+        (gradient,) = torch.autograd.grad(mean, x, after)
+    return gradient.detach()
+
+
+def thinned(rollout: Rollout, keep: int, draws: torch.Generator) -> Tensor:
+    """Rows left when every endpoint keeps its last step and one of each of keep - 1 blocks of equal length."""
+    steps = (rollout.lineage >= 0).any(0).nonzero().squeeze(1)
+    if keep >= len(steps):
+        return torch.arange(len(rollout.rows))
+    left = [rollout.lineage[:, steps[-1]]]
+    for block in steps[:-1].tensor_split(keep - 1) if keep > 1 else ():
+        pick = block[torch.randint(len(block), (len(rollout.lineage),), generator=draws)]
+        left.append(rollout.lineage.gather(1, pick[:, None]).squeeze(1))
+    rows = torch.cat(left)
+    return rows[rows >= 0].unique()

@@ -1,0 +1,288 @@
+"""Settings of `align`, which are also the command line's flags, and the recipes: each known method as a few of them.
+
+A recipe says what a method is; PAPER holds the scale that it was published at, LAPTOP the one for our zoo.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from fieldsmith.errors import InputError, check_word
+
+Estimator = Literal["reverse-noise", "nft", "awm", "tweedie", "terminal", "adjoint", "pathwise", "balance"]
+FIRST_ORDER = ("tweedie", "terminal", "adjoint", "pathwise")
+REGRESSIONS = ("tweedie", "terminal", "adjoint")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Raise a reward by reward score matching or by one of the methods that it unifies (`--preset`)."""
+
+    model: str = "zoo:shapes-flux"
+    """A diffusers pipeline folder, a hub id, or a zoo model."""
+    reward: str = "right"
+    """A reward, or a weighted sum of rewards, e.g. `classifier` or `right+0.1*brightness`."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to train on, or one text file with a prompt a line; empty: the world's own captions."""
+    held_out_rewards: tuple[str, ...] = ()
+    """Rewards that are only measured, before and after, to see reward hacking."""
+    out: pathlib.Path | None = None
+    """The run directory to write (new, empty, or this same run interrupted)."""
+    resolution: int | None = None
+    """Image side in pixels; None: the model's own, at most 512."""
+    seed: int = 0
+    """Everything random follows from it."""
+    preset: str = ""
+    """The recipe that these settings came from; a name for the record."""
+
+    estimator: Estimator = "reverse-noise"
+    """How the value's gradient is estimated: from drawn noise, from re-noised endpoints, or from the reward's own."""
+    state: Literal["current", "next"] = "next"
+    """Where a first-order gradient is taken; next-state ones carry omega."""
+    jacobian: Literal["full", "identity"] = "full"
+    """Of the Tweedie estimate: through the network, or with its output held constant."""
+    lookahead: int = 0
+    """ODE steps of the sampler before the Tweedie estimate is read off."""
+    truncate: int = 1
+    """Pathwise: how many last steps the gradient passes (DRaFT-K)."""
+    random_stop: bool = False
+    """Pathwise: stop at a random late step and read x_0 off there (ReFL)."""
+    soft: bool = False
+    """Subtract the later steps' log-ratios to the reference from the reward (r_tilde: no bias)."""
+    auxiliary: Literal["none", "baseline", "flow", "residual", "value"] = "none"
+    """A learned helper: DPOK's baseline, DAG's flow, residual nabla-DB's g_phi, VGG-Flow's value gradient."""
+    advantage: Literal["std", "mean", "leave-one-out", "raw"] = "std"
+    """How rewards are centred within a group."""
+    group_by: Literal["prompt", "root"] = "prompt"
+    """Whose rewards are compared at a step: those of a prompt, or of the branches of one state."""
+    advantage_clip: float = 5.0
+    """Largest advantage."""
+    temperature: float = 1.0
+    """alpha: the target is p_ref exp(r / alpha); recipes with a normalised advantage see it through `kl` only."""
+
+    rollout: Literal["sde", "ode", "branches", "tree"] = "sde"
+    """Independent SDE, ODE, an ODE root with one-step branches, or a tree."""
+    sde: Literal["auto", "flow-sde", "dance-sde", "cps", "ddim", "ddim-uniform"] = "auto"
+    """The stochastic step; auto: flow-sde on flows, ddim elsewhere."""
+    noise_level: float | None = None
+    """Its noise; None: 0.7 for flow-sde, 0.3 for dance-sde, 0.8 for cps, 1 for ddim, 4.5 for ddim-uniform."""
+    branches: tuple[int, ...] = (4,)
+    """Children by step of branches and trees; one number: at every noisy step."""
+    window: tuple[int, int] | None = None
+    """First and last step that is drawn and trained; the ODE elsewhere. None: every step with a density."""
+    shared_noise: bool = False
+    """One initial noise for all rollouts of a prompt."""
+    renoise: int = 4
+    """Times at which each endpoint is re-noised (nft, awm)."""
+    train_steps: int | None = None
+    """Train the last step and one of each block, this many in all; None: all."""
+
+    strength: Literal[
+        "ratio", "tempflow", "pcpo", "guard", "discount", "squared", "base-snr", "quadratic", "linear", "jacobian"
+    ] = "ratio"
+    """How hard it pulls at each step (C1 and gamma, by a method's name)."""
+    trust: Literal["none", "clip", "hinge", "guard-hinge", "fair-hinge"] = "none"
+    """What keeps the policy near the one that made the rollouts."""
+    clip: float = 0.1
+    """The trust region's radius: nats of a step's log-ratio (of sigma^2 times it for fair-hinge)."""
+    proximal: float = 0.0
+    """Weight of |f - f_old|^2 on the network's output (C2)."""
+    kl: float = 0.0
+    """Weight of the exact KL to the reference at every trained step."""
+    anchor: float = 0.0
+    """Weight of the same on the root's ODE states where nothing branches."""
+    nft_beta: float = 0.1
+    """NFT's distance of the two implied policies."""
+    adaptive: bool = True
+    """NFT: divide each branch by its own mean absolute error."""
+
+    steps: int = 10
+    """Sampler steps in training."""
+    guidance: float | None = None
+    """Guidance scale in rollouts and loss; None: off."""
+    epochs: int = 100
+    """Collections of rollouts."""
+    prompts_per_epoch: int = 8
+    """Prompts in a collection."""
+    rollouts: int = 8
+    """Roots of each prompt in a collection."""
+    updates: int = 1
+    """Optimiser steps on one collection."""
+    chunk: int = 256
+    """States per forward; lower it when memory is short."""
+    trajectories: Literal["device", "cpu"] = "device"
+    """Where rollouts wait; cpu when the accelerator's memory is short."""
+
+    subset: str = "attention"
+    """Which layers train: a subset of the family (attention, all-linear, ...)."""
+    full: bool = False
+    """Train full weights of the subset ('all': every weight) instead of a LoRA."""
+    rank: int = 16
+    """LoRA rank."""
+    alpha: float | None = None
+    """LoRA alpha; None: equal to the rank."""
+    lr: float = 3e-4
+    """AdamW's learning rate."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float | None = None
+    """Decay of the averaged weights that are kept."""
+    evaluate: int = 8
+    """Images per prompt in the report's evaluation."""
+
+
+Settings = dict[str, Any]
+PPO: Settings = {"trust": "clip"}
+BRANCHES: Settings = {"rollout": "branches", "group_by": "root", "rollouts": 2}
+TERMINAL: Settings = {"estimator": "terminal", "rollout": "ode", "rollouts": 2}
+
+# What each method is (RSM notes, sections 2 and 4). A branch schedule belongs to the number of steps it was made for.
+RECIPES: dict[str, Settings] = {
+    "reinforce": {"advantage": "raw", "kl": 1.0, "soft": True},
+    "ddpo": {**PPO},
+    "dpok": {**PPO, "advantage": "raw", "auxiliary": "baseline", "kl": 0.01},
+    "rlcm": {**PPO, "steps": 4, "sde": "cps", "noise_level": 1.0},
+    "draft": {"estimator": "pathwise", "truncate": 1, "rollout": "ode"},
+    "refl": {"estimator": "pathwise", "random_stop": True, "rollout": "ode"},
+    "adjoint-matching": {"estimator": "adjoint", "sde": "ddim"},
+    "dag": {"estimator": "balance", "auxiliary": "flow"},
+    "residual-nabla-db-full": {"estimator": "tweedie", "strength": "squared", "auxiliary": "residual", "proximal": 1.0},
+    "residual-nabla-db": {"estimator": "tweedie", "strength": "squared", "proximal": 1.0},
+    "sqdf": {"estimator": "tweedie", "strength": "discount", "lookahead": 1, "kl": 1.0},
+    "vgg-flow-full": {
+        "estimator": "tweedie", "state": "current", "jacobian": "identity", "rollout": "ode", "strength": "quadratic",
+        "auxiliary": "value",
+    },
+    "vgg-flow": {
+        "estimator": "tweedie", "state": "current", "jacobian": "identity", "rollout": "ode", "strength": "quadratic",
+    },
+    "flow-grpo": {**PPO, "kl": 0.004},
+    "dance-grpo": {**PPO, "sde": "dance-sde", "shared_noise": True, "train_steps": 6},
+    "branch-grpo": {**PPO, "rollout": "tree", "branches": (2, 1, 2, 1, 1, 2, 1, 1, 1, 1), "rollouts": 1},
+    "grpo-guard": {"trust": "guard-hinge", "strength": "guard", "kl": 0.004},
+    "pcpo-diffusion": {"trust": "hinge", "strength": "pcpo", "sde": "ddim-uniform"},
+    "pcpo-flow": {"trust": "hinge", "strength": "pcpo"},
+    "tempflow-grpo": {
+        **PPO, **BRANCHES, "branches": (6, 6, 6, 6, 6, 6, 6, 6, 6, 0), "strength": "tempflow", "kl": 0.004,
+    },
+    "nft": {"estimator": "nft", "rollout": "ode", "kl": 0.0001},
+    "awm": {"estimator": "awm", "rollout": "ode", "clip": 0.001},
+    "rsm-terminal-sd15": {**TERMINAL, "rollout": "sde", "strength": "base-snr", "train_steps": 6, "proximal": 1.0},
+    "rsm-terminal-sd35": {**TERMINAL, "state": "current", "strength": "linear"},
+    "rsm-branch-sd15": {
+        **BRANCHES, "branches": (4, 0, 4, 0, 4, 0, 4, 0, 4, 0), "group_by": "prompt", "strength": "pcpo",
+        "trust": "hinge", "anchor": 8e-5,
+    },
+    "rsm-branch-sd35": {
+        **BRANCHES, "branches": (6, 6, 8, 10, 0, 0, 0, 0, 0, 0), "strength": "guard", "trust": "fair-hinge",
+        "kl": 0.004, "anchor": 0.004,
+    },
+    "gaussian-terminal": {**TERMINAL, "rollout": "sde", "state": "current", "strength": "jacobian"},
+}  # fmt: skip
+
+# The published scale (sections 4.1 to 4.4): SD3.5-medium and SD1.5 on several GPUs. Released thresholds are of means
+# over a latent's numbers (65,536 at 512 pixels of SD3.5, 16,384 of SD1.5); ours are of sums, so 1e-4 there is 6.6, 1.6.
+SD35: Settings = {
+    "guidance": 4.5,
+    "rank": 32,
+    "alpha": 64,
+    "lr": 3e-4,
+    "prompts_per_epoch": 48,
+    "epochs": 1000,
+    "clip": 6.6,
+}
+SD15: Settings = {"guidance": 5.0, "steps": 50, "rank": 16, "lr": 3e-4, "epochs": 300, "updates": 2, "clip": 1.6}
+PAPER: dict[str, Settings] = {
+    **{name: {**SD35, "updates": 2, "rollouts": 24} for name in ("flow-grpo", "grpo-guard", "pcpo-flow")},
+    "tempflow-grpo": {**SD35, "updates": 2},
+    "rsm-branch-sd35": {**SD35, "updates": 2, "rollouts": 4, "ema": 0.9, "clip": 6.6},
+    "rsm-branch-sd15": {
+        **SD15, "rollouts": 5, "branches": tuple(4 if k % 10 == 0 else 0 for k in range(50)), "sde": "ddim-uniform"
+    },
+    **{
+        name: {**SD15, "rollouts": 16}
+        for name in ("ddpo", "dpok", "dance-grpo", "pcpo-diffusion", "sqdf", "reinforce")
+    },
+    **{
+        name: {**SD15, "rank": 8, "lr": 1e-3, "train_steps": 11, "proximal": 100.0, "temperature": 2e-6}
+        for name in ("residual-nabla-db", "residual-nabla-db-full")
+    },
+    "rsm-terminal-sd15": {**SD15, "rank": 8, "lr": 4e-3, "train_steps": 11, "proximal": 100.0, "temperature": 2e-6},
+    **{
+        name: {"steps": 20, "guidance": 5.0, "rank": 8, "lr": 5e-4, "epochs": 201, "temperature": temperature}
+        for name, temperature in (("vgg-flow", 1 / 3e7), ("vgg-flow-full", 1 / 3e7), ("rsm-terminal-sd35", 1 / 1.5e7))
+    },
+}  # fmt: skip
+# One core, minutes. A latent of the zoo has 512 numbers, so the released threshold is about 0.05 nats.
+LAPTOP: Settings = {
+    "lr": 1e-3, "steps": 10, "prompts_per_epoch": 8, "epochs": 40, "updates": 2, "clip": 0.05, "temperature": 0.1,
+}  # fmt: skip
+
+
+def preset(name: str, scale: Literal["paper", "laptop"] = "laptop") -> AlignConfig:
+    """The settings of a recipe. Raises InputError at an unknown name."""
+    check_word(name, tuple(RECIPES), "align's presets")
+    sized = PAPER.get(name, {}) if scale == "paper" else LAPTOP
+    return replace(AlignConfig(preset=name), **{**sized, **RECIPES[name], **(sized if scale == "paper" else {})})
+
+
+def check(config: AlignConfig) -> None:
+    """Refuse settings that cannot learn. Raises InputError with the value and the mend; needs no model."""
+    numbers = {f.name: getattr(config, f.name) for f in fields(config)}
+    for name in ("epochs", "prompts_per_epoch", "rollouts", "updates", "steps", "chunk", "rank", "evaluate", "renoise",
+                 "truncate"):  # fmt: skip
+        if numbers[name] < 1:
+            raise InputError(f"{name}={numbers[name]} must be at least 1")
+    for name in ("lr", "temperature", "clip", "gradient_clip", "advantage_clip", "nft_beta", "noise_level", "alpha",
+                 "resolution", "train_steps"):  # fmt: skip
+        if numbers[name] is not None and not numbers[name] > 0:
+            raise InputError(f"{name}={numbers[name]} must be above 0")
+    for name in ("kl", "anchor", "proximal", "weight_decay", "lookahead"):
+        if not numbers[name] >= 0:
+            raise InputError(f"{name}={numbers[name]} must not be negative")
+    _check_branches(config)
+    if config.window and not 0 <= config.window[0] <= config.window[1] < config.steps:
+        raise InputError(f"window {config.window} does not fit {config.steps} sampler steps; use 0 {config.steps - 1}")
+    if config.estimator == "pathwise" and config.truncate > config.steps:
+        raise InputError(f"truncate={config.truncate} is more than the sampler's {config.steps} steps")
+    grouped = config.estimator in ("reverse-noise", "nft", "awm") and config.advantage != "raw"
+    if grouped and _siblings(config) < 2:
+        raise InputError(
+            f"rollouts={config.rollouts} compares each reward with itself alone, so every advantage is 0; "
+            "use at least 2, 8 is a good start"
+        )
+    if config.soft and config.rollout not in ("sde", "tree"):
+        raise InputError(f"soft needs the density of every later step, which rollout '{config.rollout}' lacks; use sde")
+    drawn = config.estimator in ("reverse-noise", "balance", "adjoint")
+    if drawn and config.rollout == "ode":
+        raise InputError(f"estimator '{config.estimator}' needs drawn steps; use rollout sde, branches or tree")
+    if config.estimator in REGRESSIONS and config.rollout not in ("ode", "sde"):
+        raise InputError(f"estimator '{config.estimator}' takes whole trajectories; use rollout ode or sde")
+
+
+def _check_branches(config: AlignConfig) -> None:
+    if config.rollout not in ("branches", "tree"):
+        return
+    if len(config.branches) > config.steps:
+        raise InputError(
+            f"the branch schedule has {len(config.branches)} entries, the sampler {config.steps} steps; shorten "
+            "branches or raise steps"
+        )
+    if min(config.branches, default=0) < (1 if config.rollout == "tree" else 0) or max(config.branches, default=0) < 1:
+        least = "1 everywhere" if config.rollout == "tree" else "0, and 1 somewhere"
+        raise InputError(f"branches={config.branches} must be at least {least}")
+
+
+def _siblings(config: AlignConfig) -> int:
+    """How many rewards the smallest group compares."""
+    if config.rollout == "branches":
+        least = min((k for k in config.branches if k), default=1)
+        return least if config.group_by == "root" else least * config.rollouts
+    if config.rollout == "tree":
+        return config.rollouts * math.prod(config.branches)
+    return config.rollouts if config.group_by == "prompt" else 1

@@ -1,0 +1,118 @@
+"""Estimates of value guidance, the gradient of the soft value by state (RSM notes, 1.3, 2 and 8.1).
+
+In: rows or states, endpoints' rewards, or a differentiable reward of clean states. Out: Psi_hat, detached, in units of
+score, at the same places. Zeroth order: rewards times the noise that led to them. First order: gradients of the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fieldsmith.methods.align.losses import over
+from fieldsmith.methods.align.schedule import Schedule
+from fieldsmith.paths import Prediction
+from fieldsmith.samplers import euler
+
+Advantage = Literal["std", "mean", "leave-one-out", "raw"]
+Jacobian = Literal["full", "identity"]
+Value = Callable[[Tensor], Tensor]  # clean states (n, ...) -> differentiable rewards (n,), in units of alpha
+Place = Callable[[Tensor, Tensor], Prediction]  # x (n, ...), t (n,) or () -> what the network says, with gradients
+
+
+def advantages(returns: Tensor, group: Tensor, kind: Advantage, floor: float = 1e-4) -> Tensor:
+    """Rewards (n,) centred within groups (n,) of integers; (n,).
+
+    std: over (deviation + floor), the deviation without Bessel's correction as GRPO releases have it. mean: the group's
+    mean includes the row itself, so k siblings shrink the estimate by 1 - 1 / k. leave-one-out: the mean of the others,
+    unbiased; a row alone in its group has advantage 0. raw: as they are.
+    """
+    if kind == "raw":
+        return returns
+    _, at = torch.unique(group, return_inverse=True)
+    n = torch.bincount(at).to(returns)
+    zero = torch.zeros_like(n)
+    mean = zero.index_add(0, at, returns) / n
+    centred = returns - mean[at]
+    if kind == "mean":
+        return centred
+    if kind == "leave-one-out":
+        return centred * (n / (n - 1).clamp(min=1))[at]
+    deviation = (zero.index_add(0, at, centred.square()) / n).sqrt()
+    return centred / (deviation[at] + floor)
+
+
+def reverse_noise(advantage: Tensor, noise: Tensor, step: Tensor, s: Schedule) -> Tensor:
+    """omega A eps / sigma: the zeroth-order estimate from the noise of one step, (n, ...)."""
+    return over(s.omega[step] * advantage.double() / s.sigma[step], noise) * noise
+
+
+def forward_noise(optimality: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, old_x_0: Tensor, s: Schedule) -> Tensor:
+    """alpha / sigma^2 (2 r - 1) (x_0 - old x_0), (n, ...): one draw of grad E_old[2 r - 1 | x_t], re-noised.
+
+    Its mean is alpha / sigma^2 Cov(2 r - 1, x_0 | x_t), which NFT (times 1 / beta) and AWM (A for 2 r - 1) follow.
+    """
+    weight = s.path.alpha(t) / s.path.sigma(t) ** 2 * (2 * optimality - 1)
+    return over(weight, x_t) * (x_0 - old_x_0)
+
+
+def clean_gradient(value: Value, x_0: Tensor) -> Tensor:
+    """grad r(x_0), (m, ...): what terminal estimators carry to every step."""
+    x_0 = x_0.detach().requires_grad_(True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(value(x_0).sum(), x_0)
+    return gradient.detach()
+
+
+def tweedie(
+    value: Value, place: Place, x: Tensor, t: Tensor, jacobian: Jacobian, lookahead: Tensor | None = None
+) -> Tensor:
+    """grad_x r(x_0_hat(x)), (n, ...), at states x (n, ...) and times t (n,) or ().
+
+    full: through the network. identity: the network's output held constant (VGG-Flow), so that d x_0 / d x is 1 on a
+    flow and 1 / alpha on a variance-preserving path. lookahead (j,): times t > t_1 > ... that ODE steps visit before
+    x_0 is read off (SQDF); None reads it off at once. At t = 0 x is x_0.
+    """
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        x_0 = denoised(place, x, t, jacobian, lookahead)
+        (gradient,) = torch.autograd.grad(value(x_0).sum(), x)
+    return gradient.detach()
+
+
+def denoised(
+    place: Place, x: Tensor, t: Tensor, jacobian: Jacobian = "full", lookahead: Tensor | None = None
+) -> Tensor:
+    """x_0_hat(x), after ODE steps through the times `lookahead` where given."""
+    for t_next in lookahead if lookahead is not None else ():
+        x = euler(place(x, t), t_next)
+        t = t_next
+    if t.ndim == 0 and float(t) == 0:
+        return x
+    said = place(x, t)
+    if jacobian == "identity":
+        said = Prediction(said.kind, said.value.detach(), x, said.t, said.path)
+    return said.x_0
+
+
+def adjoint(
+    place: Place, states: Tensor, terminal: Tensor, s: Schedule, mean: Callable[[Prediction, Tensor], Tensor]
+) -> Tensor:
+    """The lean adjoint: grad r carried from the endpoint to every state by the reference chain's Jacobians.
+
+    states (K + 1, n, ...) of a rollout, terminal grad r(x_K) (n, ...); `mean(said, t_next)` is the reference step's
+    mean. Returns a (K + 1, n, ...) with a_k = (d mean(x_k) / d x_k)^T a_{k+1} (Adjoint Matching: without the part that
+    follows the policy's own control). One network backward a step.
+    """
+    carried = [terminal]
+    grid = s.times.to(states)
+    for k in reversed(range(len(s))):
+        x = states[k].detach().requires_grad_(True)
+        with torch.enable_grad():
+            after = mean(place(x, grid[k]), grid[k + 1])
+            (gradient,) = torch.autograd.grad(after, x, carried[-1])
+        carried.append(gradient.detach())
+    return torch.stack(carried[::-1])

@@ -1,0 +1,79 @@
+"""A closed-form field with a small trainable correction on top: a model whose reference is exactly right.
+
+What `align` is proved on: its reference is the mixture's own score, and a reward's optimum is known (worlds/mixtures).
+States are points (batch, d); images are the points themselves. Trains with full weights ('all').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fieldsmith.models.core import Condition, Model
+from fieldsmith.paths import Path, Prediction, RectifiedFlow
+from fieldsmith.worlds.mixtures import Mixture
+
+
+class Correction(nn.Module):
+    """A perceptron of (x, t) that says 0 at the start."""
+
+    def __init__(self, d: int, width: int, seed: int):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inner = [nn.Linear(d + 8, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)]
+            self.inner = nn.Sequential(*inner, nn.SiLU())
+            self.last = nn.Linear(width, d)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        waves = 2 ** torch.arange(4).to(x) * torch.pi / 2 * t[:, None]
+        said: Tensor = self.last(self.inner(torch.cat((x, waves.sin(), waves.cos()), 1)))
+        return said
+
+
+class Exact(Model):
+    """The mixture's field on a path, plus a correction; `grid_times` (K + 1,) where the path has no grid of its own."""
+
+    family = "exact"
+    SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
+    DORMANT: ClassVar[str] = "inner"
+
+    def __init__(self, mixture: Mixture, path: Path, grid_times: Tensor, width: int = 128, seed: int = 0):
+        self.mixture, self.grid_times = mixture, grid_times
+        d = mixture.means.shape[1]
+        super().__init__(SimpleNamespace(components={}), Correction(d, width, seed), "an exact mixture")
+        self.network.requires_grad_(False)
+        self.path = path
+        self.kind = "velocity" if isinstance(path, RectifiedFlow) else "eps"
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        """A mixture has one prompt."""
+        return Condition({"none": torch.zeros(len(prompts), 1)})
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
+        t = t.to(x_t).expand(len(x_t))
+        x64, t64 = x_t.double(), t.double()
+        exact = self.mixture.velocity if self.kind == "velocity" else self.mixture.eps
+        value = exact(x64, t64, self.path).to(x_t) + self.network(x_t, t)
+        self.spend(len(x_t), value)
+        return Prediction("velocity" if self.kind == "velocity" else "eps", value, x_t, t, self.path)
+
+    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+        return latents
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, self.mixture.means.shape[1], generator=generator)
+
+    def grid(self, steps: int) -> Tensor:
+        if steps != len(self.grid_times) - 1:
+            raise ValueError(f"steps={steps}: this world's grid has {len(self.grid_times) - 1}")
+        return self.grid_times

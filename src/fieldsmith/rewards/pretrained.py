@@ -1,0 +1,253 @@
+"""Judges that others trained, over transformers' own parts: CLIP score, PickScore, HPSv2, ImageReward, aesthetics.
+
+In: a folder (or, for the CLIP family, a hub id). Out: differentiable rewards: images are resized, cropped and
+normalised in torch, never through PIL, as close to each model's own processor as 8-bit rounding allows.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+from fieldsmith.errors import InputError
+from fieldsmith.rewards import Named
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
+IMAGEREWARD_WORDS = 35  # tokens of a prompt
+WEIGHTS = (".safetensors", ".pth", ".pt")
+# ImageReward's release names BLIP's parts as BLIP's authors did
+BLIP_NAMES = (
+    (r"^blip\.", ""), (r"^visual_encoder\.cls_token", "vision_model.embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
+    (r"^visual_encoder\.patch_embed\.proj", "vision_model.embeddings.patch_embedding"),
+    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
+    (r"^visual_encoder\.blocks\.(\d+)\.norm([12])", r"vision_model.encoder.layers.\1.layer_norm\2"),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj", r"vision_model.encoder.layers.\1.self_attn.projection"),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
+    (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
+)  # fmt: skip
+
+
+def reward(name: str, argument: str) -> Named:
+    """clip, pickscore, hpsv2, imagereward or aesthetic from 'FOLDER' or, the last, 'FOLDER?head=FILE'.
+
+    Raises InputError where the folder, the hub id or the weights in it are not what that reward needs.
+    """
+    source, _, head = argument.partition("?head=")
+    if head and name != "aesthetic":
+        raise InputError(
+            f"reward '{name}' has no head to choose, so '?head={head}' means nothing; write {name}:{source}"
+        )
+    if name == "imagereward":
+        return imagereward(source)
+    if name == "aesthetic":
+        return aesthetic(source, head or None)
+    return clip_score(source, name, scaled=name == "pickscore")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIPModel with its tokenizer and what its images are prepared with."""
+
+    model: Any
+    tokenizer: Any
+    side: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Projected and normalised, (n, d)."""
+        model = self.model.to(images.device)
+        seen = model.vision_model(pixel_values=preprocess(images, self.side, self.mean, self.std))
+        return normalize(model.visual_projection(seen.pooler_output), dim=-1)
+
+    def text_features(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Projected and normalised, (n, d); prompts too long for the model are cut."""
+        model = self.model.to(device)
+        words = _tokens(self.tokenizer, prompts, model.config.text_config.max_position_embeddings, device)
+        return normalize(model.text_projection(model.text_model(**words).pooler_output), dim=-1)
+
+
+def load_clip(name: str, source: str) -> Clip:
+    """A CLIPModel from a folder or hub id. Raises InputError where it is none or not whole."""
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    model, loaded = _fetched(name, source, lambda at: CLIPModel.from_pretrained(at, output_loading_info=True))
+    if loaded["missing_keys"]:
+        raise InputError(
+            f"'{source}' for reward '{name}' is no whole CLIPModel: it lacks {sorted(loaded['missing_keys'])[0]}"
+        )
+    tokenizer = _fetched(name, source, AutoTokenizer.from_pretrained)
+    try:
+        settings = ImageProcessingMixin.get_image_processor_dict(source)[0]
+    except OSError:
+        settings = {}  # conversions of open_clip weights often come without
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+    model.eval().requires_grad_(False)
+    return Clip(model, tokenizer, model.config.vision_config.image_size, mean, std)
+
+
+def clip_score(source: str, name: str = "clip", scaled: bool = False) -> Named:
+    """cos(image, prompt), times exp(logit_scale) if scaled.
+
+    CLIP score (Hessel et al., 2021) and HPSv2 (Wu et al., 2023) are the cosine, each under its own weights; PickScore
+    (Kirstain et al., 2023, equation 1) is scaled.
+    """
+    clip = load_clip(name, source)
+
+    def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        cosine = (clip.image_features(images) * clip.text_features(prompts, images.device)).sum(1)
+        return cosine * clip.model.logit_scale.exp() if scaled else cosine
+
+    return Named(f"{name}:{source}", True, judge)
+
+
+def aesthetic(source: str, head: str | None = None) -> Named:
+    """LAION's aesthetic predictor (improved-aesthetic-predictor), about 1 to 10: five linear layers on CLIP ViT-L/14.
+
+    `head` is the file of the layers (sac+logos+ava1-l14-linearMSE.pth); by default the one in the folder whose name has
+    'linearMSE' or 'aesthetic' in it.
+    """
+    clip = load_clip("aesthetic", source)
+    file = pathlib.Path(head) if head else _only_file(source, ("linearMSE", "aesthetic"), "aesthetic:FOLDER?head=FILE")
+    layers = linear_layers(_weights(file), str(file))
+    width = clip.model.config.projection_dim
+    if layers[0].in_features != width:
+        raise InputError(
+            f"'{file}' reads {layers[0].in_features} numbers and the CLIP in '{source}' gives {width}; use ViT-L/14"
+        )
+
+    def judge(images: Tensor, _: Sequence[str]) -> Tensor:
+        return layers.to(images.device)(clip.image_features(images))[:, 0]
+
+    return Named(f"aesthetic:{source}", True, judge)
+
+
+def imagereward(source: str) -> Named:
+    """ImageReward (Xu et al., 2023): BLIP's text encoder looks at the image, an MLP reads its first token.
+
+    The folder holds config.json and the tokenizer of BLIP large (those of Salesforce/blip-itm-large-coco) and the
+    release's weights, ImageReward.pt, or the same as safetensors.
+    """
+    from transformers import AutoTokenizer, BlipConfig, BlipForImageTextRetrieval
+
+    state = _weights(_only_file(source, ("ImageReward",), "imagereward:FOLDER with ImageReward.pt in it"))
+    layers = linear_layers({key: state.pop(key) for key in list(state) if key.startswith("mlp.")}, source)
+    for pattern, name in BLIP_NAMES:
+        state = {re.sub(pattern, name, key): weight for key, weight in state.items()}
+    config: Any = _fetched("imagereward", source, BlipConfig.from_pretrained)
+    tokenizer = _fetched("imagereward", source, AutoTokenizer.from_pretrained)
+    places = state.get("vision_model.embeddings.position_embedding", torch.empty(1, 1, 0)).shape[1] - 1
+    config.vision_config.image_size = side = math.isqrt(places) * config.vision_config.patch_size
+    try:
+        model: Any = BlipForImageTextRetrieval(config)
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except (RuntimeError, ZeroDivisionError) as error:
+        raise InputError(f"ImageReward's weights do not fit config.json in '{source}' ({str(error)[:200]})") from error
+    missing = [key for key in missing if key.startswith(("vision_model", "text_encoder"))]
+    if missing:
+        raise InputError(
+            f"ImageReward's weights in '{source}' are not whole: {missing[0]} is missing; download them again"
+        )
+    model.eval().requires_grad_(False)
+
+    def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        model.to(images.device)
+        words = _tokens(tokenizer, prompts, IMAGEREWARD_WORDS, images.device)
+        seen = model.vision_model(pixel_values=preprocess(images, side, CLIP_MEAN, CLIP_STD)).last_hidden_state
+        everywhere = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
+        read = model.text_encoder(**words, encoder_hidden_states=seen, encoder_attention_mask=everywhere)
+        score = layers.to(images.device)(read.last_hidden_state[:, 0])[:, 0]
+        return (score - IMAGEREWARD_MEAN) / IMAGEREWARD_STD
+
+    return Named(f"imagereward:{source}", True, judge)
+
+
+def preprocess(images: Tensor, side: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (n, 3, h, w) in [0, 1] as CLIP takes them, (n, 3, side, side): bicubic resize of the shorter side, centre
+    crop, normalise. Differs from the PIL route only in that it does not round to 8 bits in between.
+    """
+    images = images.float()
+    height, width = images.shape[2:]
+    short = min(height, width)
+    size = (side * height // short, side * width // short)
+    for part in ((height, size[1]), size):  # PIL goes by width, then by height, and clamps what overshoots each time
+        if part != tuple(images.shape[2:]):
+            # antialias also picks PIL's bicubic kernel (a = -0.5, not -0.75)
+            images = interpolate(images, size=part, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    images = images[:, :, top : top + side, left : left + side]
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+
+
+def linear_layers(state: dict[str, Tensor], where: str) -> nn.Sequential:
+    """The linear layers in order of their numbers ('layers.0.weight'): both MLPs are without activations."""
+    found = sorted((int(n.group(1)), key) for key in state if (n := re.search(r"layers\.(\d+)\.weight$", key)))
+    layers: list[nn.Linear] = []
+    for _, key in found:
+        layer = nn.Linear(state[key].shape[1], state[key].shape[0])
+        bias = state.get(key.removesuffix("weight") + "bias", torch.empty(0))
+        if bias.shape != layer.bias.shape or (layers and layers[-1].out_features != layer.in_features):
+            raise InputError(f"the layers in '{where}' do not fit each other at '{key}'; download them again")
+        layer.weight.data, layer.bias.data = state[key].float(), bias.float()
+        layers.append(layer)
+    if not layers or layers[-1].out_features != 1:
+        raise InputError(f"'{where}' holds no score head: expected layers.0.weight and so on, the last with one output")
+    return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+def _tokens(tokenizer: Any, prompts: Sequence[str], longest: int, device: torch.device) -> dict[str, Tensor]:
+    words = tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    return {name: words[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def _fetched(name: str, source: str, load: Callable[[str], Any]) -> Any:
+    if not pathlib.Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise InputError(
+            f"the folder '{source}' of reward '{name}' does not exist; give a folder or a hub id (org/name)"
+        )
+    try:
+        return load(source)
+    except Exception as error:  # transformers, huggingface_hub and safetensors each have their own
+        where = (
+            "is not what it needs"
+            if pathlib.Path(source).is_dir()
+            else "is no folder here and could not be fetched from the hub"
+        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(
+            f"'{source}' of reward '{name}' {where}; check the name, or give a whole folder ({reason})"
+        ) from error
+
+
+def _only_file(source: str, words: Sequence[str], usage: str) -> pathlib.Path:
+    """The one weight file in the folder with one of the words in its name."""
+    folder = pathlib.Path(source)
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [f for f in inside if f.suffix in WEIGHTS and any(word.lower() in f.name.lower() for word in words)]
+    if len(files) != 1:
+        raise InputError(
+            f"'{source}' has {len(files)} weight files named like {' or '.join(words)}, not one; write {usage}"
+        )
+    return files[0]
+
+
+def _weights(file: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))  # weights_only: no code is run
+    except Exception as error:
+        raise InputError(f"'{file}' could not be read as weights ({str(error).splitlines()[0][:200]})") from error
