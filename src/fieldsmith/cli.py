@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
+    "align": "Raise a reward without losing the rest (reward score matching, every method that it unifies).",
     "erase": "Make a forbidden prompt give what an anchor prompt gives (GEM and six baselines).",
+    "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
     "pretrain": "Train a zoo model from its recipe.",
     "sample": "Draw a grid of images from a model.",
     "evaluate": "Judge what a model draws, prompt by prompt.",

@@ -1,22 +1,25 @@
-"""`fieldsmith demo`: the triangle erased from the zoo's small Flux, and the page that shows it.
+"""`fieldsmith demo`: each verb once on the zoo's small models, and the page that leads to what they made.
 
-In: --out DIR. Out: DIR/erase, a complete run directory, and DIR/index.html, which is its page.
+In: --out DIR. Out: DIR/erase and DIR/align, complete run directories, and DIR/index.html with a link to each page.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fieldsmith.commands import arguments
-from fieldsmith.commands.erase import configure, run
+from fieldsmith.commands import align, arguments, erase
+
+if TYPE_CHECKING:
+    from fieldsmith.runs import Run
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Erase the triangle from zoo:shapes-flux; some minutes on one core."""
+    """Erase the triangle from zoo:shapes-flux, raise a reward on zoo:shapes-flux-small; some minutes on one core."""
 
     out: Path = Path("demo")
     """The folder to write."""
@@ -26,7 +29,32 @@ def demo(words: Sequence[str]) -> None:
     config = arguments.parse(DemoConfig(), list(words), "demo")
     arguments.check_out(config.out, folder=True)
     flags = ["--targets", "triangle", "--anchors", "circle", "--out", str(config.out / "erase")]
-    done = run(configure([*flags, "--preset", "demo"]))
-    page = config.out / "index.html"
-    shutil.copyfile(done.folder / "report.html", page)
-    print(f"open {page.resolve()}")
+    gone = _metrics(erase.run(erase.configure([*flags, "--preset", "demo"])))
+    small = ["--model", "zoo:shapes-flux-small", "--reward", "right", "--held-out-rewards", "classifier-heldout"]
+    flags = [*small, "--preset", "rsm-branch-sd35", "--out", str(config.out / "align")]
+    risen = _metrics(align.run(align.configure(flags)))
+    from fieldsmith.report.page import Page
+
+    triangle, right = gone["concepts"]["triangle"], risen["rewards"]["right"]
+    before, after = triangle["target detected before"]["value"], triangle["target detected"]["value"]
+    chapters = [
+        (
+            "erase: the triangle leaves, the rest stays",
+            "erase/report.html",
+            f"{100 * after:.0f}% of the images that ask for a triangle show one, before it was {100 * before:.0f}%.",
+        ),
+        (
+            "align: a half-trained model learns from a judge that says yes or no",
+            "align/report.html",
+            f"What the caption asks is there in {100 * right['after']['value']:.0f}% of images, before it was "
+            f"{100 * right['before']['value']:.0f}%; no image was labelled, no gradient came from the judge.",
+        ),
+    ]
+    page = Page("fieldsmith, tried out", "each verb once, on small models")
+    page.chapters("Pages", chapters)
+    page.write(config.out / "index.html")
+    print(f"open {(config.out / 'index.html').resolve()}")
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    return dict(json.loads((run.folder / "metrics.json").read_text(encoding="utf-8")))

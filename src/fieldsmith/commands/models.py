@@ -138,9 +138,14 @@ def evaluate(words: Sequence[str]) -> None:
 def reproduce(words: Sequence[str]) -> None:
     """fieldsmith reproduce VERB [--out results] [--field value ...]; resumable, one run at a time."""
     claim, rest = _first(words, CLAIMS, "reproduce", "verbs with claims")
-    from fieldsmith.reproduce.erase import ReproduceErase, main
+    if claim == "align":
+        from fieldsmith.reproduce import align
 
-    main(arguments.parse(ReproduceErase(), rest, f"reproduce {claim}"))
+        align.main(arguments.parse(align.ReproduceAlign(), rest, "reproduce align"))
+    else:
+        from fieldsmith.reproduce import erase
+
+        erase.main(arguments.parse(erase.ReproduceErase(), rest, "reproduce erase"))
 
 
 def _first(words: Sequence[str], known: tuple[str, ...], verb: str, kind: str) -> tuple[str, list[str]]:

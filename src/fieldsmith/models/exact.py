@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import Path, Prediction, RectifiedFlow
-from fieldsmith.worlds.mixtures import Mixture
+
+
+class Truth(Protocol):
+    """A law whose field is known, such as worlds.mixtures.Mixture."""
+
+    @property
+    def means(self) -> Tensor: ...
+
+    def velocity(self, x_t: Tensor, t: Tensor, path: Path) -> Tensor: ...
+    def eps(self, x_t: Tensor, t: Tensor, path: Path) -> Tensor: ...
 
 
 class Correction(nn.Module):
@@ -44,7 +53,7 @@ class Exact(Model):
     SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
     DORMANT: ClassVar[str] = "inner"
 
-    def __init__(self, mixture: Mixture, path: Path, grid_times: Tensor, width: int = 128, seed: int = 0):
+    def __init__(self, mixture: Truth, path: Path, grid_times: Tensor, width: int = 128, seed: int = 0):
         self.mixture, self.grid_times = mixture, grid_times
         d = mixture.means.shape[1]
         super().__init__(SimpleNamespace(components={}), Correction(d, width, seed), "an exact mixture")

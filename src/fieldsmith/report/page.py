@@ -92,6 +92,10 @@ class Page:
         """Prose, one string a paragraph."""
         self.sections.append(Section("text", heading, lines_of(paragraphs)))
 
+    def chapters(self, heading: str, links: Iterable[tuple[str, str, str]]) -> None:
+        """Links to other pages beside this one, each (title, relative address, sentence)."""
+        self.sections.append(Section("chapters", heading, list(links)))
+
     def table(
         self,
         heading: str,

@@ -71,7 +71,8 @@ def policy(
 ) -> Batch:
     """Advantages of drawn transitions."""
     config, rows, s = setting.config, rollout.rows, setting.s
-    scaled = rewards if config.advantage == "std" else rewards / config.temperature
+    free = config.advantage == "std" and config.auxiliary == "none" and not config.soft  # of alpha: it cancels
+    scaled = rewards if free else rewards / config.temperature
     if config.soft:
         with torch.no_grad(), setting.model.reference():
             reference = setting.output(rows.x, rows.step, rows.prompt)

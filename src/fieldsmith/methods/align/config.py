@@ -182,7 +182,9 @@ RECIPES: dict[str, Settings] = {
         **BRANCHES, "branches": (6, 6, 8, 10, 0, 0, 0, 0, 0, 0), "strength": "guard", "trust": "fair-hinge",
         "kl": 0.004, "anchor": 0.004,
     },
-    "gaussian-terminal": {**TERMINAL, "rollout": "sde", "state": "current", "strength": "jacobian"},
+    "gaussian-terminal": {
+        **TERMINAL, "rollout": "sde", "sde": "ddim", "state": "current", "strength": "jacobian",
+    },
 }  # fmt: skip
 
 # The published scale (sections 4.1 to 4.4): SD3.5-medium and SD1.5 on several GPUs. Released thresholds are of means

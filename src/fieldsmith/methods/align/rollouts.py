@@ -91,7 +91,7 @@ Kind = Literal["sde", "ode", "branches", "tree"]
 @dataclass(frozen=True)
 class Plan:
     """Who branches where. `children` (K,): of the root for 'branches' (beside its own ODE), of every state for 'tree';
-    `drawn` (K,) bool: where 'sde' and 'tree' draw instead of following the ODE."""
+    `drawn` (K,) bool: where 'sde' and 'tree' draw instead of following the ODE, and where 'ode' keeps its states."""
 
     kind: Kind
     children: Tensor
@@ -129,7 +129,7 @@ def roll(
 ) -> Rollout:
     """Follow the field from x (r, ...) under prompts (r,) to clean data. Rows are kept on `store` (x's own device).
 
-    On 'ode' every step gives a row whose noise is 0, for estimators that need states only.
+    On 'ode' the plan's steps give rows whose noise is 0, for estimators that need states only.
     """
     keep = x.device if store is None else torch.device(store)
     K, roots = len(s), len(x)
@@ -147,20 +147,17 @@ def roll(
             mother = torch.arange(roots).repeat_interleave(children)
             if not children and k < K - 1:
                 idle.append((x[:roots].to(keep), k, prompt))
-        elif plan.kind == "ode":
-            mother = torch.arange(len(x))
         else:
-            mother = torch.arange(len(x)).repeat_interleave(children) if plan.drawn[k] else torch.arange(0)
-        noise = after = x[:0]
-        if len(mother):
-            after = ahead if plan.kind == "ode" else x[mother]
-            noise = torch.zeros_like(after)
-            if plan.kind != "ode":
-                step = gaussian_step(sde, said, grid[k + 1], noise_level, grid[1])
-                noise = torch.randn(x[mother].shape, generator=draws, dtype=x.dtype).to(x.device)
-                after = step.mean[mother] + float(s.sigma[k]) * noise
-            states = [part.to(keep) for part in (x[mother], after, noise, said.value[mother])]
-            parts.append([*states, torch.full((len(mother),), k), prompt[root[mother]], root[mother]])
+            copies = 1 if plan.kind == "ode" else children
+            mother = torch.arange(len(x)).repeat_interleave(copies) if plan.drawn[k] else torch.arange(0)
+        after = ahead[mother]
+        noise = torch.zeros_like(after)
+        if len(mother) and plan.kind != "ode":
+            step = gaussian_step(sde, said, grid[k + 1], noise_level, grid[1])
+            noise = torch.randn(after.shape, generator=draws, dtype=x.dtype).to(x.device)
+            after = step.mean[mother] + float(s.sigma[k]) * noise
+        states = [part.to(keep) for part in (x[mother], after, noise, said.value[mother])]
+        parts.append([*states, torch.full((len(mother),), k), prompt[root[mother]], root[mother]])
         born = torch.arange(n, n + len(mother))
         n += len(mother)
         if plan.kind == "branches":

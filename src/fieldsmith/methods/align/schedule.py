@@ -135,7 +135,8 @@ def strength(name: str, s: Schedule, prior: float = 1.0) -> Strength:
     if name == "base-snr":
         return Strength(2 * base, ones)
     if name == "jacobian":
-        return Strength(base, alpha * prior / (alpha**2 * prior + sigma_t**2))
+        seen = torch.where(alpha > 0, alpha, s.kappa.abs() * sigma_t)  # at a flow's t = 1 as kappa has it
+        return Strength(base, seen * prior / (alpha**2 * prior + sigma_t**2))
     if name == "discount":
         return Strength(base, 0.9 ** torch.arange(len(s), dtype=torch.float64).flip(0))
     return Strength(base, multiplier(name, s))

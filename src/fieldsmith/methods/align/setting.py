@@ -126,6 +126,8 @@ class Setting:
 def _plan(config: AlignConfig, s: Schedule) -> Plan:
     K = len(s)
     drawn = s.noisy.clone()
+    if config.rollout == "ode":
+        drawn = torch.full((K,), config.estimator in REGRESSIONS)  # of an ODE: where states are kept
     if config.window:
         drawn[: config.window[0]] = False
         drawn[config.window[1] + 1 :] = False
@@ -135,8 +137,6 @@ def _plan(config: AlignConfig, s: Schedule) -> Plan:
         children = torch.zeros_like(children) if config.rollout == "branches" else children
         children[: len(given)] = torch.tensor(given)[:K]
         children[~drawn] = 0 if config.rollout == "branches" else 1
-    if config.rollout == "ode":
-        drawn = torch.full((K,), config.estimator in REGRESSIONS)  # of an ODE: where states are kept
     return Plan(config.rollout, children, drawn)
 
 

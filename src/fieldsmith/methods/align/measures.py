@@ -1,0 +1,51 @@
+"""How far a policy went, exactly: the KL of its stochastic steps to the reference's, and a recipe's strength h(t)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.losses import gaussian_kl
+from fieldsmith.methods.align.schedule import Schedule, influence, schedule, strength
+from fieldsmith.models.core import Model
+from fieldsmith.paths import RectifiedFlow
+from fieldsmith.samplers import Sde, gaussian_step
+from fieldsmith.training import generator
+
+
+@torch.no_grad()
+def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[float], Schedule]:
+    """KL(pi || pi_ref) in nats at every step of flow-sde (0.7) or ddim (1), averaged over `each` rollouts a prompt.
+
+    One yardstick for all recipes, whatever they sampled with in training. Not counted as cost.
+    """
+    spent = model.forwards
+    flow = isinstance(model.path, RectifiedFlow)
+    sde: Sde = "flow-sde" if flow else "ddim"
+    level = 0.7 if flow else 1.0
+    draws = generator(config.seed, 0, stream=12)
+    condition = model.encode(config.prompts)
+    which = torch.arange(each * len(config.prompts)) % len(config.prompts)
+    x, grid = model.noise(len(which), draws), model.grid(config.steps)
+    s: Schedule | None = None
+    found = []
+    for k in range(config.steps):
+        said = model.predict(x, grid[k], condition[which], config.guidance)
+        s = s or schedule(model.path, grid, said.kind, sde, level)
+        with model.reference():
+            base = model.predict(x, grid[k], condition[which], config.guidance)
+        found.append(float(gaussian_kl(said.value, base.value, s.w[k].expand(len(x)).to(x.device)).mean()))
+        x = gaussian_step(sde, said, grid[k + 1], level, grid[1]).sample(draws)
+    model.forwards = spent
+    assert s is not None
+    return found, s
+
+
+def strengths(config: AlignConfig, s: Schedule) -> Tensor | None:
+    """h of the recipe by step, (K,); None where it has no rows (pathwise, nft, awm)."""
+    if config.estimator in ("pathwise", "nft", "awm"):
+        return None
+    zeroth = config.estimator in ("reverse-noise", "balance")
+    normaliser = s.omega if zeroth or config.state == "next" else 1.0
+    return influence(strength(config.strength, s), s, normaliser)
