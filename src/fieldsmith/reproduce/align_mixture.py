@@ -233,7 +233,7 @@ def configured(name: str, seed: int, lr: float = 1e-3) -> AlignConfig:
     """A recipe aimed at p_ref exp(r): unscaled advantages and a KL of weight 1 where its own are of another scale."""
     base = preset(name)
     steps = len(grid()) - 1
-    aimed: dict[str, Any] = {"temperature": 1.0, "advantage_clip": 20.0, "clip": 0.2}
+    aimed: dict[str, Any] = {"temperature": 1.0, "clip": 0.2}
     if base.estimator == "reverse-noise":
         aimed |= {"kl": 1.0}
         if base.auxiliary == "none":

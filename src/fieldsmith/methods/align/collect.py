@@ -30,10 +30,11 @@ class Batch:
     advantage: Tensor  # (n,); zeros where the estimator is a regression
     returns: Tensor | None = None  # (n,) rewards by row over alpha, for critics
     guidance: Tensor | None = None  # (n, ...) in score units
-    ends: Tensor | None = None  # (n, ...) clean states by row, for the value's own loss
+    beside: Tensor | None = None  # (n, ...) the reward's part of the value's gradient next door, for learned fields
+    ends: Tensor | None = None  # (n, ...) clean states by row, likewise
 
     def __getitem__(self, at: Tensor) -> Batch:
-        some = [None if part is None else part[at] for part in (self.returns, self.guidance, self.ends)]
+        some = [None if part is None else part[at] for part in (self.returns, self.guidance, self.beside, self.ends)]
         return Batch(replace(self.rollout, rows=self.rollout.rows[at]), self.rewards, self.advantage[at], *some)
 
 
@@ -84,7 +85,7 @@ def policy(
     if helper and config.auxiliary == "baseline":
         with torch.no_grad():
             value = helper(rows.x, s.times[rows.step].to(rows.x), rows.prompt)
-        advantage = (returns - value.cpu()).clamp(-config.advantage_clip, config.advantage_clip)
+        advantage = returns - value.cpu()
     return Batch(rollout, rewards, advantage, returns)[kept]
 
 
@@ -96,7 +97,7 @@ def centred(setting: Setting, returns: Tensor, rows: Rows, unit: Tensor, log: di
         spread = G.advantages(returns, group, "mean").abs()
         log["rows without signal"] = (spread < 1e-9).float().mean().item()
     advantage = G.advantages(returns, group, config.advantage)
-    return advantage.clamp(-config.advantage_clip, config.advantage_clip)
+    return advantage.clamp(-config.advantage_clip, config.advantage_clip) if config.advantage == "std" else advantage
 
 
 def renoised(
@@ -120,20 +121,41 @@ def renoised(
 
 def regression(setting: Setting, rollout: Rollout, rewards: Tensor, kept: Tensor) -> Batch:
     """First-order guidance at rows of whole trajectories; next-state estimates carry omega."""
-    config, rows = setting.config, rollout.rows
-    if config.estimator == "tweedie":
-        rows = rows[kept]
+    config, rows = setting.config, rollout.rows[kept]
+    beside = ends = None
+    if config.auxiliary != "none":  # a learned field is held against its neighbour's gradient too
+        plain = tweedie(setting, rollout.rows)
+        beside, ends = neighbours(setting, rollout, plain)[kept], rollout.mean_over_endpoints(rollout.x_0)[kept]
+        guidance = plain[kept]
+    elif config.estimator == "tweedie":
         guidance = tweedie(setting, rows)
     else:
         clean = _clean(setting, rollout)
-        guidance = (
-            rollout.mean_over_endpoints(clean) if config.estimator == "terminal" else adjoint(setting, rollout, clean)
-        )
-        rows, guidance = rows[kept], guidance[kept]
+        terminal = config.estimator == "terminal"
+        guidance = (rollout.mean_over_endpoints(clean) if terminal else adjoint(setting, rollout, clean))[kept]
     if config.state == "next":
         guidance = L.over(setting.s.omega[rows.step], guidance) * guidance
-    ends = rollout.mean_over_endpoints(rollout.x_0)[kept] if config.auxiliary == "value" else None
-    return Batch(replace(rollout, rows=rows), rewards, torch.zeros(len(rows)), guidance=guidance, ends=ends)
+    nothing = torch.zeros(len(rows))
+    return Batch(replace(rollout, rows=rows), rewards, nothing, guidance=guidance, beside=beside, ends=ends)
+
+
+def neighbours(setting: Setting, rollout: Rollout, plain: Tensor) -> Tensor:
+    """The reward's part of the value's gradient at the other end of each row's step, from `plain` (n, ...) at rows.
+
+    'value' (gradients at current states): eta grad r at the next state, at the end grad r itself. 'residual' (gradients
+    at next states): abar grad r at the row's own state, which is the row before it; 0 at the first, where abar is.
+    """
+    s, lineage = setting.s, rollout.lineage
+    found = torch.zeros_like(plain)
+    if setting.config.auxiliary == "residual":
+        for k in range(1, lineage.shape[1]):
+            both = (lineage[:, k] >= 0) & (lineage[:, k - 1] >= 0)
+            found[lineage[both, k]] = s.path.alpha(s.times[k]).to(plain) ** 2 * plain[lineage[both, k - 1]]
+        return found
+    found[lineage[:, -1]] = _clean(setting, rollout)
+    for k in range(lineage.shape[1] - 1):
+        found[lineage[:, k]] = setting.eta[k + 1].to(plain) * plain[lineage[:, k + 1]]
+    return found
 
 
 def _clean(setting: Setting, rollout: Rollout) -> Tensor:

@@ -59,7 +59,7 @@ class AlignConfig:
     group_by: Literal["prompt", "root"] = "prompt"
     """Whose rewards are compared at a step: those of a prompt, or of the branches of one state."""
     advantage_clip: float = 5.0
-    """Largest advantage."""
+    """Largest advantage of 'std'."""
     temperature: float = 1.0
     """alpha: the target is p_ref exp(r / alpha); recipes with a normalised advantage see it through `kl` only."""
 
@@ -153,7 +153,7 @@ RECIPES: dict[str, Settings] = {
     "dag": {"estimator": "balance", "auxiliary": "flow"},
     "residual-nabla-db-full": {"estimator": "tweedie", "strength": "squared", "auxiliary": "residual", "proximal": 1.0},
     "residual-nabla-db": {"estimator": "tweedie", "strength": "squared", "proximal": 1.0},
-    "sqdf": {"estimator": "tweedie", "strength": "discount", "lookahead": 1, "kl": 1.0},
+    "sqdf": {"estimator": "tweedie", "strength": "discount", "lookahead": 1},
     "vgg-flow-full": {
         "estimator": "tweedie", "state": "current", "jacobian": "identity", "rollout": "ode", "strength": "quadratic",
         "auxiliary": "value",

@@ -92,10 +92,11 @@ def denoised(
         t = t_next
     if t.ndim == 0 and float(t) == 0:
         return x
-    said = place(x, t)
-    if jacobian == "identity":
-        said = Prediction(said.kind, said.value.detach(), x, said.t, said.path)
-    return said.x_0
+    if jacobian == "full":
+        return place(x, t).x_0
+    with torch.no_grad():  # no graph through the network: one forward, not three
+        said = place(x.detach(), t)
+    return Prediction(said.kind, said.value, x, said.t, said.path).x_0
 
 
 def adjoint(

@@ -228,7 +228,7 @@ class Method:
     def helped(self, batch: Batch, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """Guidance with the learned field added, and the field's own loss by row."""
         config, s, rows, helper = self.config, self.setting.s, batch.rollout.rows.to(self.model.device), self.helper
-        assert helper is not None
+        assert helper is not None and batch.beside is not None and batch.ends is not None
         times, numbers = s.times.to(guidance), guidance[0].numel()
         pull = L.over(self.strength.pull[rows.step], guidance)
         if config.auxiliary == "residual":  # forward loss through the target, reverse loss for the field alone
@@ -242,19 +242,19 @@ class Method:
                 w = s.w[rows.step].to(f)
                 rho = L.log_ratio(f, rows.said.to(f), rows.noise, w) - L.log_ratio(base, rows.said.to(f), rows.noise, w)
                 (slope,) = torch.autograd.grad(rho.sum(), x)
-            own = helper(rows.x, times[rows.step], rows.prompt)
+            own = helper(rows.x, times[rows.step], rows.prompt) + batch.beside.to(guidance)
             return guidance + ahead, L.square(own + slope) / numbers
+        eta = L.over(self.setting.eta[rows.step], guidance)
         ahead = helper(rows.x, times[rows.step], rows.prompt)
         with torch.no_grad():
-            after = helper(rows.after, times[rows.step + 1], rows.prompt)
+            after = helper(rows.after, times[rows.step + 1], rows.prompt) + batch.beside.to(guidance)
         carried = torch.empty_like(ahead)
-        for k in rows.step.unique().tolist():  # the gradient of a value is carried by the flow that it rides on
+        for k in rows.step.unique().tolist():  # a value's gradient is carried by the flow that it rides on
             at = (rows.step == k).nonzero().squeeze(1)
             carried[at] = carry(self.setting, rows.x[at], k, rows.prompt[at], after[at], drawn=False)
-        assert batch.ends is not None
         end = helper(batch.ends.to(ahead), torch.zeros(len(ahead)).to(ahead), rows.prompt)
-        own_loss = (L.square(ahead - carried) + 1000 * L.square(end)) / numbers
-        return guidance + ahead.detach() / pull.clamp(min=1e-6), own_loss
+        own_loss = (L.square(eta * guidance + ahead - carried) + 1000 * L.square(end)) / numbers
+        return guidance + ahead.detach() / eta.clamp(min=1e-6), own_loss
 
     def anchored(self, rollout: Rollout, rows: int, draws: torch.Generator) -> Tensor:
         """KL to the reference on ODE states where nothing branched: at most a tenth of the update's rows."""
@@ -336,6 +336,6 @@ class Method:
             f"reward '{self.setting.reward.name}' gave {first:.4g} to all {len(batch.rewards)} images; choose another "
             "reward or harder prompts"
             if every
-            else "rewards vary between prompts only; raise rollouts or noise_level"
+            else "no reward differs between the rollouts of one prompt; raise rollouts or noise_level"
         )
         return preflight.Check("share of rows with a signal", lively, "above 0", lively > 0, mend)

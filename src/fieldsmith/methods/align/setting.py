@@ -5,6 +5,7 @@ In: a model, a configuration, a reward. Out: a Setting, through which everything
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,11 @@ from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
 from fieldsmith.methods.align.guidance import Place, Value
 from fieldsmith.methods.align.rollouts import Plan, Rollout, roll
-from fieldsmith.methods.align.schedule import Schedule, schedule
+from fieldsmith.methods.align.schedule import Schedule, schedule, strength
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.rewards import Reward
+from fieldsmith.rewards.combined import Asynchronous
 from fieldsmith.samplers import Sde, euler
 from fieldsmith.training import generator
 
@@ -78,6 +80,11 @@ class Setting:
         ]
         return Prediction(parts[0].kind, torch.cat([p.value for p in parts]), x, t, parts[0].path)
 
+    @property
+    def eta(self) -> Tensor:
+        """VGG-Flow's share of the reward's gradient by step, (K,): gamma over |kappa|."""
+        return strength(self.config.strength, self.s).pull / self.s.kappa.abs()
+
     def place(self, prompt: Tensor) -> Place:
         """The field under prompts (n,)."""
         return lambda x, t: self.predict(x, t, prompt)
@@ -111,12 +118,20 @@ class Setting:
 
     @torch.no_grad()
     def judge(self, x_0: Tensor, prompt: Tensor) -> Tensor:
-        """Rewards (m,), decoded and judged in chunks."""
-        given = []
-        for at in torch.arange(len(x_0)).split(self.config.chunk):
-            images = self.model.decode(x_0[at].to(self.model.device))
-            given.append(self.reward(images, [self.prompts[i] for i in prompt[at].tolist()]).detach().float().cpu())
-        rewards = torch.cat(given)
+        """Rewards (m,), decoded and judged in chunks; a black box judges one chunk while the next is decoded."""
+        parts: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            queue = None if self.reward.differentiable else stack.enter_context(Asynchronous(self.reward))
+            for at in torch.arange(len(x_0)).split(self.config.chunk):
+                images = self.model.decode(x_0[at].to(self.model.device))
+                asked = [self.prompts[i] for i in prompt[at].tolist()]
+                if queue:
+                    queue.submit(images, asked)
+                else:
+                    parts.append(self.reward(images, asked))
+            rewards = torch.cat([part.float().cpu() for part in (queue.results() if queue else parts)])
+        if rewards.shape != (len(x_0),):
+            raise RunError(f"reward '{self.reward.name}' gave {tuple(rewards.shape)} for {len(x_0)} images; one each")
         if not bool(rewards.isfinite().all()):
             bad = int((~rewards.isfinite()).sum())
             raise RunError(f"reward '{self.reward.name}' gave NaN or infinity for {bad} of {len(rewards)} images")
