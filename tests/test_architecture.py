@@ -74,7 +74,8 @@ def outside(*names: str) -> tuple[str, ...]:
         ("worlds", ("errors", "paths")),
         ("models", ("errors", "paths", "samplers")),
         ("preflight", ("errors", "models", "paths", "samplers")),
-        ("methods", ("errors", "models", "paths", "preflight", "runs", "samplers", "training")),
+        ("rewards", ("errors", "runs", "worlds")),
+        ("methods", ("errors", "models", "paths", "preflight", "rewards", "runs", "samplers", "training")),
         ("diagnose", ("errors", "metrics", "models", "paths", "samplers", "worlds")),
     ],
 )
@@ -90,18 +91,24 @@ def test_methods_do_not_import_each_other():
         assert not offenders(method, others, free)
 
 
-@pytest.mark.parametrize("module", sorted(m for m in IMPORTS if not within(m, "fieldsmith.models")))
+# reward models are no fields: their loaders live with the rewards
+BEYOND = ("fieldsmith.models", "fieldsmith.rewards.pretrained")
+
+
+@pytest.mark.parametrize("module", sorted(m for m in IMPORTS if not any(within(m, room) for room in BEYOND)))
 def test_only_models_import_diffusers_transformers_and_peft(module):
     heavy = ("diffusers", "transformers", "peft")
     assert not [name for name in IMPORTS[module] if any(within(name, library) for library in heavy)]
 
 
 def test_losses_know_no_model_optimiser_or_accelerator():
-    assert not offenders("fieldsmith.methods.erase.losses", ("fieldsmith", "accelerate", "torch.optim"))
+    for method in ("erase", "align"):
+        assert not offenders(f"fieldsmith.methods.{method}.losses", ("fieldsmith", "accelerate", "torch.optim"))
 
 
 def test_what_help_needs_does_not_import_torch():
     modules = ("", ".cli", ".errors", ".commands", ".commands.arguments", ".commands.erase", ".methods.erase.config")
+    modules += (".commands.align", ".commands.audit", ".methods.align.config", ".rewards")
     lines = [f"import fieldsmith{module}" for module in modules]
     script = "\n".join([*lines, "import sys", "print({'torch', 'diffusers', 'numpy'} & set(sys.modules) or 'light')"])
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

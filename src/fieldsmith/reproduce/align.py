@@ -45,7 +45,7 @@ FIRST: tuple[Settings, ...] = tuple(
 PATHWISE: tuple[Settings, ...] = tuple({"lr": lr} for lr in (3e-4, 1e-3, 3e-3))
 ARMS: dict[str, dict[str, tuple[Settings, ...]]] = {
     "black-box": {
-        **dict.fromkeys(("flow-grpo", "grpo-guard", "pcpo-flow", "nft", "awm"), ZEROTH),
+        **dict.fromkeys(("flow-grpo", "grpo-guard", "pcpo-flow", "nft"), ZEROTH),
         **dict.fromkeys(("tempflow-grpo", "rsm-branch-sd35", "rsm-branch-sd15"), BRANCH),
     },
     "differentiable": {
@@ -68,7 +68,7 @@ class ReproduceAlign:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds; evaluation noise follows them."""
     cap: int = 120_000
-    """Cost of a run on the zoo model, in forward-equivalents; sweeps spend half of it."""
+    """Cost of a black-box run in forward-equivalents; half with the other reward; sweeps spend half of either."""
     mixture_cap: int = 800_000
     """Cost of a run on the mixture."""
     part: tuple[int, int] = (0, 1)
@@ -110,20 +110,24 @@ def jobs(config: ReproduceAlign, bench: Bench, sweep: bool) -> list[Job]:
             for arm, settings in arms.items():
                 for setting in settings:
                     path = folder / f"{kind}_{arm}_sweep-{_said(setting)}.json"
-                    found.append((path, partial(bench.train, kind, arm, setting, SWEEP_SEED, config.cap // 2)))
+                    found.append((path, partial(bench.train, kind, arm, setting, SWEEP_SEED, _cap(config, kind) // 2)))
         return found
     for seed in config.seeds:
         for kind, arms in ARMS.items():
             for arm in arms:
-                work = partial(_chosen, bench.train, folder, kind, arm, seed, config.cap)
+                work = partial(_chosen, bench.train, folder, kind, arm, seed, _cap(config, kind))
                 found.append((folder / f"{kind}_{arm}_final_seed{seed}.json", work))
         for name in mixture.recipes():
             work = partial(mixture.train, name, seed, config.mixture_cap)
             found.append((folder / f"mixture_{name}_final_seed{seed}.json", work))
-        work = partial(mixture.train, LONG, seed, 4 * config.mixture_cap)
+        work = partial(mixture.train, LONG, seed, 4 * config.mixture_cap, rollouts=32)
         found.append((folder / f"mixture_{LONG}-long_final_seed{seed}.json", work))
         found.append((folder / f"estimators_seed{seed}.json", partial(_estimators, seed)))
     return found
+
+
+def _cap(config: ReproduceAlign, kind: str) -> int:
+    return config.cap if kind == "black-box" else config.cap // 2
 
 
 def _said(setting: Settings) -> str:
@@ -165,7 +169,7 @@ class Bench:
 
         def probe(step: int, log: dict[str, float]) -> str | None:
             spent = log.get("forwards", 0.0)
-            if trace and spent < min(1.25 * trace[-1]["forwards"] + 500, cap):
+            if trace and spent < min(1.35 * trace[-1]["forwards"] + 1000, cap):
                 return None
             trace.append({"step": step, "forwards": spent, **self.measure(seed, 10, 10)})
             return "cap" if spent >= cap else None

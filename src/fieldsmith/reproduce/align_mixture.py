@@ -229,7 +229,7 @@ def recipes() -> list[str]:
     return [name for name in RECIPES if name not in SKIPPED]
 
 
-def configured(name: str, seed: int, lr: float = 1e-3) -> AlignConfig:
+def configured(name: str, seed: int, rollouts: int = 8) -> AlignConfig:
     """A recipe aimed at p_ref exp(r): unscaled advantages and a KL of weight 1 where its own are of another scale."""
     base = preset(name)
     steps = len(grid()) - 1
@@ -238,7 +238,7 @@ def configured(name: str, seed: int, lr: float = 1e-3) -> AlignConfig:
         aimed |= {"kl": 1.0}
         if base.auxiliary == "none":
             aimed |= {"advantage": "leave-one-out"}
-    scale: dict[str, Any] = {"rollouts": 8}
+    scale: dict[str, Any] = {"rollouts": rollouts}
     if base.rollout == "branches":
         every = tuple(4 if k % 4 == 0 and k < steps - 1 else 0 for k in range(steps))
         early = tuple(8 if k % 4 == 0 and k < steps // 2 else 0 for k in range(steps))
@@ -246,12 +246,12 @@ def configured(name: str, seed: int, lr: float = 1e-3) -> AlignConfig:
     if base.rollout == "tree":
         scale = {"rollouts": 4, "branches": tuple(2 if k in (5, 15) else 1 for k in range(steps))}
     return replace(
-        base, **aimed, **scale, steps=steps, prompts=("",), prompts_per_epoch=1, full=True, subset="all", lr=lr,
+        base, **aimed, **scale, steps=steps, prompts=("",), prompts_per_epoch=1, full=True, subset="all", lr=1e-3,
         epochs=10**6, train_steps=None, seed=seed, weight_decay=0.0, chunk=8192, ema=0.995,
     )  # fmt: skip
 
 
-def train(name: str, seed: int, cap: int, samples: int = 60_000) -> dict[str, Any]:
+def train(name: str, seed: int, cap: int, samples: int = 60_000, rollouts: int = 8) -> dict[str, Any]:
     """Train a recipe for `cap` forward-equivalents; its samplers against the exact optimum."""
     model = Exact(triangle(), path(), grid().float(), seed=seed)
     spent: list[float] = [0.0]
@@ -262,7 +262,7 @@ def train(name: str, seed: int, cap: int, samples: int = 60_000) -> dict[str, An
 
     broke = ""
     try:
-        align(model, configured(name, seed), Named("3 - x / 2", True, linear), None, probe)
+        align(model, configured(name, seed, rollouts), Named("3 - x / 2", True, linear), None, probe)
     except RunError as error:  # nothing holds a pathwise recipe near the reference
         broke = str(error)
     found = {kind: judged(model, kind, seed, samples) for kind in ("sde", "ode")}

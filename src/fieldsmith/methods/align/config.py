@@ -260,6 +260,12 @@ def check(config: AlignConfig) -> None:
         )
     if config.soft and config.rollout not in ("sde", "tree"):
         raise InputError(f"soft needs the density of every later step, which rollout '{config.rollout}' lacks; use sde")
+    if config.soft and config.window:
+        raise InputError(f"soft needs the density of every later step, window {config.window} leaves some out; drop it")
+    if (config.estimator == "balance") != (config.auxiliary == "flow"):
+        raise InputError(
+            f"estimator '{config.estimator}' with auxiliary '{config.auxiliary}': balance and flow go together"
+        )
     drawn = config.estimator in ("reverse-noise", "balance", "adjoint")
     if drawn and config.rollout == "ode":
         raise InputError(f"estimator '{config.estimator}' needs drawn steps; use rollout sde, branches or tree")

@@ -97,23 +97,3 @@ def denoised(
     with torch.no_grad():  # no graph through the network: one forward, not three
         said = place(x.detach(), t)
     return Prediction(said.kind, said.value, x, said.t, said.path).x_0
-
-
-def adjoint(
-    place: Place, states: Tensor, terminal: Tensor, s: Schedule, mean: Callable[[Prediction, Tensor], Tensor]
-) -> Tensor:
-    """The lean adjoint: grad r carried from the endpoint to every state by the reference chain's Jacobians.
-
-    states (K + 1, n, ...) of a rollout, terminal grad r(x_K) (n, ...); `mean(said, t_next)` is the reference step's
-    mean. Returns a (K + 1, n, ...) with a_k = (d mean(x_k) / d x_k)^T a_{k+1} (Adjoint Matching: without the part that
-    follows the policy's own control). One network backward a step.
-    """
-    carried = [terminal]
-    grid = s.times.to(states)
-    for k in reversed(range(len(s))):
-        x = states[k].detach().requires_grad_(True)
-        with torch.enable_grad():
-            after = mean(place(x, grid[k]), grid[k + 1])
-            (gradient,) = torch.autograd.grad(after, x, carried[-1])
-        carried.append(gradient.detach())
-    return torch.stack(carried[::-1])
