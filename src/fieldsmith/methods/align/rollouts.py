@@ -45,7 +45,9 @@ class Rows:
         return Rows(*(getattr(self, f.name)[at] for f in fields(self)))
 
     def to(self, device: torch.device | str) -> Rows:
-        return Rows(*(getattr(self, f.name).to(device) for f in fields(self)))
+        """States on `device`; what indexes tables of steps and prompts stays on the CPU, where the tables are."""
+        x, after, noise, said = (part.to(device) for part in (self.x, self.after, self.noise, self.said))
+        return Rows(x, after, noise, said, self.step, self.prompt, self.root, self.weight)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Rollout:
 
     def mean_by_row(self, values: Tensor, row: Tensor) -> Tensor:
         """Values (p, ...) of passages averaged by row (p,), (n, ...)."""
-        total = values.new_zeros(len(self.rows), *values.shape[1:]).index_add_(0, row, values)
+        total = values.new_zeros(len(self.rows), *values.shape[1:]).index_add_(0, row.to(values.device), values)
         count = torch.bincount(row, minlength=len(self.rows)).clamp(min=1).to(values)
         return total / count.reshape(-1, *[1] * (values.ndim - 1))
 
