@@ -37,8 +37,12 @@ Settings = dict[str, Any]
 REWARDS = {"black-box": "right", "differentiable": "classifier"}
 WATCHED = ("right", "classifier", "classifier-heldout", "valid")
 # what each sweep tries: learning rate with the size of a collection, or with the temperature
-ZEROTH: tuple[Settings, ...] = tuple({"lr": lr, "rollouts": n} for lr, n in ((3e-4, 24), (1e-3, 24), (1e-3, 8)))
-BRANCH: tuple[Settings, ...] = tuple({"lr": lr, "rollouts": n} for lr, n in ((3e-4, 2), (1e-3, 2), (1e-3, 1)))
+ZEROTH: tuple[Settings, ...] = tuple(
+    {"lr": lr, "rollouts": n} for lr, n in ((3e-4, 24), (1e-3, 24), (1e-3, 8), (3e-3, 8))
+)
+BRANCH: tuple[Settings, ...] = tuple(
+    {"lr": lr, "rollouts": n} for lr, n in ((3e-4, 2), (1e-3, 2), (1e-3, 1), (3e-3, 1))
+)
 FIRST: tuple[Settings, ...] = tuple(
     {"lr": lr, "temperature": a} for lr, a in ((1e-3, 0.003), (1e-3, 0.01), (3e-3, 0.01))
 )
