@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError
-from fieldsmith.methods.align.config import RECIPES, AlignConfig, check, preset
+from fieldsmith.methods.align.config import PAPER, RECIPES, AlignConfig, check, preset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from fieldsmith.runs import Run
 
 NOTES = f"""--preset NAME picks a recipe (default: flow-grpo): {", ".join(RECIPES)}.
---scale laptop|paper (default: laptop for zoo models, else paper) picks the numbers that it runs at.
+--scale laptop|paper picks the numbers that it runs at (default: laptop for zoo models, else paper where
+the recipe was published with code that says them).
 --config FILE.toml (such as a run's config.toml) sets fields again, and flags come last."""
 PAGE_PROMPTS = 6  # shown
+MOST = 64  # prompts that the page judges
 
 
 def align(words: Sequence[str]) -> None:
@@ -39,10 +41,11 @@ def configure(words: list[str]) -> AlignConfig:
     scale = arguments.take(words, "--scale")
     file = arguments.from_file(path, AlignConfig, "align") if path else {}
     model = arguments.peek(words, "--model") or file.get("model", AlignConfig.model)
-    scale = scale or ("laptop" if model.startswith("zoo:") else "paper")
+    name = name or file.get("preset") or "flow-grpo"
+    scale = scale or ("paper" if name in PAPER and not model.startswith("zoo:") else "laptop")
     if scale not in ("laptop", "paper"):
         raise InputError(f"scale '{scale}' is unknown; use laptop or paper")
-    base = preset(name or file.get("preset") or "flow-grpo", "paper" if scale == "paper" else "laptop")
+    base = preset(name, "paper" if scale == "paper" else "laptop")
     return arguments.parse(dataclasses.replace(base, **file), words, "align", NOTES)
 
 
@@ -143,10 +146,13 @@ def _page(
     from fieldsmith.training import generator
 
     page = Page(f"{config.reward} raised on {config.model}", f"{config.preset or config.estimator}, seed {config.seed}")
-    asked = [prompt for prompt in config.prompts for _ in range(config.evaluate)]
+    some = (
+        [config.prompts[i * len(config.prompts) // MOST] for i in range(MOST)] if len(config.prompts) > MOST else None
+    )
+    asked = [prompt for prompt in some or config.prompts for _ in range(config.evaluate)]
     old, new = before(asked, config.seed + 7), after(asked, config.seed + 7)
     with torch.no_grad():
-        scores = {name: (judge(old, asked), judge(new, asked)) for name, judge in watched.items()}
+        scores = {name: (_in_parts(judge, old, asked), _in_parts(judge, new, asked)) for name, judge in watched.items()}
     rows, found = _rewards(scores)
     first = next(iter(scores))
     change = found[first]["change"]
@@ -156,7 +162,7 @@ def _page(
     words += f" [{change['low']:+.3g}, {change['high']:+.3g}] at equal seeds, {len(asked)} images"
     words += f"; but {' and '.join(hacked)} fell: the reward is being hacked." if hacked else "."
     page.verdict(words if grew else f"No gain that {len(asked)} images can show: {words}", grew and not hacked)
-    shown = list(dict.fromkeys(config.prompts))
+    shown = list(dict.fromkeys(asked))
     pairs = []
     for prompt in [shown[i * len(shown) // PAGE_PROMPTS] for i in range(min(PAGE_PROMPTS, len(shown)))]:
         places = [i for i, word in enumerate(asked) if word == prompt][:8]
@@ -174,7 +180,7 @@ def _page(
     )  # fmt: skip
     headers, lines = rest.table()
     page.table("What else changed, on prompts that were not trained", headers, lines, note=rest.verdict)
-    kl = _kl(model, config)
+    kl = _kl(model, config, result)
     page.table("How far it went", ["step", "t", "KL to the reference, nats", "strength h"], kl["rows"], note=kl["note"])
     _curves(page, directory, result)
     commands = [f"fieldsmith align --config {directory.folder / 'config.toml'} --out ANOTHER-FOLDER"]
@@ -190,6 +196,13 @@ def _page(
     return {"rewards": found, "rest": rest.to_json(), "kl": kl["total"], "hacked": hacked}
 
 
+def _in_parts(judge: Reward, images: Tensor, asked: list[str], size: int = 256) -> Tensor:
+    import torch
+
+    parts = torch.arange(len(asked)).split(size)
+    return torch.cat([judge(images[at], [asked[i] for i in at.tolist()]) for at in parts])
+
+
 def _rewards(scores: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Any], dict[str, Any]]:
     from fieldsmith.metrics.intervals import mean_interval
 
@@ -201,16 +214,13 @@ def _rewards(scores: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Any], dict[
     return rows, found
 
 
-def _kl(model: Model, config: AlignConfig) -> dict[str, Any]:
+def _kl(model: Model, config: AlignConfig, result: Result) -> dict[str, Any]:
     """KL of the policy's own stochastic steps to the reference's, step by step, and the recipe's strength there."""
-    from fieldsmith.methods.align.measures import path_kl, strengths
+    from fieldsmith.methods.align.measures import path_kl
 
     by_step, s = path_kl(model, config)
-    h = strengths(config, s)
-    rows = [
-        (k + 1, f"{float(s.t[k]):.3f}", f"{by_step[k]:.4g}", "-" if h is None else f"{float(h[k]):.4g}")
-        for k in range(len(s))
-    ]
+    h = result.h or ("-",) * len(s)
+    rows = [(k + 1, f"{float(s.t[k]):.3f}", f"{by_step[k]:.4g}", h[k]) for k in range(len(s))]
     total = sum(by_step)
     note = f"{total:.4g} nats over the whole path, exact at every step, averaged over rollouts of the trained policy."
     return {"rows": rows, "total": total, "note": note}

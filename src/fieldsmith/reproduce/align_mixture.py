@@ -210,7 +210,7 @@ def gaussian_terminal_bias(seed: int, n: int = 200_000) -> dict[str, float]:
         ("gaussian", alone, tilt, lambda x: target - x),
         ("mixture", triangle(), optimum(), lambda x: PULL.expand_as(x)),
     ):
-        prior = base.covariances[0, 0, 0].item()  # within a mode: the part that J gets right
+        prior = base.covariance.diagonal().mean().item()  # of the whole law, as the recipe fits it
         s = schedule(p, grid(389), "eps", "ddim", 1.0)
         J = strength("jacobian", s, prior).pull[0]
         x_t = torch.tensor([0.4, 0.9], dtype=torch.float64)

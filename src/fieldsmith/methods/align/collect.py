@@ -82,18 +82,19 @@ def policy(
         returns = soft_returns(rollout, scaled, log_rho.cpu())
     else:
         returns = rollout.mean_over_endpoints(scaled)
-    advantage = centred(setting, returns, rows, rows.root if config.group_by == "root" else rows.prompt, log)
+    unit = rows.root if config.group_by == "root" else rows.prompt
+    advantage = centred(setting, returns, unit * len(s) + rows.step, log)
     if helper and config.auxiliary == "baseline":
         with torch.no_grad():
-            value = helper(rows.x, s.times[rows.step].to(rows.x), rows.prompt)
+            x = rows.x.to(setting.model.device)
+            value = helper(x, s.times[rows.step].to(x), rows.prompt)
         advantage = returns - value.cpu()
     return Batch(rollout, rewards, advantage, returns)[kept]
 
 
-def centred(setting: Setting, returns: Tensor, rows: Rows, unit: Tensor, log: dict[str, float]) -> Tensor:
-    """Advantages within (unit, step), clipped."""
+def centred(setting: Setting, returns: Tensor, group: Tensor, log: dict[str, float]) -> Tensor:
+    """Advantages within groups, clipped where they are normalised."""
     config = setting.config
-    group = unit * len(setting.s) + rows.step
     if config.advantage != "raw":
         spread = G.advantages(returns, group, "mean").abs()
         log["rows without signal"] = (spread < 1e-9).float().mean().item()
@@ -116,8 +117,8 @@ def renoised(
         said = setting.output(x_t, picks, prompt)
     rows = Rows(x_t, x_0, eps, said, picks, prompt, end, torch.ones(len(end)))
     scaled = rewards if config.advantage == "std" else rewards / config.temperature
-    whole = replace(rows, step=torch.zeros_like(picks))  # a group compares endpoints, at whatever times
-    return Batch(replace(rollout, rows=rows), rewards, centred(setting, scaled[end], whole, prompt, log))
+    advantage = centred(setting, scaled, rollout.prompt, log)  # of endpoints, at whatever times
+    return Batch(replace(rollout, rows=rows), rewards, advantage[end])
 
 
 def regression(setting: Setting, rollout: Rollout, rewards: Tensor, kept: Tensor) -> Batch:
@@ -192,6 +193,8 @@ def adjoint(setting: Setting, rollout: Rollout, clean: Tensor) -> Tensor:
             row = rollout.lineage[:, k]
             if bool((row >= 0).all()):
                 found[row] = carried
+                if k == 0:
+                    break
                 x = rows.x[row]
             elif k and bool((rollout.lineage[:, k - 1] >= 0).all()):
                 x = rows.after[rollout.lineage[:, k - 1]]  # a certain step keeps no row: its state came out before it
@@ -206,15 +209,36 @@ def adjoint(setting: Setting, rollout: Rollout, clean: Tensor) -> Tensor:
 
 def carry(setting: Setting, x: Tensor, k: int, prompt: Tensor, after: Tensor, drawn: bool = True) -> Tensor:
     """(d mean_k(x) / d x)^T after: of the chain's step where `drawn`, else of the ODE's."""
-    x = x.detach().requires_grad_(True)
+    kept, x = after.device, x.detach().to(setting.model.device).requires_grad_(True)
     t, t_next = setting.s.times[k].to(x), setting.s.times[k + 1].to(x)
     with torch.enable_grad():
         said = setting.predict(x, t, prompt)
         mean = euler(said, t_next)
         if drawn and setting.s.noisy[k]:
             mean = gaussian_step(setting.sde, said, t_next, setting.noise_level, setting.s.times[1].to(x)).mean
-        (gradient,) = torch.autograd.grad(mean, x, after)
-    return gradient.detach()
+        (gradient,) = torch.autograd.grad(mean, x, after.to(x))
+    return gradient.detach().to(kept)
+
+
+def log_ratio_slope(setting: Setting, rows: Rows) -> Tensor:
+    """grad_x log pi(after | x) / pi_ref(after | x) at rows, (n, ...): the means move with x, `after` does not."""
+    s, slope = setting.s, torch.empty_like(rows.x)
+    for k in rows.step.unique().tolist():
+        at = (rows.step == k).nonzero().squeeze(1)
+        x = rows.x[at].detach().requires_grad_(True)
+        t, t_next, first = s.times[k].to(x), s.times[k + 1].to(x), s.times[1].to(x)
+
+        def misses() -> Tensor:
+            said = setting.predict(x, t, rows.prompt[at])  # noqa: B023
+            mean = gaussian_step(setting.sde, said, t_next, setting.noise_level, first).mean  # noqa: B023
+            return L.square(rows.after[at] - mean).sum()  # noqa: B023
+
+        with torch.enable_grad():
+            own = misses()
+            with setting.model.reference():
+                base = misses()
+            (slope[at],) = torch.autograd.grad((base - own) / (2 * float(s.sigma[k]) ** 2), x)
+    return slope
 
 
 def thinned(rollout: Rollout, keep: int, draws: torch.Generator) -> Tensor:

@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fieldsmith import preflight
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.auxiliary import Auxiliary
-from fieldsmith.methods.align.collect import Batch, carry, choose, collect
+from fieldsmith.methods.align.collect import Batch, carry, choose, collect, log_ratio_slope
 from fieldsmith.methods.align.config import FIRST_ORDER, REGRESSIONS, AlignConfig, check
 from fieldsmith.methods.align.rollouts import Rollout, Rows
-from fieldsmith.methods.align.schedule import multiplier, strength
+from fieldsmith.methods.align.schedule import influence, multiplier, strength
 from fieldsmith.methods.align.setting import Setting
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.rewards import Reward
@@ -37,6 +38,7 @@ class Result:
     seconds: float
     forward_equivalents: int
     stopped: str
+    h: tuple[float, ...] | None = None  # the recipe's strength by step, on its own schedule
 
 
 def align(
@@ -59,8 +61,8 @@ def align(
         model.unfreeze(config.subset)
     else:
         model.adapt(LoraSpec(config.subset, config.rank, config.alpha, seed=config.seed))
-    method = Method(setting)
     try:
+        method = Method(setting)
         method.look(base, x, t, quiet=run is None)
     except BaseException:
         model.remove_training()  # refused before anything was trained: the model can be used again
@@ -86,7 +88,7 @@ def align(
     done = fit({**model.trainable(), **method.extra()}, losses, optimisation, run, probe)
     history = run.history() if run else []
     cost = int(history[-1]["forwards"]) if history else model.forwards - spent
-    return Result(done.steps, done.seconds, cost, done.stopped)
+    return Result(done.steps, done.seconds, cost, done.stopped, method.influence())
 
 
 def _check_reward(config: AlignConfig, reward: Reward) -> None:
@@ -116,6 +118,14 @@ class Method:
     def extra(self) -> dict[str, Tensor]:
         return {f"auxiliary.{name}": p for name, p in self.helper.named_parameters()} if self.helper else {}
 
+    def influence(self) -> tuple[float, ...] | None:
+        """h by step: the push on the network's output per unit of the value's gradient; None where nothing has it."""
+        config, s = self.config, self.setting.s
+        if config.estimator not in ("reverse-noise", *REGRESSIONS):
+            return None
+        normaliser = s.omega if config.estimator == "reverse-noise" or config.state == "next" else 1.0
+        return tuple(influence(self.strength, s, normaliser).tolist())
+
     def losses(self, step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         config, setting = self.config, self.setting
         epoch, update = divmod(step, config.updates)
@@ -131,7 +141,7 @@ class Method:
             mine = mine if config.kl else mine[batch.advantage[mine] != 0]
         if not len(mine):
             log["rows"] = 0.0
-            yield torch.zeros((), requires_grad=True) * 0
+            yield torch.zeros(())
             return
         sums: dict[str, float] = {}
         for at in mine.split(config.chunk):
@@ -142,7 +152,7 @@ class Method:
             yield (part * some.rollout.rows.weight.to(part)).sum() / len(mine)
         log |= sums
         if config.anchor and len(batch.rollout.idle.step):
-            yield self.anchored(batch.rollout, len(mine), draws)
+            yield from self.anchored(batch.rollout, len(mine), draws)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss of rows, (n,), and what to log of it."""
@@ -198,9 +208,11 @@ class Method:
         log_rho = L.log_ratio(f, rows.said, rows.noise, w)
         if config.trust == "guard-hinge":
             log_rho = w * L.dot(f - rows.said, rows.noise)
-        log["held"] = L.held(log_rho.detach(), advantage, config.trust, config.clip, sigma).float().mean().item()
+        log["held"] = (
+            L.held(log_rho.detach(), advantage, config.trust, config.clip, sigma, f[0].numel()).float().mean().item()
+        )
         strength_ = self.multiplier[rows.step].to(f)
-        return L.policy_loss(log_rho, advantage, strength_, config.trust, config.clip, sigma)
+        return L.policy_loss(log_rho, advantage, strength_, config.trust, config.clip, sigma, f[0].numel())
 
     def forward_loss(self, f: Tensor, rows: Rows, advantage: Tensor) -> Tensor:
         """NFT and AWM, in whatever form the network speaks."""
@@ -218,11 +230,8 @@ class Method:
         assert helper is not None and batch.returns is not None
         w, times = s.w[rows.step].to(f), s.times.to(f)
         log_rho = L.log_ratio(f, rows.said, rows.noise, w) - L.log_ratio(reference, rows.said, rows.noise, w)
-        last = int(rows.step.max()) == int(s.noisy.nonzero().max())
-        value_next = helper(rows.after, times[rows.step + 1], rows.prompt)
-        if last:
-            end = rows.step == int(s.noisy.nonzero().max())
-            value_next = torch.where(end, batch.returns.to(f), value_next)
+        end = (rows.step == int(s.noisy.nonzero().max())).to(f.device)
+        value_next = torch.where(end, batch.returns.to(f), helper(rows.after, times[rows.step + 1], rows.prompt))
         return L.balance_loss(helper(rows.x, times[rows.step], rows.prompt), value_next, log_rho)
 
     def helped(self, batch: Batch, guidance: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,14 +243,7 @@ class Method:
         if config.auxiliary == "residual":  # forward loss through the target, reverse loss for the field alone
             omega = L.over(s.omega[rows.step], guidance)
             ahead = omega * helper(rows.after, times[rows.step + 1], rows.prompt) / pull.clamp(min=1e-6)
-            x = rows.x.detach().requires_grad_(True)
-            with torch.enable_grad():
-                f = self.setting.output(x, rows.step, rows.prompt)
-                with self.model.reference():
-                    base = self.setting.output(x, rows.step, rows.prompt)
-                w = s.w[rows.step].to(f)
-                rho = L.log_ratio(f, rows.said.to(f), rows.noise, w) - L.log_ratio(base, rows.said.to(f), rows.noise, w)
-                (slope,) = torch.autograd.grad(rho.sum(), x)
+            slope = log_ratio_slope(self.setting, rows)
             own = helper(rows.x, times[rows.step], rows.prompt) + batch.beside.to(guidance)
             return guidance + ahead, L.square(own + slope) / numbers
         eta = L.over(self.setting.eta[rows.step], guidance)
@@ -256,15 +258,16 @@ class Method:
         own_loss = (L.square(eta * guidance + ahead - carried) + 1000 * L.square(end)) / numbers
         return guidance + ahead.detach() / eta.clamp(min=1e-6), own_loss
 
-    def anchored(self, rollout: Rollout, rows: int, draws: torch.Generator) -> Tensor:
+    def anchored(self, rollout: Rollout, rows: int, draws: torch.Generator) -> Iterator[Tensor]:
         """KL to the reference on ODE states where nothing branched: at most a tenth of the update's rows."""
         idle, config = rollout.idle, self.config
-        at = torch.randperm(len(idle.step), generator=draws)[: max(1, rows // 10)]
-        f = self.setting.output(idle.x[at], idle.step[at], idle.prompt[at])
-        with torch.no_grad(), self.model.reference():
-            reference = self.setting.output(idle.x[at], idle.step[at], idle.prompt[at])
-        w = self.setting.s.w[idle.step[at]].to(f)
-        return config.anchor * L.gaussian_kl(f, reference, w).mean() / f[0].numel()
+        chosen = torch.randperm(len(idle.step), generator=draws)[: max(1, rows // 10)]
+        for at in chosen.split(config.chunk):
+            f = self.setting.output(idle.x[at], idle.step[at], idle.prompt[at])
+            with torch.no_grad(), self.model.reference():
+                reference = self.setting.output(idle.x[at], idle.step[at], idle.prompt[at])
+            kl = L.gaussian_kl(f, reference, self.setting.s.w[idle.step[at]])
+            yield config.anchor * kl.sum() / len(chosen) / f[0].numel()
 
     def pathwise(self, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         """DRaFT-K: the reward's gradient through the sampler's last K steps; ReFL: through x_0_hat at a late step."""
@@ -299,6 +302,7 @@ class Method:
         condition = setting.condition[:1]  # type: ignore[index]
         with torch.no_grad(), self.model.reference():
             gap = (self.model.predict(x, t, condition, config.guidance).velocity - base).abs().max().item()
+        preflight.require([preflight.memory(self.model, config.chunk)], quiet=True)  # before anything large runs
         mend = "this is a defect of fieldsmith: please report it"
         checks = [preflight.Check("adapter off against base", gap, "0", gap == 0, mend)]
         log: dict[str, float] = {}
@@ -316,6 +320,12 @@ class Method:
         for p in self.extra().values():
             p.grad = None
         preflight.require(checks, quiet)
+        if not quiet:
+            roots, plan = config.prompts_per_epoch * config.rollouts, setting.plan
+            words = f"a collection: {roots * plan.forwards():,} forwards, {roots * plan.endpoints():,} reward calls"
+            h = " ".join(f"{push:.3g}" for push in self.influence() or ())
+            words += f"; strength h by step, from noise to data: {h}" if h else ""
+            Console(stderr=True).print(words, highlight=False)
 
     def on_policy(self, batch: Batch) -> preflight.Check:
         some = torch.arange(min(len(batch.advantage), self.config.chunk))
@@ -323,8 +333,9 @@ class Method:
         with torch.no_grad():
             f = self.setting.output(rows.x, rows.step, rows.prompt)
             off = L.log_ratio(f, rows.said, rows.noise, self.setting.s.w[rows.step].to(f)).abs().max().item()
+        limit = 1e-3 * max(1.0, f[0].numel() / 512) ** 0.5  # rounding adds up over a state's numbers
         return preflight.Check(
-            "log-ratio of the policy to itself", off, "below 0.001", off < 1e-3,
+            "log-ratio of the policy to itself", off, f"below {limit:.2g}", off < limit,
             "rollout and training disagree: is dropout on, or the network in half precision?",
         )  # fmt: skip
 

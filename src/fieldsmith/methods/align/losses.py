@@ -59,29 +59,36 @@ def gaussian_kl(output: Tensor, reference: Tensor, w: Tensor) -> Tensor:
 
 
 def policy_loss(
-    log_rho: Tensor, advantage: Tensor, strength: Tensor, trust: Trust, clip: float, deviation: Tensor
+    log_rho: Tensor,
+    advantage: Tensor,
+    strength: Tensor,
+    trust: Trust,
+    clip: float,
+    deviation: Tensor,
+    numbers: int = 1,
 ) -> Tensor:
     """-A m log rho under a trust region; all (n,). Not yet over the numbers in a row.
 
-    none: the log-likelihood surrogate. clip: PPO on rho. hinge: max(0, c |A| - A log rho), zero once rho has moved by c
-    nats in A's favour (PCPO). fair-hinge: the same on sigma^2 log rho, a displacement of x, so that c means the same
-    displacement at every step (RSM, section 4.4). guard-hinge: on sigma times the linear part of log rho (GRPO-Guard as
-    released; hand it w <d, eps> for log_rho).
+    none: the log-likelihood surrogate. clip: PPO on rho; with `numbers` > 1 on its geometric mean over a row's numbers,
+    as released, where it is 1 + log rho / numbers to first order and `clip` bounds nats of the whole. hinge:
+    max(0, c |A| - A log rho), zero once rho has moved by c nats in A's favour (PCPO). fair-hinge: the same on
+    sigma^2 log rho, a displacement of x, so that c means the same at every step (RSM, section 4.4). guard-hinge: on
+    sigma times the linear part of log rho (GRPO-Guard as released; hand it w <d, eps> for log_rho).
     """
     if trust == "clip":
-        rho = log_rho.exp()
-        return -strength * torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
+        rho, most = (log_rho / numbers).exp(), clip / numbers
+        return -strength * numbers * torch.minimum(rho * advantage, rho.clamp(1 - most, 1 + most) * advantage)
     if trust == "none":
         return -strength * advantage * log_rho
     unit = deviation.to(log_rho) ** HINGES[trust]
     return strength / unit * (clip * advantage.abs() - advantage * unit * log_rho).clamp(min=0)
 
 
-def held(log_rho: Tensor, advantage: Tensor, trust: Trust, clip: float, deviation: Tensor) -> Tensor:
+def held(log_rho: Tensor, advantage: Tensor, trust: Trust, clip: float, deviation: Tensor, numbers: int = 1) -> Tensor:
     """Which rows the trust region holds back, so that they have no gradient; (n,) bool."""
     if trust == "clip":
-        rho = log_rho.exp()
-        return ((rho > 1 + clip) & (advantage > 0)) | ((rho < 1 - clip) & (advantage < 0))
+        rho, most = (log_rho / numbers).exp(), clip / numbers
+        return ((rho > 1 + most) & (advantage > 0)) | ((rho < 1 - most) & (advantage < 0))
     if trust == "none":
         return torch.zeros_like(log_rho, dtype=torch.bool)
     return log_rho * deviation.to(log_rho) ** HINGES[trust] * advantage.sign() > clip

@@ -1,13 +1,12 @@
-"""How far a policy went, exactly: the KL of its stochastic steps to the reference's, and a recipe's strength h(t)."""
+"""How far a policy went, exactly: the KL of its stochastic steps to the reference's."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.losses import gaussian_kl
-from fieldsmith.methods.align.schedule import Schedule, influence, schedule, strength
+from fieldsmith.methods.align.schedule import Schedule, schedule
 from fieldsmith.models.core import Model
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.samplers import Sde, gaussian_step
@@ -16,7 +15,7 @@ from fieldsmith.training import generator
 
 @torch.no_grad()
 def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[float], Schedule]:
-    """KL(pi || pi_ref) in nats at every step of flow-sde (0.7) or ddim (1), averaged over `each` rollouts a prompt.
+    """KL(pi || pi_ref) in nats at every step of flow-sde (0.7) or ddim (1), by `each` rollouts of up to 64 prompts.
 
     One yardstick for all recipes, whatever they sampled with in training. Not counted as cost.
     """
@@ -25,8 +24,9 @@ def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[floa
     sde: Sde = "flow-sde" if flow else "ddim"
     level = 0.7 if flow else 1.0
     draws = generator(config.seed, 0, stream=12)
-    condition = model.encode(config.prompts)
-    which = torch.arange(each * len(config.prompts)) % len(config.prompts)
+    prompts = config.prompts[:64]
+    condition = model.encode(prompts)
+    which = torch.arange(each * len(prompts)) % len(prompts)
     x, grid = model.noise(len(which), draws), model.grid(config.steps)
     s: Schedule | None = None
     found = []
@@ -40,12 +40,3 @@ def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[floa
     model.forwards = spent
     assert s is not None
     return found, s
-
-
-def strengths(config: AlignConfig, s: Schedule) -> Tensor | None:
-    """h of the recipe by step, (K,); None where it has no rows (pathwise, nft, awm)."""
-    if config.estimator in ("pathwise", "nft", "awm"):
-        return None
-    zeroth = config.estimator in ("reverse-noise", "balance")
-    normaliser = s.omega if zeroth or config.state == "next" else 1.0
-    return influence(strength(config.strength, s), s, normaliser)

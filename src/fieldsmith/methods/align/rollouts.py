@@ -100,7 +100,7 @@ class Plan:
     drawn: Tensor
 
     def endpoints(self) -> int:
-        """Per root, the root's own ODE endpoint left out where it only serves branches."""
+        """Rewards a root needs; one that only serves its branches is not judged itself."""
         if self.kind == "branches":
             return int(self.children.sum())
         return int(self.children.prod()) if self.kind == "tree" else 1

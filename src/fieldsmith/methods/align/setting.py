@@ -18,7 +18,7 @@ from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
 from fieldsmith.methods.align.guidance import Place, Value
 from fieldsmith.methods.align.rollouts import Plan, Rollout, roll
 from fieldsmith.methods.align.schedule import Schedule, schedule, strength
-from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.rewards.combined import Asynchronous
@@ -54,7 +54,8 @@ class Setting:
             fits = "flow-sde, dance-sde, cps or ddim" if flow else "ddim or ddim-uniform"
             raise InputError(f"sde '{sde}' does not fit the path of {model.name}; use {fits}")
         level = NOISE[sde] if config.noise_level is None else config.noise_level
-        condition = model.encode(list(config.prompts))
+        prompts = torch.arange(len(config.prompts)).split(64)
+        condition = stack([model.encode([config.prompts[i] for i in part.tolist()]) for part in prompts])
         before = model.forwards
         grid = model.grid(config.steps)
         with torch.no_grad():
@@ -64,18 +65,21 @@ class Setting:
         first = Setting(model, config, reward, config.prompts, condition, s, _plan(config, s), sde, level, 1.0, 0)
         if config.strength != "jacobian":
             return first
-        n = max(2, 64 // len(config.prompts)) * len(config.prompts)
-        ends = first.ode(model.noise(n, generator(config.seed, 0, stream=4)), torch.arange(n) % len(config.prompts))
-        return replace(first, prior=ends.var(0).mean().item(), prepared=model.forwards - before)
+        # J is of one prompt's images: the variance within prompts, fitted on 64 images, two or more of each
+        each = max(2, 64 // len(config.prompts))
+        chosen = torch.arange(min(len(config.prompts), 64 // each))
+        x = model.noise(each * len(chosen), generator(config.seed, 0, stream=4))
+        ends = first.ode(x, chosen.repeat_interleave(each))
+        prior = ends.reshape(len(chosen), each, -1).var(1).mean().item()
+        return replace(first, prior=prior, prepared=model.forwards - before)
 
     def predict(self, x: Tensor, t: Tensor, prompt: Tensor) -> Prediction:
         """The network, in chunks where nothing needs its gradient."""
-        c = self.condition[prompt]
         t = t.to(x).expand(len(x))
         if torch.is_grad_enabled() or len(x) <= self.config.chunk:
-            return self.model.predict(x, t, c, self.config.guidance)
+            return self.model.predict(x, t, self.condition[prompt], self.config.guidance)
         parts = [
-            self.model.predict(x[at], t[at], c[at], self.config.guidance)
+            self.model.predict(x[at], t[at], self.condition[prompt[at]], self.config.guidance)
             for at in torch.arange(len(x)).split(self.config.chunk)
         ]
         return Prediction(parts[0].kind, torch.cat([p.value for p in parts]), x, t, parts[0].path)
@@ -112,7 +116,9 @@ class Setting:
 
         def value(x_0: Tensor) -> Tensor:
             images = self.model.decode(x_0, grad=True)
-            return self.reward(images, [self.prompts[i] for i in prompt.tolist()]) / self.config.temperature
+            given = self.reward(images, [self.prompts[i] for i in prompt.tolist()])
+            _check_rewards(given, len(x_0), self.reward.name)
+            return given / self.config.temperature
 
         return value
 
@@ -130,12 +136,17 @@ class Setting:
                 else:
                     parts.append(self.reward(images, asked))
             rewards = torch.cat([part.float().cpu() for part in (queue.results() if queue else parts)])
-        if rewards.shape != (len(x_0),):
-            raise RunError(f"reward '{self.reward.name}' gave {tuple(rewards.shape)} for {len(x_0)} images; one each")
-        if not bool(rewards.isfinite().all()):
-            bad = int((~rewards.isfinite()).sum())
-            raise RunError(f"reward '{self.reward.name}' gave NaN or infinity for {bad} of {len(rewards)} images")
+        _check_rewards(rewards, len(x_0), self.reward.name)
         return rewards
+
+
+def _check_rewards(rewards: Tensor, n: int, name: str) -> None:
+    """Raises RunError where they are not one finite number an image."""
+    if rewards.shape != (n,):
+        raise RunError(f"reward '{name}' gave {tuple(rewards.shape)} for {n} images; it must give one number each")
+    bad = int((~rewards.isfinite()).sum())
+    if bad:
+        raise RunError(f"reward '{name}' gave NaN or infinity for {bad} of {n} images")
 
 
 def _plan(config: AlignConfig, s: Schedule) -> Plan:
@@ -152,15 +163,29 @@ def _plan(config: AlignConfig, s: Schedule) -> Plan:
         children = torch.zeros_like(children) if config.rollout == "branches" else children
         children[: len(given)] = torch.tensor(given)[:K]
         children[~drawn] = 0 if config.rollout == "branches" else 1
+        if int(children.max()) < 1 or (config.rollout == "tree" and not bool(drawn.any())):
+            raise InputError(f"branches={config.branches} leaves no branch at a step that is drawn; widen the window")
     return Plan(config.rollout, children, drawn)
 
 
 def named_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
-    """Prompts as they are, or the lines of the one text file named. Raises InputError where the file has none."""
-    if len(prompts) != 1 or not pathlib.Path(prompts[0]).is_file():
+    """Prompts as they are, or the lines of the one text file named. Raises InputError where it cannot be read."""
+    if len(prompts) != 1 or not (_is_file(prompts[0]) or prompts[0].endswith(".txt")):
         return tuple(prompts)
-    lines = [line.strip() for line in pathlib.Path(prompts[0]).read_text(encoding="utf-8").splitlines()]
-    found = tuple(line for line in lines if line)
+    try:
+        lines = pathlib.Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"prompt file '{prompts[0]}' cannot be read as UTF-8 text ({error}); write a prompt a line"
+        ) from error
+    found = tuple(line.strip() for line in lines if line.strip())
     if not found:
         raise InputError(f"prompt file '{prompts[0]}' has no line with words in it; write a prompt a line")
     return found
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return pathlib.Path(name).is_file()
+    except OSError:  # a prompt longer than a file's name may be
+        return False
