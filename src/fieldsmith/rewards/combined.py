@@ -1,4 +1,4 @@
-"""Rewards made of rewards: weighted sums, running normalisation, and judging while the next rollout is drawn.
+"""Rewards made of rewards: weighted sums, running normalisation, and judging in threads.
 
 In: `Reward`s. Out: a `Reward`, or futures of one's results.
 """
@@ -88,7 +88,7 @@ def normalised(reward: Reward) -> Normalised:
 
 
 class Asynchronous:
-    """Judges in threads, so that a judge's latency overlaps with the next rollout. No gradient flows.
+    """Judges in threads, so that a judge works while the caller decodes or rolls out. No gradient flows.
 
     `submit` gives a future; `results` gives what was submitted, in that order, and raises again what the judge raised.
     Use it in a `with`; leaving it drops what has not begun.
