@@ -58,7 +58,6 @@ ARMS: dict[str, dict[str, tuple[Settings, ...]]] = {
         "draft": PATHWISE,
     },
 }
-LONG = "adjoint-matching"  # on the mixture also at four times the cost: the estimator without a bias there
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,11 @@ def jobs(config: ReproduceAlign, bench: Bench, sweep: bool) -> list[Job]:
             for arm in arms:
                 work = partial(_chosen, bench.train, folder, kind, arm, seed, _cap(config, kind))
                 found.append((folder / f"{kind}_{arm}_final_seed{seed}.json", work))
+        found.append((folder / f"estimators_seed{seed}.json", partial(_estimators, seed)))
+    for seed in config.seeds:
         for name in mixture.recipes():
             work = partial(mixture.train, name, seed, config.mixture_cap)
             found.append((folder / f"mixture_{name}_final_seed{seed}.json", work))
-        work = partial(mixture.train, LONG, seed, 4 * config.mixture_cap, rollouts=32)
-        found.append((folder / f"mixture_{LONG}-long_final_seed{seed}.json", work))
-        found.append((folder / f"estimators_seed{seed}.json", partial(_estimators, seed)))
     return found
 
 

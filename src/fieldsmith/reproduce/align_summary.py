@@ -101,8 +101,7 @@ def of_mixture(runs: Runs, recipe: str, sampler: str, key: str) -> Interval:
 
 def best_recipe(runs: Runs) -> str:
     """The recipe nearest to the optimum in KL, of those within 5% of its reward gain; SDE sampler."""
-    equal = [name for name in runs.mixture if not name.endswith("-long")]
-    gains = {name: of_mixture(runs, name, "sde", "gain").value for name in equal}
+    gains = {name: of_mixture(runs, name, "sde", "gain").value for name in runs.mixture}
     near = [name for name, gain in gains.items() if abs(gain - 1) <= 0.05] or list(gains)
     return min(near, key=lambda name: of_mixture(runs, name, "sde", "kl").value)
 
@@ -300,7 +299,7 @@ def mixture_section(runs: Runs) -> list[str]:
     return [
         "## Recipes on the exact mixture",
         "",
-        "Exact reference scores and a trained correction; every recipe at one cost (long: four), lr 1e-3, aimed at",
+        "Exact reference scores and a trained correction; every recipe at the same cost, lr 1e-3, aimed at",
         "p_ref exp(r): temperature 1, unscaled leave-one-out advantages and a KL of weight 1 for policy gradients.",
         "Gain is over the exact optimum's; mode weights should be 0.039, 0.786, 0.175. A recipe that weighs its steps",
         "unequally, or that has no reference in its loss, has another optimum, and goes there. With the exact optimal",
