@@ -146,9 +146,9 @@ def _chosen(
 
 
 def _estimators(seed: int) -> dict[str, Any]:
-    """The estimator figure at abar = 0.00985 and 0.996, and the bias of the Gaussian terminal gradient."""
+    """The estimator figure at abar = 0.00985 and 0.994, and the bias of the Gaussian terminal gradient."""
     return {
-        "low snr": mixture.estimators(seed, 389), "high snr": mixture.estimators(seed, 9),
+        "low snr": mixture.estimators(seed, 389), "high snr": mixture.estimators(seed, 12),
         "gaussian terminal": mixture.gaussian_terminal_bias(seed),
     }  # fmt: skip
 

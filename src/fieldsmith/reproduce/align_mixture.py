@@ -40,9 +40,9 @@ def path() -> VariancePreserving:
     return VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float64)).cumprod(0))
 
 
-def grid(first: int = 499) -> Tensor:
+def grid(first: int = 499, gap: int = 10) -> Tensor:
     """Times of every tenth index down from `first`, then clean data."""
-    index = torch.arange(first, -1, -10, dtype=torch.float64)
+    index = torch.arange(first, -1, -gap, dtype=torch.float64)
     return torch.cat((path().time(index), torch.zeros(1, dtype=torch.float64)))
 
 
@@ -98,6 +98,8 @@ def estimators(seed: int, first: int) -> list[dict[str, Any]]:
         chain = [_sde(x[i], count, s, draws, star, base) for i in range(POINTS)]
         for name in chain[0]:
             add(name, count, count * len(s), torch.stack([estimate[name] for estimate in chain]))
+    if len(s) < 8:  # near the data there is nothing to cut short or to split
+        return found
     for keep in (0.9, 0.8, 0.5):
         for count in COUNTS:
             cut, steps = zip(*(_cut(x[i], count, s, draws, star, keep) for i in range(POINTS)), strict=True)
@@ -292,6 +294,37 @@ def judged(model: Exact, kind: str, seed: int, n: int) -> dict[str, Any]:
         "kl": cell_kl(points),
         "modes": nearest.tolist(),
     }
+
+
+@torch.no_grad()
+def ceiling(guidance: str, gap: int, seed: int, n: int = 20_000, draws_each: int = 8) -> dict[str, float]:
+    """What the SDE sampler does with exact guidance, nothing trained: gain and KL.
+
+    current: Psi*(x_k), the field of p*. next: omega E[Psi*(x_{k+1})], where next-state recipes and policy gradients
+    come to rest, since their steps keep the reference's variance; the two agree as the gap shrinks.
+    """
+    p, times = path(), grid(gap=gap)
+    s, star, base = schedule(p, times, "eps", "ddim", 1.0), optimum(), triangle()
+    draws = generator(seed, gap, stream=13)
+    x = torch.randn(n, 2, generator=draws, dtype=torch.float64)
+    for k in range(len(s)):
+        t, t_next = times[k], times[k + 1]
+        reference = base.score(x, t, p)
+        psi = star.score(x, t, p) - reference
+        if guidance == "next" and s.noisy[k]:
+            mean = ddim_step(_scored(reference + psi, x, t), t_next, 1.0).mean
+            ahead = torch.zeros_like(x)
+            for _ in range(draws_each):
+                y = mean + s.sigma[k] * torch.randn(x.shape, generator=draws, dtype=torch.float64)
+                ahead += (star.score(y, t_next, p) - base.score(y, t_next, p)) / draws_each
+            psi = s.omega[k] * ahead
+        x = ddim_step(_scored(reference + psi, x, t), t_next, 1.0).sample(draws)
+    low, best = linear(base.mean[None])[0], linear(star.mean[None])[0]
+    return {"gain": float((linear(x).mean() - low) / (best - low)), "kl": cell_kl(x)}
+
+
+def _scored(score: Tensor, x: Tensor, t: Tensor) -> Prediction:
+    return Prediction("eps", -path().sigma(t) * score, x, t, path())
 
 
 def _trained(model: Exact, x: Tensor, t: Tensor) -> Prediction:
