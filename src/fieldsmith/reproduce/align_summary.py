@@ -54,6 +54,9 @@ class Runs:
                 self.sweeps.setdefault((kind, arm), []).append(record)
             elif record["seed"] in seeds:
                 self.finals.setdefault((kind, arm), []).append(record)
+        # a recipe counts once all its seeds are there
+        self.finals = {key: records for key, records in self.finals.items() if len(records) == len(seeds)}
+        self.mixture = {key: records for key, records in self.mixture.items() if len(records) == len(seeds)}
 
     def arms(self, kind: str) -> list[str]:
         return [arm for found, arm in self.finals if found == kind]
@@ -271,7 +274,7 @@ def estimator_section(runs: Runs) -> list[str]:
         "",
         "Three unit Gaussians, reward 3 - x/2, exact scores; RMSE of the estimate of the guidance at abar = 0.00985 by",
         "number of samples (first-order rows take none), forwards a point at the largest count, and the same at the",
-        "largest count at abar = 0.994. 'First step drawn, then ODE' estimates the ODE sampler's reward gradient,",
+        "largest count at abar = 0.994, where a step of ten indices is no longer small and omega 0.3. 'First step drawn, then ODE' estimates the ODE sampler's reward gradient,",
         "which is another quantity than the guidance of p*.",
         "",
         *table(("estimator", *(str(n) for n in counts), "forwards", "abar 0.994"), rows),
