@@ -274,7 +274,7 @@ def estimator_section(runs: Runs) -> list[str]:
         "",
         "Three unit Gaussians, reward 3 - x/2, exact scores; RMSE of the estimate of the guidance at abar = 0.00985 by",
         "number of samples (first-order rows take none), forwards a point at the largest count, and the same at the",
-        "largest count at abar = 0.994, where a step of ten indices is no longer small and omega is 0.3. 'First step",
+        "largest count at abar = 0.994, where a step of ten indices is no longer small: omega is 0.08. 'First step",
         "drawn, then ODE' estimates the ODE sampler's reward gradient, which is another quantity than p*'s guidance.",
         "",
         *table(("estimator", *(str(n) for n in counts), "forwards", "abar 0.994"), rows),
