@@ -289,6 +289,9 @@ def mixture_section(runs: Runs) -> list[str]:
         some = runs.mixture[name]
         modes = [sum(run["sde"]["modes"][i] for run in some) / len(some) for i in range(3)]
         broke = sum(bool(run["broke"]) for run in some)
+        if broke:  # its samples are as far away as numbers go
+            rows.append((f"{name} ({broke} of {len(some)} runs broke)", *["-"] * 6))
+            continue
         rows.append(
             (
                 name + (f" ({broke} broke)" if broke else ""),
