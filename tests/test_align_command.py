@@ -76,6 +76,8 @@ def test_files_and_flags_come_after_the_preset(tmp_path):
     file.write_text('preset = "nft"\nlr = 0.5\nrollouts = 3\n')
     config = configure(["--config", str(file), "--rollouts", "4", "--out", "here"])
     assert (config.preset, config.estimator, config.lr, config.rollouts) == ("nft", "nft", 0.5, 4)
+    for model, recipe, rank in (("a/model", "flow-grpo", 32), ("a/model", "draft", 16), (SMALL, "flow-grpo", 16)):
+        assert configure(["--model", model, "--preset", recipe, "--out", "here"]).rank == rank
     paper = configure(["--preset", "flow-grpo", "--scale", "paper", "--out", "here"])
     assert paper.rank == 32 and configure(["--preset", "flow-grpo", "--out", "here"]).rank == 16
 

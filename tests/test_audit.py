@@ -336,6 +336,24 @@ def triangle3() -> Mixture:
 TINY = ["--model", "zoo:shapes-flux-small", "--times", "2", "--states", "3", "--samples", "16", "--steps", "4"]
 
 
+def test_a_model_of_the_users_own_is_audited_at_published_thresholds_where_there_are_some(tmp_path, flux_folder):
+    words = [
+        "audit",
+        "--model",
+        str(flux_folder),
+        "--reward",
+        "brightness",
+        "--prompts",
+        "a red circle",
+        "--steps",
+        "4",
+    ]
+    small = ["--times", "1", "--states", "2", "--samples", "16", "--chunk", "64"]
+    assert main([*words, *small, "--out", str(tmp_path / "run")]) == 0
+    recipes = json.loads((tmp_path / "run" / "metrics.json").read_text())["recipes"]
+    assert {"flow-grpo", "draft", "gaussian-terminal"} <= recipes.keys()
+
+
 def test_the_command_on_a_model_and_a_differentiable_reward(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["audit", *TINY, "--out", str(out)]) == 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError
-from fieldsmith.methods.align.config import PAPER, RECIPES, AlignConfig, check, preset
+from fieldsmith.methods.align.config import RECIPES, AlignConfig, check, preset, scale_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def configure(words: list[str]) -> AlignConfig:
     file = arguments.from_file(path, AlignConfig, "align") if path else {}
     model = arguments.peek(words, "--model") or file.get("model", AlignConfig.model)
     name = name or file.get("preset") or "flow-grpo"
-    scale = scale or ("paper" if name in PAPER and not model.startswith("zoo:") else "laptop")
+    scale = scale or scale_for(name, model)
     if scale not in ("laptop", "paper"):
         raise InputError(f"scale '{scale}' is unknown; use laptop or paper")
     base = preset(name, "paper" if scale == "paper" else "laptop")

@@ -98,7 +98,7 @@ def run(config: AuditConfig) -> Run:
     from fieldsmith.commands.audit_page import of_moment, of_outlook, page_of
     from fieldsmith.methods.align.advice import outlooks, recommend
     from fieldsmith.methods.align.audit import measure
-    from fieldsmith.methods.align.config import RECIPES, preset
+    from fieldsmith.methods.align.config import RECIPES, preset, scale_for
     from fieldsmith.runs import Run
     from fieldsmith.training import generator
 
@@ -120,9 +120,11 @@ def run(config: AuditConfig) -> Run:
     with console.status("measuring") as status:
         moments = measure(setting, ids, config.states, config.samples, kind, pool, truths, status.update)
     directory.begin()
-    scale: Any = "laptop" if config.model.startswith(("zoo:", "world:")) else "paper"
     presets = {
-        name: dataclasses.replace(preset(name), steps=config.steps, clip=preset(name, scale).clip) for name in RECIPES
+        name: dataclasses.replace(
+            preset(name), steps=config.steps, clip=preset(name, scale_for(name, config.model)).clip
+        )
+        for name in RECIPES
     }
     found = outlooks(presets, setting.s, setting.prior, moments)
     numbers = setting.model.noise(1, generator(config.seed, 0)).numel()

@@ -235,6 +235,11 @@ def preset(name: str, scale: Literal["paper", "laptop"] = "laptop") -> AlignConf
     return replace(AlignConfig(preset=name), **{**sized, **RECIPES[name], **(sized if scale == "paper" else {})})
 
 
+def scale_for(name: str, model: str) -> Literal["paper", "laptop"]:
+    """The scale that a recipe has on a model unless told: the published one, where there is one, off the zoo."""
+    return "paper" if name in PAPER and not model.startswith(("zoo:", "world:")) else "laptop"
+
+
 def check(config: AlignConfig) -> None:
     """Refuse settings that cannot learn. Raises InputError with the value and the mend; needs no model."""
     numbers = {f.name: getattr(config, f.name) for f in fields(config)}
