@@ -253,7 +253,8 @@ def _ranked(found: Sequence[Outlook], moments: Sequence[Moment]) -> tuple[str, s
     worst = min((one for one in plain if _order(one) == "first"), key=lambda one: one.of_estimator, default=None)
     if worst and worst.estimator and worst.estimator != best.estimator:
         off = [(m.rows[worst.estimator].turned, m.t) for m in moments if m.rows and m.rows[worst.estimator].size > 0]
-        words += f". '{worst.estimator}' ({worst.name}) points {max(off)[0]:.0%} off at t = {max(off)[1]:.2f}"
+        if off:
+            words += f". '{worst.estimator}' ({worst.name}) points {max(off)[0]:.0%} off at t = {max(off)[1]:.2f}"
     return best.name, words
 
 
