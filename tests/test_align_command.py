@@ -131,6 +131,24 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, c
     assert "this run is complete" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_model_of_the_users_own_is_aligned_and_shown(tmp_path, flux_folder):
+    words = [
+        "align",
+        "--model",
+        str(flux_folder),
+        "--reward",
+        "brightness",
+        "--prompts",
+        "a red circle",
+        "--preset",
+        "nft",
+    ]
+    assert main([*words, "--epochs", "1", "--steps", "4", "--evaluate", "4", "--out", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(metrics["rewards"]) == {"brightness"} and metrics["rest"]["n"] >= 4  # no judge knows this model
+    assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "report.html").exists()
+
+
 def test_a_black_box_reward_goes_up():
     """A black-box reward goes up, without a gradient from it."""
     model, world = load(SMALL), ShapesWorld(32)
