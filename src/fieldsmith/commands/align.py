@@ -52,9 +52,6 @@ def configure(words: list[str]) -> AlignConfig:
 def run(config: AlignConfig) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
-    if config.out is None:
-        raise InputError("no out folder given; add --out DIR, e.g. --out runs/align")
-    arguments.check_out(out := config.out, folder=True)
     from rich.console import Console
 
     from fieldsmith.diagnose.concepts import sampler
@@ -63,7 +60,6 @@ def run(config: AlignConfig) -> Run:
     from fieldsmith.models import load
     from fieldsmith.rewards import checked
     from fieldsmith.rewards import load as load_reward
-    from fieldsmith.runs import Run
     from fieldsmith.worlds.cards import world_of
 
     console = Console(stderr=True)
@@ -76,7 +72,7 @@ def run(config: AlignConfig) -> Run:
         watched[name] = checked(load_reward(name, world))
     if world:
         watched["valid"] = checked(load_reward("valid", world))
-    directory = Run(out, "align", config)
+    directory = arguments.directory_of(config, "align")
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
@@ -183,14 +179,7 @@ def _page(
     kl = _kl(model, config, result)
     page.table("How far it went", ["step", "t", "KL to the reference, nats", "strength h"], kl["rows"], note=kl["note"])
     _curves(page, directory, result)
-    commands = [f"fieldsmith align --config {directory.folder / 'config.toml'} --out ANOTHER-FOLDER"]
-    if model.spec:
-        commands += [
-            "",
-            "# in Python, with diffusers alone",
-            f'pipe = DiffusionPipeline.from_pretrained("{config.model}")',
-            f'pipe.load_lora_weights("{directory.folder / "adapter"}")',
-        ]
+    commands = arguments.repeat_and_load("align", config, directory, model.spec is not None)
     page.command("Repeat it, load it", commands)
     page.write(directory.folder / "report.html")
     return {"rewards": found, "rest": rest.to_json(), "kl": kl["total"], "hacked": hacked}

@@ -11,9 +11,12 @@ import os
 import pathlib
 import tomllib
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fieldsmith.errors import InputError, check_word
+
+if TYPE_CHECKING:
+    from fieldsmith.runs import Run
 
 C = TypeVar("C")
 
@@ -87,6 +90,29 @@ def check_out(out: pathlib.Path, folder: bool) -> None:
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"out '{out}' cannot be made, '{above}' is not a folder that you may write to; name another")
+
+
+def directory_of(config: Any, verb: str) -> Run:
+    """The run directory that `config.out` names, nothing written yet. Raises InputError where it cannot be one."""
+    from fieldsmith.runs import Run
+
+    if config.out is None:
+        raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{verb}")
+    check_out(config.out, folder=True)
+    return Run(config.out, verb, config)
+
+
+def repeat_and_load(verb: str, config: Any, directory: Run, adapter: bool) -> list[str]:
+    """How to repeat a run and, where it made an adapter, how plain diffusers loads it: lines of a page."""
+    lines = [f"fieldsmith {verb} --config {directory.folder / 'config.toml'} --out ANOTHER-FOLDER"]
+    if adapter:
+        lines += [
+            "",
+            "# in Python, with diffusers alone",
+            f'pipe = DiffusionPipeline.from_pretrained("{config.model}")',
+            f'pipe.load_lora_weights("{directory.folder / "adapter"}")',
+        ]
+    return lines
 
 
 def from_file(path: str, kind: type[Any], verb: str) -> dict[str, Any]:

@@ -90,20 +90,16 @@ def check(config: AuditConfig) -> None:
 def run(config: AuditConfig) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
-    if config.out is None:
-        raise InputError("no out folder given; add --out DIR, e.g. --out runs/audit")
-    arguments.check_out(config.out, folder=True)
+    directory = arguments.directory_of(config, "audit")
     from rich.console import Console
 
     from fieldsmith.commands.audit_page import of_moment, of_outlook, page_of
     from fieldsmith.methods.align.advice import outlooks, recommend
     from fieldsmith.methods.align.audit import measure
     from fieldsmith.methods.align.config import RECIPES, preset, scale_for
-    from fieldsmith.runs import Run
     from fieldsmith.training import generator
 
     console = Console(stderr=True)
-    directory = Run(config.out, "audit", config)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory

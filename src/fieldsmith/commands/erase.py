@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments
-from fieldsmith.errors import InputError
 from fieldsmith.methods.erase.config import EraseConfig, check, preset
 
 if TYPE_CHECKING:
@@ -41,17 +40,13 @@ def configure(words: list[str]) -> EraseConfig:
 def run(config: EraseConfig) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
-    if config.out is None:
-        raise InputError("no out folder given; add --out DIR, e.g. --out runs/erase")
-    arguments.check_out(config.out, folder=True)
+    directory = arguments.directory_of(config, "erase")
     from rich.console import Console
 
     from fieldsmith.methods.erase import loop
     from fieldsmith.models import load
-    from fieldsmith.runs import Run
 
     console = Console(stderr=True)
-    directory = Run(config.out, "erase", config)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
@@ -106,14 +101,7 @@ def _page(
     world = world_of(config.model)
     found = _judged(page, model, config, world, before, after) if world else _unjudged(page, config, before, after)
     _training_section(page, directory, metrics)
-    commands = [f"fieldsmith erase --config {directory.folder / 'config.toml'} --out ANOTHER-FOLDER"]
-    if metrics["adapter"] == "adapter":
-        commands += [
-            "",
-            "# in Python, with diffusers alone",
-            f'pipe = DiffusionPipeline.from_pretrained("{config.model}")',
-            f'pipe.load_lora_weights("{directory.folder / "adapter"}")',
-        ]
+    commands = arguments.repeat_and_load("erase", config, directory, metrics["adapter"] == "adapter")
     page.command("Repeat it, load it", commands)
     page.write(directory.folder / "report.html")
     return found
