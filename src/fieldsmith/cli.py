@@ -14,12 +14,14 @@ from collections.abc import Sequence
 VERBS = {
     "align": "Raise a reward without losing the rest (reward score matching, every method that it unifies).",
     "erase": "Make a forbidden prompt give what an anchor prompt gives (GEM and six baselines).",
+    "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
+    "diagnose": "Measure what guidance a student kept: collapse, blow-up, drift or healthy.",
     "pretrain": "Train a zoo model from its recipe.",
     "sample": "Draw a grid of images from a model.",
     "evaluate": "Judge what a model draws, prompt by prompt.",
     "reproduce": "Repeat the papers' claims at laptop scale; writes results/VERB.",
-    "demo": "Erase the triangle from a small model and make the page that shows it.",
+    "demo": "Each verb once on small models, and the page that leads to what they made.",
 }
 
 

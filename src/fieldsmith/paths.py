@@ -6,6 +6,9 @@ In: what a network said, at (x_t, t). Out: the same thing as velocity, eps, x_0 
 
 from __future__ import annotations
 
+import bisect
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -180,6 +183,42 @@ def noised(path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps
 
 
+def truth(kind: Kind, path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What a perfect network of this kind would say if it knew x_0 and eps (batch, ...), at t (batch,)."""
+    if kind == "eps":
+        return eps
+    if kind == "x_0":
+        return x_0
+    if kind == "v_prediction":
+        return expand(path.alpha(t), eps) * eps - expand(path.sigma(t), eps) * x_0
+    return expand(path.d_alpha(t), eps) * x_0 + expand(path.d_sigma(t), eps) * eps
+
+
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
     """Classifier-free guidance u + w (c - u), in whatever form both are in; w = 1 is off."""
     return unconditional + guidance * (conditional - unconditional)
+
+
+def tag(time: float, low: float = 1.0, high: float = 4.0, beta: float = 5.0) -> float:
+    """TAG's guidance scale at time index / T in [0, 1] (DASH, Eq. 3): low + (high - low) sigmoid(beta (1/2 - time))."""
+    return low + (high - low) / (1 + math.exp(-beta * (0.5 - time)))
+
+
+def tag_schedule(path: Path) -> Callable[[Tensor], float]:
+    """TAG as a schedule of a path: w at the time of a step, which counts in indices where the path has them."""
+
+    def schedule(t: Tensor) -> float:
+        time = t.flatten()[0]
+        return tag(float(path.index(time)) / path.length if isinstance(path, VariancePreserving) else float(time))
+
+    return schedule
+
+
+def recalibrated(guidance: float, ends: Sequence[float], factors: Sequence[float]) -> Callable[[Tensor], float]:
+    """A schedule w(t) = guidance * factor of t's bin: `ends` are the bins' upper ends, rising (DASH notes, 7.4)."""
+
+    def schedule(t: Tensor) -> float:
+        place = bisect.bisect_left(ends, float(t.flatten()[0]) - 1e-6)  # times are float32
+        return guidance * factors[min(place, len(factors) - 1)]
+
+    return schedule

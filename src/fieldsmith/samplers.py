@@ -62,25 +62,32 @@ class Gaussian:
         return (-z.square() / 2 - self.deviation.log() - math.log(2 * math.pi) / 2).flatten(1).sum(1)
 
 
-def euler(said: Prediction, t_next: Tensor) -> Tensor:
-    """x + (t' - t) v on rectified flow; on a variance-preserving path the exact DDIM step (eta = 0)."""
+def euler(said: Prediction, t_next: Tensor, clip: float | None = None) -> Tensor:
+    """x + (t' - t) v on rectified flow; on a variance-preserving path the exact DDIM step (eta = 0).
+
+    `clip` is the radius of `ddim_step`. Raises ValueError for it on rectified flow, whose step uses no x_0.
+    """
     if isinstance(said.path, RectifiedFlow):
+        if clip is not None:
+            raise ValueError(f"clip={clip}: steps on rectified flow have no x_0 to clip; leave it out")
         return said.x_t + _dim(t_next - said.t, said.x_t) * said.velocity
-    return ddim_step(said, t_next, 0.0).mean
+    return ddim_step(said, t_next, 0.0, clip).mean
 
 
-def ddim_step(said: Prediction, t_next: Tensor, eta: float) -> Gaussian:
+def ddim_step(said: Prediction, t_next: Tensor, eta: float, clip: float | None = None) -> Gaussian:
     """DDIM from t to t': mean alpha' x_0 + sqrt(sigma'^2 - s^2) eps, deviation s = eta * the posterior's given x_0.
 
     On any path s = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2); eta = 1 is DDPM's step, which forgets its
-    start by t = 1 (memoryless) on rectified flow too.
+    start by t = 1 (memoryless) on rectified flow too. With `clip`, x_0 is held inside [-clip, clip] while eps stays
+    what the network said, as diffusers' DDIMScheduler has it.
     """
     path, x = said.path, said.x_t
     alpha, sigma = _dim(path.alpha(said.t), x), _dim(path.sigma(said.t), x)
     alpha_next, sigma_next = _dim(path.alpha(t_next), x), _dim(path.sigma(t_next), x)
     kept = alpha * sigma_next / (alpha_next * sigma)
     deviation = eta * sigma_next * (1 - kept**2).clamp(min=0).sqrt()
-    mean = alpha_next * said.x_0 + (sigma_next**2 - deviation**2).clamp(min=0).sqrt() * said.eps
+    x_0 = said.x_0 if clip is None else said.x_0.clamp(-clip, clip)
+    mean = alpha_next * x_0 + (sigma_next**2 - deviation**2).clamp(min=0).sqrt() * said.eps
     return Gaussian(mean, deviation)
 
 
@@ -156,20 +163,24 @@ def rollout(
     noise_level: float = 0.0,
     generator: torch.Generator | None = None,
     stop: int | None = None,
+    clip: float | None = None,
 ) -> Trajectory:
     """Follow the field from x at grid[0] for all of the grid's steps, or the first `stop`.
 
     With `sde`, steps are Gaussian at `noise_level` (eta for 'ddim') and need a generator; a step whose deviation is 0
-    contributes log-probability 0. Gradients flow if they are enabled.
+    contributes log-probability 0. `clip` is the radius of predicted x_0 in DDIM steps (euler or 'ddim' on a
+    variance-preserving path). Gradients flow if they are enabled.
     """
     if sde and generator is None:
         raise ValueError("a stochastic rollout needs a generator")
+    if clip is not None and (sde not in (None, "ddim") or solver == "heun"):
+        raise ValueError(f"clip={clip} is known to DDIM steps only, not to '{sde or solver}'; leave it out")
     states, log_probs = [x], []
     times = grid[: len(grid) if stop is None else stop + 1]
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         said = field(x, t)
         if sde and generator is not None:
-            step = gaussian_step(sde, said, t_next, noise_level, grid[1])
+            step = gaussian_step(sde, said, t_next, noise_level, grid[1], clip)
             x = step.sample(generator)
             noisy = bool((step.deviation > 0).all())
             log_probs.append(step.log_prob(x) if noisy else x.new_zeros(len(x)))
@@ -178,13 +189,15 @@ def rollout(
             slope = (said.velocity + field(ahead, t_next).velocity) / 2
             x = x + (t_next - t) * slope
         else:
-            x = euler(said, t_next)
+            x = euler(said, t_next, clip)
         states.append(x)
     return Trajectory(torch.stack(states), times, torch.stack(log_probs) if log_probs else None)
 
 
-def gaussian_step(sde: Sde, said: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor) -> Gaussian:
-    """The named stochastic step."""
+def gaussian_step(
+    sde: Sde, said: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor, clip: float | None = None
+) -> Gaussian:
+    """The named stochastic step; `clip` is for 'ddim' alone."""
     if sde == "flow-sde":
         return flow_sde_step(said, t_next, noise_level, t_first)
     if sde == "dance-sde":
@@ -193,4 +206,4 @@ def gaussian_step(sde: Sde, said: Prediction, t_next: Tensor, noise_level: float
         return cps_step(said, t_next, noise_level)
     if sde == "ddim-uniform":
         return ddim_uniform_step(said, t_next, noise_level)
-    return ddim_step(said, t_next, noise_level)
+    return ddim_step(said, t_next, noise_level, clip)

@@ -8,33 +8,44 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError, check_word
 
-RECIPES = {  # what each changes of the recipe in zoo/shapes_flux.py
+RECIPES: dict[str, dict[str, Any]] = {  # what each changes of the recipe in zoo/shapes_flux.py
     "shapes-flux": {},
     "shapes-flux-small": {"heads": 1, "steps": 6_000},  # right in half of its images: room for a reward
 }
-CLAIMS = ("erase", "align")
+CLASS_RECIPES: dict[str, dict[str, Any]] = {  # of the recipe in zoo/class_unet.py
+    "digits-unet": {},
+    "shapes-unet": {"data": "shapes", "widths": (24, 48, 64), "steps": 5_500},
+}
+CLAIMS = ("erase", "align", "distill")
 
 
 def pretrain(words: Sequence[str]) -> None:
     """fieldsmith pretrain RECIPE --out DIR [--field value ...]; resumes where it was interrupted."""
-    recipe, rest = _first(words, tuple(RECIPES), "pretrain", "recipes")
+    recipe, rest = _first(words, (*RECIPES, *CLASS_RECIPES), "pretrain", "recipes")
     out = arguments.take(rest, "--out")
-    from fieldsmith.zoo.shapes_flux import ShapesFlux, train
+    from fieldsmith.zoo import class_unet, shapes_flux
 
-    config = arguments.parse(
-        ShapesFlux(**RECIPES[recipe]), rest, f"pretrain {recipe}", "Also: --out DIR, the folder to write."
+    default = (
+        shapes_flux.ShapesFlux(**RECIPES[recipe])
+        if recipe in RECIPES
+        else class_unet.ClassUNet(**CLASS_RECIPES[recipe])
     )
+    config = arguments.parse(default, rest, f"pretrain {recipe}", "Also: --out DIR, the folder to write.")
     if out is None:
-        raise InputError("no out folder given; add --out DIR, e.g. --out runs/shapes-flux")
-    counts = ("images", "heads", "vae_steps", "vae_batch", "steps", "batch", "threads")
-    arguments.at_least(config, 1, *counts)
-    arguments.at_least(config, 0, "vae_lr", "kl", "lr", "ema")
+        raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{recipe}")
+    counts = ("images", "heads", "layers", "vae_steps", "vae_batch", "steps", "batch", "threads")
+    arguments.at_least(config, 1, *(name for name in counts if hasattr(config, name)))
+    arguments.at_least(config, 0, *(name for name in ("vae_lr", "kl", "lr", "ema") if hasattr(config, name)))
     arguments.check_out(pathlib.Path(out), folder=True)
-    train(config, pathlib.Path(out), recipe)
+    if isinstance(config, class_unet.ClassUNet):
+        class_unet.train(config, pathlib.Path(out))
+    else:
+        shapes_flux.train(config, pathlib.Path(out), recipe)
     print(f"pipeline: {pathlib.Path(out) / 'model'}")
 
 
@@ -56,6 +67,8 @@ class SampleConfig:
     """Sampler steps."""
     guidance: float | None = None
     """Guidance scale; none and 1 are off."""
+    schedule: str = "constant"
+    """constant; tag: from 1 at noise to 4 at data; or a metrics.json of `diagnose`: its a*(t) multiplies --guidance."""
     resolution: int | None = None
     """Image side in pixels; None: the model's own, at most 512."""
     seed: int = 0
@@ -142,6 +155,10 @@ def reproduce(words: Sequence[str]) -> None:
         from fieldsmith.reproduce import align
 
         align.main(arguments.parse(align.ReproduceAlign(), rest, "reproduce align"))
+    elif claim == "distill":
+        from fieldsmith.reproduce import distill
+
+        distill.main(arguments.parse(distill.ReproduceDistill(), rest, "reproduce distill"))
     else:
         from fieldsmith.reproduce import erase
 
@@ -165,4 +182,28 @@ def _sampler(config: SampleConfig | EvaluateConfig):  # type: ignore[no-untyped-
     model = load(config.model, config.resolution)
     if config.adapter:
         load_adapter(model, config.adapter)
-    return sampler(model, config.steps, config.guidance)
+    return sampler(model, config.steps, _guidance(model, config))
+
+
+def _guidance(model: Any, config: SampleConfig | EvaluateConfig) -> Any:
+    """A scale, or a schedule of scales in time. Raises InputError at a file that holds no recalibration."""
+    schedule = getattr(config, "schedule", "constant")
+    if schedule == "constant":
+        return config.guidance
+    from fieldsmith.paths import recalibrated, tag_schedule
+
+    if schedule == "tag":
+        return tag_schedule(model.path)
+    import json
+
+    try:
+        states = json.loads(pathlib.Path(schedule).read_text(encoding="utf-8"))["states"]
+        bins = list(states.values())[-1]["bins"]  # those on the teacher's guided path, where sampling takes place
+        ends, factors = [one["t_high"] for one in bins], [float(one["recalibration"]) for one in bins]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"schedule '{schedule}' is neither constant, tag nor a metrics.json of `fieldsmith diagnose`"
+        ) from error
+    if config.guidance is None:
+        raise InputError("a recalibrated schedule needs a scale to multiply; add --guidance 2")
+    return recalibrated(config.guidance, ends, factors)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fieldsmith.metrics.distances import frechet_distance, pixel_features, total_variation
 from fieldsmith.metrics.intervals import Interval, paired_difference, share
-from fieldsmith.models.core import Model
-from fieldsmith.samplers import rollout
+from fieldsmith.models.core import Condition, Model
+from fieldsmith.paths import Prediction
+from fieldsmith.samplers import Field, rollout
 from fieldsmith.worlds.shapes import (
     COLOURS,
     HELD_OUT,
@@ -31,10 +31,14 @@ from fieldsmith.worlds.shapes import (
 )
 
 Sampler = Callable[[Sequence[str], int], Tensor]  # prompts, seed -> images (n, 3, h, w) in [0, 1]
+Guidance = float | None | Callable[[Tensor], float]  # a scale, or a schedule of scales: the time of a step () -> scale
 
 
-def sampler(model: Model, steps: int = 28, guidance: float | None = None, batch: int = 128) -> Sampler:
-    """Draw images with the model as it stands; equal seeds give equal noise. Not counted as training cost."""
+def sampler(model: Model, steps: int = 28, guidance: Guidance = None, batch: int = 128) -> Sampler:
+    """Draw images with the model as it stands; equal seeds give equal noise. Not counted as training cost.
+
+    Predicted x_0 is clipped where the model's own pipeline clips it.
+    """
 
     @torch.no_grad()
     def draw(prompts: Sequence[str], seed: int) -> Tensor:
@@ -44,12 +48,21 @@ def sampler(model: Model, steps: int = 28, guidance: float | None = None, batch:
         noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
         rows = torch.tensor([names.index(prompt) for prompt in prompts])
         for part in torch.arange(len(prompts)).split(batch):
-            field = partial(model.predict, condition=encoded[rows[part]], guidance=guidance)
-            images.append(model.decode(rollout(field, noise[part], model.grid(steps)).last))
+            field = guided_field(model, encoded[rows[part]], guidance)
+            images.append(model.decode(rollout(field, noise[part], model.grid(steps), clip=model.clip).last))
         model.forwards = counted
         return torch.cat(images)
 
     return draw
+
+
+def guided_field(model: Model, condition: Condition, guidance: Guidance) -> Field:
+    """The model's field under one condition, at a scale that may change with time."""
+
+    def field(x_t: Tensor, t: Tensor) -> Prediction:
+        return model.predict(x_t, t, condition, guidance(t) if callable(guidance) else guidance)
+
+    return field
 
 
 def neighbours(target: Concept) -> list[Concept]:

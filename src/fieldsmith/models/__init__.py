@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fieldsmith.models.core import Model
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
-FAMILIES = {"FluxPipeline": "flux", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
+FAMILIES = {"FluxPipeline": "flux", "DDPMPipeline": "unet", "DDIMPipeline": "unet", "DiTPipeline": "dit"}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -59,9 +59,14 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         from fieldsmith.models.flux import Flux
 
         return Flux(pipeline, name, resolution)
+    classes, scales = _classes(name, folder)
+    if family == "dit":
+        from fieldsmith.models.dit import DiT
+
+        return DiT(pipeline, name, resolution, classes, scales)
     from fieldsmith.models.unet import UNet
 
-    return UNet(pipeline, name, resolution, _classes(name, folder))
+    return UNet(pipeline, name, resolution, classes, scales)
 
 
 def load_adapter(model: Model, source: str | pathlib.Path) -> None:
@@ -172,17 +177,22 @@ def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) ->
             raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
 
 
-def _classes(name: str, folder: pathlib.Path | None) -> list[str] | None:
+def _classes(name: str, folder: pathlib.Path | None) -> tuple[list[str] | None, list[float] | None]:
+    """Class names, and the guidance scales that the network takes itself; None for each that is not written."""
     file = folder / "classes.json" if folder else None
     if file is None or not file.is_file():
-        return None
+        return None, None
     try:
-        classes = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        classes = None
+        said = None
+    both = isinstance(said, dict)
+    classes, scales = (said.get("classes"), said.get("guidance_scales")) if both else (said, None)
     if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
         raise InputError(f"classes.json in '{name}' is not a list of class names")
-    return classes
+    if both and not (isinstance(scales, list) and scales and all(type(scale) in (int, float) for scale in scales)):
+        raise InputError(f"classes.json in '{name}' holds no list of numbers under 'guidance_scales'")
+    return classes, scales
 
 
 def _lora_file(source: pathlib.Path) -> pathlib.Path:

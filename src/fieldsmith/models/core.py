@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fieldsmith.errors import InputError
-from fieldsmith.paths import Path, Prediction
+from fieldsmith.paths import Kind, Path, Prediction
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Model:
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
+    clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path
+    kind: Kind  # what the network predicts
     pipeline: Any
     network: Any  # an nn.Module with diffusers' config, whose fields no checker knows
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Condition, Model, stack
-from fieldsmith.paths import Prediction, RectifiedFlow, guide
+from fieldsmith.paths import Kind, Prediction, RectifiedFlow, guide
 from fieldsmith.samplers import flow_grid
 
 
@@ -31,6 +31,7 @@ class Flux(Model):
         "all-linear": r".*",
     }
     path = RectifiedFlow()
+    kind: Kind = "velocity"
 
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
         super().__init__(pipeline, pipeline.transformer, name)

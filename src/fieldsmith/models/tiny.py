@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -35,6 +38,19 @@ def word_tokenizer(words: Sequence[str], length: int, bos: bool) -> PreTrainedTo
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNKNOWN,
         additional_special_tokens=[SPARE], model_max_length=length,
+    )  # fmt: skip
+
+
+def _vae(
+    channels: Sequence[int], latent_channels: int, size: int, scaling_factor: float, shift_factor: float | None = None
+) -> AutoencoderKL:
+    """An autoencoder without attention whose latents are smaller by 2 at each level but the last."""
+    levels = len(channels)
+    return AutoencoderKL(
+        block_out_channels=tuple(channels), latent_channels=latent_channels, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=8, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=scaling_factor, shift_factor=shift_factor, sample_size=size,
     )  # fmt: skip
 
 
@@ -69,13 +85,7 @@ def flux_pipeline(
             attention_head_dim=32, num_attention_heads=heads, joint_attention_dim=text_width,
             pooled_projection_dim=text_width, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 14, 14),
         )  # fmt: skip
-        levels = len(vae_channels)
-        vae = AutoencoderKL(
-            block_out_channels=tuple(vae_channels), latent_channels=latent_channels, layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-            norm_num_groups=8, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-            scaling_factor=1.0, shift_factor=0.0, sample_size=32,
-        )  # fmt: skip
+        vae = _vae(vae_channels, latent_channels, size=32, scaling_factor=1.0, shift_factor=0.0)
         pipeline = FluxPipeline(
             # the shift of Flux at 512 pixels (mu = 0.63), whatever the number of tokens
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.63, max_shift=0.63),
@@ -99,17 +109,20 @@ def unet_pipeline(
     widths: Sequence[int] = (16, 32),
     layers: int = 1,
     class_rows: int | None = None,
+    attention: bool = True,
     prediction_type: str = "epsilon",
     learned_variance: bool = False,
     train_times: int = 1000,
     beta_schedule: str = "linear",
     timestep_spacing: str = "leading",
+    clip: bool = False,
     seed: int = 0,
 ) -> DDPMPipeline:
-    """A DDPMPipeline with random weights: a UNet2DModel with attention at its lowest level, nothing clipped.
+    """A DDPMPipeline with random weights: a UNet2DModel, with `attention` at its lowest level and always in the middle.
 
-    `class_rows` are embedding rows: the number of classes, and one more for a null class. With `learned_variance`
-    the scheduler's variance_type is 'learned_range' and the network has twice the output channels.
+    `clip` holds predicted images inside [-1, 1] while sampling. `class_rows` are embedding rows: the number of classes,
+    and one more for a null class. With `learned_variance` the scheduler's variance_type is 'learned_range' and the
+    network has twice the output channels.
     """
     levels = len(widths)
     with torch.random.fork_rng():
@@ -117,12 +130,45 @@ def unet_pipeline(
         unet: Any = UNet2DModel(
             sample_size=size, in_channels=channels, out_channels=channels * (2 if learned_variance else 1),
             block_out_channels=tuple(widths), layers_per_block=layers, norm_num_groups=8, attention_head_dim=8,
-            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1), num_class_embeds=class_rows,
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D" if attention else "DownBlock2D",),
+            up_block_types=("AttnUpBlock2D" if attention else "UpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+            num_class_embeds=class_rows,
         )  # fmt: skip
     scheduler = DDPMScheduler(
         num_train_timesteps=train_times, beta_schedule=beta_schedule, prediction_type=prediction_type,
-        variance_type="learned_range" if learned_variance else "fixed_small", clip_sample=False,
+        variance_type="learned_range" if learned_variance else "fixed_small", clip_sample=clip,
         timestep_spacing=timestep_spacing,
     )  # fmt: skip
     return DDPMPipeline(unet=unet.eval(), scheduler=scheduler)
+
+
+def dit_pipeline(
+    *,
+    classes: int = 1000,
+    size: int = 8,
+    heads: int = 2,
+    head_width: int = 16,
+    layers: int = 2,
+    latent_channels: int = 4,
+    vae_channels: Sequence[int] = (8, 16),
+    learned_variance: bool = False,
+    train_times: int = 1000,
+    clip: bool = False,
+    labels: dict[int, str] | None = None,
+    seed: int = 0,
+) -> DiTPipeline:
+    """A DiTPipeline with random weights on latents of `size`, with DDIM's steps.
+
+    Images are larger than latents by 2 for every level of the autoencoder but the last. At 1000 classes, the default,
+    the plain pipeline can guide. `labels` are each class's words, separated by commas.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # module constructors draw from the global generator
+        transformer: Any = DiTTransformer2DModel(
+            sample_size=size, in_channels=latent_channels,
+            out_channels=latent_channels * (2 if learned_variance else 1), num_embeds_ada_norm=classes,
+            num_attention_heads=heads, attention_head_dim=head_width, num_layers=layers, patch_size=2,
+        )  # fmt: skip
+        vae: Any = _vae(vae_channels, latent_channels, size * 2 ** (len(vae_channels) - 1), scaling_factor=0.18215)
+    scheduler = DDIMScheduler(num_train_timesteps=train_times, clip_sample=clip)
+    return DiTPipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=scheduler, id2label=labels)

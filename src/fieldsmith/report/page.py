@@ -129,12 +129,14 @@ class Page:
         ]
         self.sections.append(Section("images", heading, [grid_of("", lines, columns)] if lines else [], note))
 
-    def before_after(self, heading: str, rows: Iterable[Pair], note: str = "") -> None:
+    def before_after(
+        self, heading: str, rows: Iterable[Pair], note: str = "", sides: tuple[str, str] = ("before", "after")
+    ) -> None:
         """Each prompt's images before over those after; a tuple in Pair's order will do for a Pair."""
         grids = []
         for pair in (Pair(*row) for row in rows):
-            before = line_of("before", f"{pair.label}, before", pair.before, pair.before_captions)
-            after = line_of("after", f"{pair.label}, after", pair.after, pair.after_captions)
+            before = line_of(sides[0], f"{pair.label}, {sides[0]}", pair.before, pair.before_captions)
+            after = line_of(sides[1], f"{pair.label}, {sides[1]}", pair.after, pair.after_captions)
             grids.append(grid_of(pair.label, [before, after]))
         self.sections.append(Section("images", heading, grids, note))
 

@@ -1,0 +1,43 @@
+"""The two branches of classifier-free guidance, as one network said them at the same states.
+
+In: a model, states, conditions. Out: `Branches`, in the form in which the network predicts (eps, x_0, velocity).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fieldsmith.models.core import Condition, Model, stack
+from fieldsmith.paths import guide
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What a network says with its condition and without one, both (batch, ...)."""
+
+    conditional: Tensor
+    unconditional: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """The direction of guidance: conditional - unconditional."""
+        return self.conditional - self.unconditional
+
+    def guided(self, guidance: float | Tensor) -> Tensor:
+        """unconditional + w gap."""
+        return guide(self.conditional, self.unconditional, guidance)
+
+
+def branches(model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Branches:
+    """Both branches at x_t (batch, ...), t (batch,) in one forward of 2 x batch states.
+
+    Raises InputError where the model has no null condition ('').
+    """
+    null = model.encode([""]).repeat(len(x_t))
+    both = stack((condition.repeat(len(x_t)), null))
+    said = model.predict(torch.cat((x_t, x_t)), torch.cat((t, t)), both)
+    conditional, unconditional = said.value.chunk(2)
+    return Branches(conditional, unconditional)

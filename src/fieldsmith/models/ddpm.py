@@ -1,0 +1,209 @@
+"""What the class-conditional DDPM families share: class names, guidance, the discrete time, learned variances.
+
+In: a pipeline of a network (states, index, class rows) and a DDPM scheduler. unet.py and dit.py say how states look.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fieldsmith.errors import InputError, check_word
+from fieldsmith.models.core import Condition, Model
+from fieldsmith.paths import Kind, Prediction, VariancePreserving, expand, guide
+from fieldsmith.samplers import ddim_grid
+
+KINDS: dict[str, Kind] = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v_prediction"}
+# beside model_index.json: a list of class names in the order of their embeddings, or
+# {"classes": [...], "guidance_scales": [...]} for a network that takes the guidance scale itself
+CLASSES_FILE = "classes.json"
+
+
+class ClassDDPM(Model):
+    """States (batch, channels, *size) on a variance-preserving path, under a class or none.
+
+    `rows` are the network's usable class embeddings, 0 for an unconditional one; `classes` their names, where None
+    reads as '0', '1', ... for every row. One row more than classes: the last is the null class, which '' encodes to.
+    With `scales` the network takes the guidance scale itself: the row of (class, scale) is
+    class * len(scales) + index of the scale, there is no null row, and guidance costs one forward.
+    """
+
+    path: VariancePreserving
+    aliases: Mapping[str, int] = {}  # other words for a class
+
+    def __init__(
+        self,
+        pipeline: Any,
+        network: nn.Module,
+        name: str,
+        size: tuple[int, int],
+        rows: int,
+        classes: Sequence[str] | None,
+        scales: Sequence[float] | None,
+    ):
+        super().__init__(pipeline, network, name)
+        self.size, self.rows = size, rows
+        self._read_scheduler()
+        self.scales = tuple(scales) if scales else None
+        self.classes = tuple(str(i) for i in range(rows)) if classes is None else tuple(classes)
+        self._check_rows()
+        self.conditional = rows > 0
+        self.null_class = rows - 1 if not self.scales and len(self.classes) == rows - 1 else None
+
+    def _read_scheduler(self) -> None:
+        shape, scheduler = self.network.config, self.pipeline.scheduler.config
+        if bool((self.pipeline.scheduler.alphas_cumprod <= 0).any()):
+            raise InputError(f"the schedule of {self.name} ends without any signal, where eps says nothing of x_0; "
+                             "set rescale_betas_zero_snr=False in its scheduler")  # fmt: skip
+        self.path = VariancePreserving(self.pipeline.scheduler.alphas_cumprod)
+        self.kind = KINDS[scheduler.prediction_type]
+        self.clip = float(scheduler.get("clip_sample_range", 1.0)) if scheduler.get("clip_sample", False) else None
+        self.channels = shape.in_channels
+        self.variance = scheduler.get("variance_type", "fixed_small")
+        self.learns_variance = shape.out_channels == 2 * shape.in_channels
+
+    def _check_rows(self) -> None:
+        named, rows = len(self.classes), self.rows
+        if self.scales and named * len(self.scales) != rows:
+            raise InputError(
+                f"{CLASSES_FILE} of {self.name} names {named} classes and {len(self.scales)} guidance scales but its "
+                f"network embeds {rows}; it should have a row for each pair"
+            )
+        if not self.scales and named not in (rows, rows - 1):
+            raise InputError(f"{CLASSES_FILE} of {self.name} names {named} classes but its network embeds {rows}")
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws of x_1, drawn as the pipelines draw them so that equal seeds give equal images."""
+        return torch.randn(n, self.channels, *self.size, generator=generator).to(self.device)
+
+    def grid(self, steps: int) -> Tensor:
+        """Times for `steps` steps in the scheduler's own spacing, from noise to clean data at 0; (steps + 1,)."""
+        config = self.pipeline.scheduler.config
+        if config.timestep_spacing == "linspace":
+            raise InputError(
+                f"the scheduler of {self.name} spaces its steps as 'linspace', where diffusers' own steps miss their "
+                "next time; set timestep_spacing to 'trailing' or 'leading'"
+            )
+        trailing = config.timestep_spacing == "trailing"
+        grid = ddim_grid(self.path, steps, trailing)
+        if not trailing:
+            grid[:-1] += config.get("steps_offset", 0) / self.path.length
+        return grid.to(self.device)
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        """One row a prompt: a class name, its number, or '' for no class.
+
+        Raises InputError at an unknown class, or at '' where the network knows classes but no null class.
+        """
+        return Condition({"label": torch.tensor([self._label(p) for p in prompts], device=self.device)})
+
+    def condition(self, labels: Tensor) -> Condition:
+        """Class numbers (n,) as a condition; `null_class` is that of no class."""
+        return Condition({"label": labels.to(self.device)})
+
+    def _label(self, prompt: str) -> int:
+        if not self.conditional:
+            if prompt:
+                raise InputError(f"{self.name} is unconditional, so '{prompt}' means nothing to it; use the prompt ''")
+            return 0
+        if not prompt:
+            return self._null_label("the prompt ''")
+        if prompt in self.classes:
+            return self.classes.index(prompt)
+        if prompt in self.aliases:
+            return self.aliases[prompt]
+        if prompt.isdecimal() and int(prompt) < len(self.classes):
+            return int(prompt)
+        check_word(prompt, (*self.classes, *self.aliases), self.name)
+        raise AssertionError("check_word raises")
+
+    def _null_label(self, wish: str) -> int:
+        if self.null_class is None:
+            raise InputError(
+                f"{wish} needs a null class, which {self.name} lacks; leave it out, or use a model with one embedding "
+                f"row more than {CLASSES_FILE} has names"
+            )
+        return self.null_class
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
+        """What the network says at x_t (batch, channels, height, width) and t (batch,) or ().
+
+        guidance None or 1 is off. Both its branches go through the network at once; log_variance, where learned, is the
+        conditional's. A network that takes the scale itself (`scales`) answers in one forward, and raises InputError at
+        a scale that it does not know.
+        """
+        t = t.to(x_t).expand(len(x_t))
+        label = condition.repeat(len(x_t)).parts["label"]
+        if self.scales:
+            value, raw = self._say(x_t, t, label * len(self.scales) + self._scale_index(guidance))
+        elif guidance is None or guidance == 1.0:
+            value, raw = self._say(x_t, t, label)
+        else:
+            null = torch.full_like(label, self._null_label(f"guidance={guidance}"))
+            value, raw = self._say(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((label, null)))
+            conditional, unconditional = value.chunk(2)
+            value = guide(conditional, unconditional, guidance)
+            raw = None if raw is None else raw[: len(x_t)]
+        log_variance = None if raw is None else self._log_variance(raw, t)
+        return Prediction(self.kind, value, x_t, t, self.path, log_variance)
+
+    def _scale_index(self, guidance: float | None) -> int:
+        """Which of the network's own scales this is; None reads as 1."""
+        known = self.scales or ()
+        wanted = 1.0 if guidance is None else float(guidance)
+        for i, scale in enumerate(known):
+            if math.isclose(scale, wanted, abs_tol=1e-6):
+                return i
+        listed = ", ".join(f"{scale:g}" for scale in known)
+        said = "no guidance, which reads as guidance=1," if guidance is None else f"guidance={guidance:g}"
+        raise InputError(f"{said} is no scale that {self.name} was made for; use one of {listed}")
+
+    def _say(self, x_t: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        dtype = self.network.dtype
+        said: Tensor = self.network(
+            x_t.to(dtype), self._index(t), class_labels=rows if self.conditional else None, return_dict=False
+        )[0].to(x_t.dtype)
+        self.spend(len(x_t), said)
+        if self.learns_variance:
+            return said[:, : self.channels], said[:, self.channels :]
+        return said, None
+
+    def _index(self, t: Tensor) -> Tensor:
+        """The discrete index of t, in t's type; whole where t = (index + 1) / T only missed it by rounding."""
+        index = self.path.index(t)
+        off = (index.round() - index).detach()
+        return index + torch.where(off.abs() < 1e-3, off, torch.zeros_like(off))
+
+    def _log_variance(self, raw: Tensor, t: Tensor) -> Tensor | None:
+        """Log-variance of the reverse step from t to t - 1/T, as DDPMScheduler takes the network's second half.
+
+        'learned_range': (v + 1) / 2 goes from the log of the posterior's variance to log beta. 'learned': v is the
+        variance itself (the scheduler takes its root, whatever the paper says of logs), so this is its log. None where
+        the scheduler has a variance of its own, so that nobody knows how to read the network's.
+        """
+        if self.variance not in ("learned", "learned_range"):
+            return None
+        if self.variance == "learned":
+            return raw.clamp(min=1e-20).log()
+        t = self.path.time(self._index(t.double()))
+        alpha2 = self.path.alpha(t) ** 2
+        before2 = self.path.alpha((t - 1 / self.path.length).clamp(min=0)) ** 2
+        beta = 1 - alpha2 / before2
+        low = ((1 - before2) / (1 - alpha2) * beta).clamp(min=1e-20).log()  # 0 at the first index: clamped as there
+        fraction = (raw + 1) / 2
+        return fraction * expand(beta.log().to(raw), raw) + (1 - fraction) * expand(low.to(raw), raw)
+
+    def _save_pipeline(self, folder: pathlib.Path) -> None:
+        super()._save_pipeline(folder)
+        if self.scales:
+            said: Any = {"classes": self.classes, "guidance_scales": self.scales}
+        else:
+            said = self.classes
+        if self.conditional:
+            (folder / CLASSES_FILE).write_text(json.dumps(said) + "\n", encoding="utf-8")

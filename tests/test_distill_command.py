@@ -1,0 +1,271 @@
+"""`fieldsmith distill` as a user meets it: a run directory, a pipeline for diffusers, one sentence for bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import re
+from functools import partial
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fieldsmith import training
+from fieldsmith.cli import main
+from fieldsmith.commands import distill as command
+from fieldsmith.commands.distill import configure
+from fieldsmith.diagnose import sweep
+from fieldsmith.methods.distill.config import OBJECTIVES, PRESETS, check, preset
+from fieldsmith.metrics.classifier import train_classifier
+from fieldsmith.models import load
+from fieldsmith.models.tiny import unet_pipeline
+from fieldsmith.models.unet import UNet
+from fieldsmith.reproduce.distill_summary import Runs, cost_at_equal, shapley
+
+DIGITS = "zoo:digits-unet"
+QUICK = ["--steps", "12", "--batch", "8", "--bank", "1", "--evaluate", "20", "--sampler-steps", "3", "--warmup", "2"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str, says: str) -> None:
+    assert main(["distill", *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(says, said), said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry():
+    """A judge of 30 steps and few states: what these tests look at does not depend on how good they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "train_classifier", partial(train_classifier, steps=30))
+        patch.setattr(command, "TUPLES", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("distill") / "run"
+    assert main(["distill", *QUICK, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_a_student_its_numbers_and_a_page(made):
+    metrics = json.loads((made / "metrics.json").read_text())
+    sizes = metrics["parameters"]
+    assert sizes["teacher"] / sizes["student"] > 5.7
+    assert set(metrics["curves"]["student"]) == {"1.0", "1.5", "2.0", "3.0"}
+    assert metrics["forward_equivalents"] == 3 * 12 * 8 + metrics["teacher cost"] * metrics["teacher forwards"]
+    assert {"noised data", "the teacher's guided path"} == set(metrics["guidance"])
+    page = (made / "report.html").read_text()
+    assert "5.9 times smaller" in page and "teacher" in page and "<svg" in page
+
+
+def test_the_student_loads_in_plain_diffusers_and_draws_what_we_draw(made):
+    pipe = diffusers.DDPMPipeline.from_pretrained(made / "model")
+    student = load(made / "model")
+    assert student.classes == tuple("0123456789") and student.null_class == 10
+    x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.5)
+    ours = student.predict(x, t, student.encode(["3", ""])).eps
+    theirs = pipe.unet(x, student.path.index(t), class_labels=torch.tensor([3, 10])).sample
+    assert torch.equal(ours, theirs)
+
+
+def test_a_run_repeats_from_its_own_config_to_the_last_bit(made, tmp_path):
+    assert main(["distill", "--config", str(made / "config.toml"), "--out", str(tmp_path / "again")]) == 0
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    first, again = load_file(made / name), load_file(tmp_path / "again" / name)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(made, tmp_path, monkeypatch):
+    real = training._gradient
+
+    def cut(step, *rest):
+        if step == 7:
+            raise KeyboardInterrupt
+        return real(step, *rest)
+
+    words = ["distill", *QUICK, "--out", str(tmp_path / "cut")]
+    monkeypatch.setattr(training, "_gradient", cut)
+    assert main(words) == 130
+    monkeypatch.setattr(training, "_gradient", real)
+    assert main(words) == 0
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    whole, resumed = load_file(made / name), load_file(tmp_path / "cut" / name)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_student_that_takes_the_scale_has_one_branch(tmp_path):
+    out = tmp_path / "run"
+    assert main(["distill", *QUICK, "--preset", "w-conditioned", "--bank", "0", "--out", str(out)]) == 0
+    student = load(out / "model")
+    assert student.scales == (1.0, 1.5, 2.0, 3.0, 4.0) and student.null_class is None
+    assert set(json.loads((out / "metrics.json").read_text())["curves"]["student"]) == {
+        "1.0",
+        "1.5",
+        "2.0",
+        "3.0",
+        "4.0",
+    }
+
+
+def test_folders_of_images_and_a_student_of_ones_own(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "owl"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(
+                tmp_path / "data" / name / f"{i}.png"
+            )
+    UNet(unet_pipeline(size=8, widths=(16, 24), class_rows=3), "t", classes=("cat", "owl")).save(tmp_path / "teacher")
+    (tmp_path / "student.json").write_text('{"block_out_channels": [8, 16]}')
+    words = ["--teacher", str(tmp_path / "teacher"), "--scale", "laptop", "--data", str(tmp_path / "data")]
+    assert (
+        main(["distill", *QUICK, *words, "--student", str(tmp_path / "student.json"), "--out", str(tmp_path / "o")])
+        == 0
+    )
+    assert load(tmp_path / "o" / "model").network.config.block_out_channels == [8, 16]
+
+
+def test_every_preset_is_valid_at_both_scales_and_every_objective_has_one():
+    for name in PRESETS:
+        check(preset(name))
+        check(preset(name, "paper"))
+    assert {recipe.objective for recipe in PRESETS.values()} == set(OBJECTIVES)
+    assert preset("dash", "paper").steps > preset("dash").steps
+
+
+def test_files_and_flags_come_after_the_preset(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('objective = "gap"\nlr = 0.5\nlayout = "pairs"\n')
+    config = configure(["--preset", "dash-released", "--config", str(file), "--lr", "0.25"])
+    assert (config.objective, config.lr, config.curriculum) == ("gap", 0.25, "tirt")
+    assert configure(["--teacher", "org/model"]).steps == preset("fieldsmith", "paper").steps
+
+
+def test_identifiability_is_told_without_a_run(capsys):
+    assert main(["distill", "--identifiability", "--objective", "composite", "--composite-scales", "1", "4"]) == 0
+    assert "131" in capsys.readouterr().out
+    assert main(["distill", "--identifiability"]) == 0
+    said = capsys.readouterr().out
+    assert all(name[:10] in said for name in OBJECTIVES) and "inf" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--objective", "dsah"], "'dsah'.*did you mean 'dash'"),
+        (["--preset", "dahs"], "'dahs'.*did you mean 'dash'"),
+        (["--shrink", "0.5"], "shrink=0.5.*more than 1"),
+        (["--null-share", "1.5"], "null_share=1.5"),
+        (["--objective", "gap", "--layout", "split"], "'gap' needs both branches.*--layout pairs"),
+        (["--objective", "fitnets", "--bank", "100"], "'fitnets'.*--bank 0"),
+        (["--curriculum", "tirt", "--curriculum-from", "teacher"], "no curriculum.safetensors.*--curriculum-from fit"),
+        (["--curriculum", "edm2", "--curriculum-from", "teacher"], "'edm2' is not stored"),
+        (["--teacher", "zoo:digit-unet"], "not in the zoo; known:.*digits-unet"),
+        (["--data", "nowhere"], "'nowhere' is no folder"),
+        (["--data", "shapes"], "shapes world"),
+        (["--student", "nowhere.json"], "'nowhere.json' cannot be read"),
+        (["--teacher", "zoo:shapes-flux", "--objective", "w-conditioned"], "guidance_scales"),
+        (["--objective", "w-conditioned", "--anchor", "0.1"], "anchor=0.1.*one branch"),
+        (["--sampler-steps", "2000"], "sampler_steps=2000"),
+        (["--evaluate", "1"], "evaluate=1 must be at least 2"),
+        (["--times", "nan", "1"], "no Beta law"),
+        (["--imitation", "0", "--unconditional", "0", "--anchor", "0"], "every weight.*is 0"),
+        (["--stepz", "3"], "did you mean '--steps'"),
+        (["--scale", "huge"], "scale 'huge' is unknown"),
+        (["--ema", "1"], "ema=1"),
+        (["--composite-scales"], "composite"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_writes_nothing(words, says, capsys, tmp_path):
+    refused(capsys, *words, "--out", str(tmp_path / "out"), says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_out_folder_a_bank_of_another_teacher_and_other_classes(capsys, tmp_path):
+    refused(capsys, *QUICK, says="no out folder given")
+    bank = tmp_path / "bank"
+    assert main(["distill", *QUICK, "--bank-folder", str(bank), "--out", str(tmp_path / "a")]) == 0
+    meta = json.loads((bank / "bank.json").read_text())
+    (bank / "bank.json").write_text(json.dumps({**meta, "teacher": "0" * 16}))
+    words = [*QUICK, "--bank-folder", str(bank), "--out", str(tmp_path / "b")]
+    refused(capsys, *words, says="was made with another teacher.*--bank-folder")
+    assert not (tmp_path / "b").exists()
+    UNet(unet_pipeline(size=8, channels=1, class_rows=3), "t", classes=("a", "b")).save(tmp_path / "odd")
+    words = ["--teacher", str(tmp_path / "odd"), "--data", "digits", "--out", str(tmp_path / "c")]
+    refused(capsys, *QUICK, *words, says="other classes than")
+    UNet(unet_pipeline(size=8, channels=1, class_rows=10), "t", classes=tuple("0123456789")).save(tmp_path / "plain")
+    words = ["--teacher", str(tmp_path / "plain"), "--data", "digits", "--out", str(tmp_path / "c")]
+    refused(capsys, *QUICK, *words, says="needs a null class.*one embedding row more")
+
+
+def test_the_scale_may_follow_tag_or_a_diagnosis(made, tmp_path, capsys):
+    student = str(made / "model")
+    words = [
+        "sample",
+        "--model",
+        student,
+        "--prompts",
+        "3",
+        "--each",
+        "2",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    assert main([*words, "--schedule", "tag"]) == 0
+    bins = [{"t_high": 0.5, "recalibration": 0.2}, {"t_high": 1.0, "recalibration": 1.0}]
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps({"states": {"noised data": {}, "the teacher's guided path": {"bins": bins}}}))
+    assert main([*words, "--schedule", str(file), "--guidance", "2"]) == 0
+    assert main([*words, "--schedule", str(file)]) == 2
+    assert "add --guidance" in capsys.readouterr().err
+    assert main([*words, "--schedule", "nowhere.json"]) == 2
+    assert "neither constant, tag nor" in capsys.readouterr().err
+
+
+def test_a_teacher_may_leave_its_curriculum_to_its_students(tmp_path, capsys):
+    small = ["--steps", "3", "--batch", "8", "--widths", "16", "24"]
+    assert main(["pretrain", "digits-unet", *small, "--curriculum", "tirt", "--out", str(tmp_path / "t")]) == 0
+    numbers = load_file(tmp_path / "t" / "model" / "curriculum.safetensors")["lambda"]
+    assert numbers.shape == (1000,) and bool((numbers != 0).any())
+    words = ["--teacher", str(tmp_path / "t" / "model"), "--scale", "laptop", "--shrink", "3", "--curriculum", "tirt"]
+    words += ["--curriculum-from", "teacher", "--init", "fresh", "--out", str(tmp_path / "s")]
+    assert main(["distill", *QUICK, *words]) == 0
+    for flags, says in ((["--data", "cats"], "data=cats is unknown"), (["--widths", "10"], "multiples of 8"),
+                        (["--label-dropout", "0"], "label_dropout=0")):  # fmt: skip
+        assert main(["pretrain", "digits-unet", *flags, "--out", str(tmp_path / "x")]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--seeds", "0"], "at least 2 different seeds"), (["--worlds", "cats"], "digits, shapes"),
+     (["--part", "2", "2"], "no share of the runs"), (["--steps", "0"], "steps=0")],
+)  # fmt: skip
+def test_reproduce_refuses_what_would_end_without_a_summary(words, says, capsys, tmp_path):
+    assert main(["reproduce", "distill", *words, "--out", str(tmp_path / "r")]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_shares_and_costs_of_the_summary_are_what_they_say():
+    values = {on: 10.0 - 6 * on[0] - 1 * on[1] - 3 * on[0] * on[2] for on in itertools.product((0, 1), repeat=3)}
+    assert shapley(values) == pytest.approx([7.5, 1.0, 1.5])  # the last two share what only both together give
+    runs = Runs([], (0, 1))
+
+    def arm(name, *pairs):
+        runs.arms["w", name] = [{"price": price, "quality": q} for price, q in pairs]
+
+    arm("ours x 0.5", (100, 4.0), (100, 4.0))
+    arm("ours", (400, 1.0), (400, 3.0))
+    arm("rival", (1000, 2.5), (1000, 2.0))
+    found, missed = cost_at_equal(runs, "w", "rival", lambda run: run["quality"])
+    assert missed == 1  # seed 1 never gets there and counts with all it spent; seed 0 does half way in log-cost
+    assert found.value == pytest.approx((0.2 * 0.4) ** 0.5)

@@ -1,0 +1,212 @@
+"""DiT against diffusers' own pipeline, its labels and null class, saving; and clipped, scheduled sampling."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline
+from torch import Tensor
+
+from fieldsmith.diagnose.concepts import sampler
+from fieldsmith.errors import InputError
+from fieldsmith.models import load
+from fieldsmith.models.branches import branches
+from fieldsmith.models.core import LoraSpec, Model
+from fieldsmith.models.dit import DiT
+from fieldsmith.models.flux import Flux
+from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, unet_pipeline
+from fieldsmith.models.unet import UNet
+from fieldsmith.samplers import ddim_step, euler, rollout
+
+LABELS = {0: "tench, Tinca tinca", 1: "cock", 2: "hen"}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_dit(**options: Any) -> DiT:
+    return DiT(dit_pipeline(**options), "tiny")
+
+
+def theirs(pipe: DiTPipeline, rows: list[int], steps: int, guidance: float) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(rows, guidance, seeded(), num_inference_steps=steps, output_type="pt").images
+
+
+@torch.no_grad()
+def field(model: Model) -> Tensor:
+    """What the model says at fixed states; the same for the same weights."""
+    return model.predict(model.noise(2, seeded(3)), torch.tensor([0.3, 0.8]), model.encode(["0", "2"])).value
+
+
+# parity with diffusers
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"clip": True}])
+def test_our_sampler_is_the_dit_pipelines(options: dict[str, bool], guidance: float) -> None:
+    model = tiny_dit(**options)
+    images = sampler(model, 6, guidance)(["7", "900"], 0)
+    expected = theirs(model.pipeline, [7, 900], 6, guidance)
+    assert images.shape == (2, 3, 16, 16) and expected.std() > 0.05
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_parity_would_miss_no_guidance_and_no_class() -> None:
+    pipe = dit_pipeline()
+    plain = theirs(pipe, [7, 900], 6, 1.0)
+    assert (plain - theirs(pipe, [7, 900], 6, 4.0)).abs().max() > 1e-2
+    assert (plain - theirs(pipe, [8, 901], 6, 1.0)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_learned_variance_is_read_where_the_scheduler_knows_how() -> None:
+    pipe = dit_pipeline(learned_variance=True)
+    assert DiT(pipe, "tiny").predict(torch.zeros(1, 4, 8, 8), torch.tensor(0.5), _one()).log_variance is None
+    pipe.scheduler.register_to_config(variance_type="learned_range")
+    said = DiT(pipe, "tiny").predict(torch.zeros(1, 4, 8, 8), torch.tensor(0.5), _one())
+    assert said.log_variance is not None and said.log_variance.shape == said.value.shape
+
+
+def _one() -> Any:
+    return tiny_dit().condition(torch.tensor([1]))
+
+
+# clipped sampling
+
+
+def clipped_unet(**options: Any) -> tuple[UNet, DDIMPipeline]:
+    scheduler = DDIMScheduler(num_train_timesteps=100, clip_sample=True, **options)
+    pipe = DDIMPipeline(unet_pipeline(train_times=100).unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return UNet(pipe, "tiny"), pipe
+
+
+@pytest.mark.parametrize("radius", [1.0, 0.4])
+def test_clipped_sampling_is_the_ddim_pipelines(radius: float) -> None:
+    model, pipe = clipped_unet(clip_sample_range=radius)
+    assert model.clip == radius and tiny_dit().clip is None
+    expected = pipe(batch_size=2, generator=seeded(), num_inference_steps=7, output_type="pt").images
+    torch.testing.assert_close(sampler(model, 7)(["", ""], 0), expected, atol=1e-4, rtol=0)
+    model.clip = None
+    assert (sampler(model, 7)(["", ""], 0) - expected).abs().max() > 1e-2  # so clipping bites here
+
+
+@torch.no_grad()
+def test_a_clipped_step_with_noise_is_the_schedulers() -> None:
+    model, pipe = clipped_unet()
+    pipe.scheduler.set_timesteps(10)
+    x = 3 * model.noise(2, seeded())
+    said = model.predict(x, model.path.time(torch.tensor(40)), model.encode([""]))
+    assert said.x_0.abs().max() > 1.5
+    step = ddim_step(said, model.path.time(torch.tensor(30)), 1.0, clip=1.0)
+    theirs = pipe.scheduler.step(said.value, 40, x, eta=1.0, variance_noise=torch.ones_like(x)).prev_sample
+    torch.testing.assert_close(step.mean + step.deviation, theirs, atol=1e-4, rtol=0)
+    path = rollout(lambda x, t: model.predict(x, t, model.encode([""])), x, model.grid(4), sde="ddim",
+                   noise_level=1.0, generator=seeded(), clip=1.0)  # fmt: skip
+    assert path.last.abs().max() <= 1.0
+
+
+@torch.no_grad()
+def test_clipping_is_refused_where_no_step_clips() -> None:
+    flow = Flux(flux_pipeline(("a",)), "tiny")
+    said = flow.predict(flow.noise(1, seeded()), torch.tensor(0.5), flow.encode([""]))
+    with pytest.raises(ValueError, match="rectified flow"):
+        euler(said, torch.tensor(0.4), clip=1.0)
+    model = clipped_unet()[0]
+    for options in ({"solver": "heun"}, {"sde": "ddim-uniform", "generator": seeded()}):
+        with pytest.raises(ValueError, match="DDIM steps only"):
+            rollout(lambda x, t: model.predict(x, t, model.encode([""])), model.noise(1, seeded()), model.grid(2),
+                    clip=1.0, **options)  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_guidance_may_change_with_time() -> None:
+    model = tiny_dit()
+    seen: list[float] = []
+
+    def schedule(t: Tensor) -> float:
+        seen.append(float(t))
+        return 3.0
+
+    images = sampler(model, 4, schedule)(["7"], 0)
+    assert seen == pytest.approx(model.grid(4)[:-1].tolist())
+    assert torch.equal(images, sampler(model, 4, 3.0)(["7"], 0))
+    late = sampler(model, 4, lambda t: 1.0 if t > 0.5 else 3.0)(["7"], 0)
+    assert not torch.equal(late, images) and not torch.equal(late, sampler(model, 4)(["7"], 0))
+
+
+# classes, the null class, states
+
+
+@torch.no_grad()
+def test_classes_have_the_pipelines_words_and_a_null_row() -> None:
+    model = tiny_dit(classes=4, labels=LABELS)
+    assert model.classes == ("Tinca tinca", "cock", "hen", "3") and model.null_class == 4
+    assert model.encode(["tench", "Tinca tinca", "hen", "3", ""]).parts["label"].tolist() == [0, 0, 2, 3, 4]
+    with pytest.raises(InputError, match="did you mean 'tench'"):
+        model.encode(["tanch"])
+    with pytest.raises(InputError, match="names 5 classes but its network has 4"):
+        DiT(dit_pipeline(classes=4), "tiny", classes=list("abcde"))
+    x, t = model.noise(2, seeded()), torch.tensor([0.4, 0.7])
+    both = branches(model, x, t, model.encode(["hen"]))
+    guided = model.predict(x, t, model.encode(["hen"]), guidance=2.0).value
+    torch.testing.assert_close(guided, both.guided(2.0), atol=1e-5, rtol=1e-5)
+    assert both.gap.abs().max() > 1e-2
+
+
+def test_labels_are_never_dropped() -> None:
+    model = tiny_dit(classes=4)
+    before = field(model)
+    model.network.train()
+    assert all(torch.equal(field(model), before) for _ in range(30))  # 120 draws at 0.1 each would show
+
+
+def test_resolution_and_states() -> None:
+    model = DiT(dit_pipeline(classes=4), "tiny", resolution=24)
+    states = model.noise(2, seeded()).requires_grad_()
+    assert states.shape == (2, 4, 12, 12)
+    images = model.decode(states, grad=True)
+    assert images.shape == (2, 3, 24, 24) and images.requires_grad
+    assert images.min() >= 0 and images.max() <= 1
+    latents = model.encode_images(images.detach())
+    mean = model.pipeline.vae.encode(images.detach() * 2 - 1).latent_dist.mean
+    torch.testing.assert_close(latents, mean * 0.18215)
+    with pytest.raises(InputError, match="resolution 18 is not a multiple of 4"):
+        DiT(dit_pipeline(classes=4), "tiny", resolution=18)
+
+
+# adapters and saving
+
+
+@pytest.mark.parametrize("subset", ["attention", "all-linear"])
+def test_an_adapter_trains_its_subset_and_leaves_the_reference(subset: str) -> None:
+    model = tiny_dit(classes=4)
+    base = field(model)
+    model.adapt(LoraSpec(subset, rank=2))
+    assert all(".attn1." in name for name in model.trainable()) == (subset == "attention")
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded(1)))
+    assert (field(model) - base).abs().max() > 1e-3
+    with model.reference():
+        assert torch.equal(field(model), base)
+
+
+def test_saving_and_loading_keep_the_field_and_the_words(tmp_path: pathlib.Path) -> None:
+    model = tiny_dit(classes=4, labels=LABELS)
+    model.unfreeze("attention")
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.mul_(1.5)
+    model.save(tmp_path)
+    again = load(tmp_path)
+    assert isinstance(again, DiT) and again.family == "dit"
+    assert torch.equal(field(again), field(model)) and again.classes == model.classes
+    assert json.loads((tmp_path / "classes.json").read_text()) == list(model.classes)
+    images = theirs(DiTPipeline.from_pretrained(tmp_path), [1, 2], 4, 1.0)
+    torch.testing.assert_close(sampler(again, 4)(["cock", "hen"], 0), images, atol=1e-4, rtol=0)
