@@ -81,6 +81,13 @@ def test_a_gap_of_the_wrong_size(factor, verdict):
     assert ("--objective dash" in found.words) == (verdict != "distorted")
 
 
+def test_a_student_that_learned_neither_branch_is_told_to_train_longer():
+    noise = torch.Generator().manual_seed(3)
+    far = Branches(*(3 * torch.randn(TEACHER.gap.shape, generator=noise).to(TEACHER.gap) for _ in range(2)))
+    found = asked(far)
+    assert found.verdict == "blow-up" and "train longer" in found.words and "--objective" not in found.words
+
+
 def test_a_gap_that_turned_is_distorted_and_no_recalibration_mends_it():
     turned = of_gap(torch.roll(TEACHER.gap, 1, dims=1))
     assert asked(turned).verdict == "distorted" and asked(turned).pooled.residual > 0.9

@@ -29,7 +29,7 @@ ALIGNED = 0.8  # least healthy cosine
 COLLAPSED, BLOWN_UP = 0.3, 1.5  # of rho
 DRIFTED = 2.0  # E_c + E_u, in references
 SCALES = (0, 1, 2, 3, 4, 5, 6)  # at which G(w) is told
-UNSUPERVISED = 1.5  # E_u over E_c above which the null branch is what went wrong
+ALIKE = 1.5  # ratio of E_u and E_c within which no one branch is to blame
 VERDICTS = ("healthy", "drift", "distorted", "blow-up", "collapse")  # from the mildest to the worst
 
 GuidedSampler = Callable[[Sequence[str], int, float], Tensor]  # prompts, seed, guidance -> images (n, ...)
@@ -241,7 +241,7 @@ class Guidance:
             f"at t from {worst.t_low:.2g} to {worst.t_high:.2g} the student's gap is {worst.rho:.2f} of the teacher's"
         )
         null = "as where no null branch was supervised: distil with --objective dash, or with matched label dropout"
-        if worst.e_u < UNSUPERVISED * worst.e_c:
+        if worst.e_u < ALIKE * worst.e_c and worst.e_c < ALIKE * worst.e_u:
             null = "and both branches are about as far from the teacher's: train longer, at a higher rate"
         errors = f"E_c + E_u = {self.branch_error:.3g} against {self.reference:.3g}, {self.yardstick}"
         if verdict == "collapse":

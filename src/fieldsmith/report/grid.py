@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def picture(image: Tensor) -> Image.Image:
-    """An image (3 or 1, h, w) in [0, 1] at its own size, 8 bits a channel; NaN, which a failed run may give, is black."""
+    """An image (3 or 1, h, w) in [0, 1] at its own size, 8 bits a channel; NaN, as failed runs give, turns black."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"an image is (3, height, width) or (1, height, width); got {tuple(image.shape)}")
     image = image.expand(3, -1, -1)
