@@ -102,13 +102,21 @@ def test_only_models_import_diffusers_transformers_and_peft(module):
 
 
 def test_losses_know_no_model_optimiser_or_accelerator():
-    for method in ("erase", "align"):
+    for method in ("erase", "align", "distill"):
         assert not offenders(f"fieldsmith.methods.{method}.losses", ("fieldsmith", "accelerate", "torch.optim"))
 
 
 def test_what_help_needs_does_not_import_torch():
     modules = ("", ".cli", ".errors", ".commands", ".commands.arguments", ".commands.erase", ".methods.erase.config")
-    modules += (".commands.align", ".commands.audit", ".commands.diagnose", ".methods.align.config", ".rewards")
+    modules += (
+        ".commands.distill",
+        ".methods.distill.config",
+        ".commands.align",
+        ".commands.audit",
+        ".commands.diagnose",
+        ".methods.align.config",
+        ".rewards",
+    )
     lines = [f"import fieldsmith{module}" for module in modules]
     script = "\n".join([*lines, "import sys", "print({'torch', 'diffusers', 'numpy'} & set(sys.modules) or 'light')"])
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
