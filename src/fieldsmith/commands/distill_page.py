@@ -72,7 +72,10 @@ def _sweep(page: Page, metrics: dict[str, Any]) -> None:
                      f"{two[1]['drift']:.4f}"))  # fmt: skip
     headers = ["w", "distance, teacher", "student", "classes right, teacher", "student", "drift at equal noise"]
     page.table(
-        "Against the guidance scale", headers, rows, note=f"Frechet distance to all the data; {metrics['judge']}."
+        "Against the guidance scale",
+        headers,
+        rows,
+        note=f"Frechet distance to all the data, biased upward for both by few images; {metrics['judge']}.",
     )
     panels = [
         Panel(title, {name: _points(curve, key) for name, curve in curves.items()}, "guidance scale w")

@@ -78,6 +78,7 @@ def section(runs: Runs, world: str) -> list[str]:
         "a copied start begin with a selection of the teacher's. Seeds share the cache and the noise of the images, so",
         "that intervals cover training alone.",
         "",
+        *unreadable(runs, world),
         *table(HEADERS, [quality(runs, world, arm) for arm in by_distance(runs, world)]),
         "Branches against the teacher's on held-out noised data (G(2) on its guided path too); errors per pixel.",
         "",
@@ -86,6 +87,20 @@ def section(runs: Runs, world: str) -> list[str]:
         "",
         *factorial_section(runs, world),
     ]  # fmt: skip
+
+
+def unreadable(runs: Runs, world: str) -> list[str]:
+    """A warning where not even the best student draws what is asked: then distances compare failures."""
+    curves = [run["curve"] for arm in runs.of(world) for run in runs.arms[world, arm]]
+    right = max(float(curve[best(curve)]["accuracy"]) for curve in curves)
+    if right > 0.5:
+        return []
+    return [
+        f"No student draws images that can be read here: at most {100 * right:.0f}% are as asked. So few updates are",
+        "not enough for this world: the distances compare failures and say nothing of the objectives, the errors of the",
+        "branches below still do.",
+        "",
+    ]
 
 
 def by_distance(runs: Runs, world: str, with_branches: bool = False) -> list[str]:

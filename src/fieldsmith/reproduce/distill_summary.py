@@ -247,7 +247,7 @@ def of_world(runs: Runs, world: str, seeds: Sequence[int], command: str) -> list
         ("asked_at_every_step", f"{FAIR}, asked at every step", FAIR),
         ("ours_vs_matched_dropout", "ours", MATCHED),
     ):
-        if (world, arm) not in runs.arms:
+        if not {(world, arm), (world, over)} <= runs.arms.keys():
             continue
         for kind, measure in (("", distance), ("_guided_error", guided_error)):
             value = runs.ratio(world, arm, over, measure)
