@@ -96,8 +96,8 @@ def unreadable(runs: Runs, world: str) -> list[str]:
     if right > 0.5:
         return []
     return [
-        f"No student draws images that can be read here: at most {100 * right:.0f}% are as asked. So few updates are",
-        "not enough for this world: the distances compare failures and say nothing of the objectives, the errors of the",
+        f"No student draws images that can be read here: at most {100 * right:.0f}% are as asked. So few updates do",
+        "not do for this world: the distances compare failures and say nothing of the objectives, the errors of the",
         "branches below still do.",
         "",
     ]
