@@ -38,7 +38,7 @@ def places(student: nn.Module, teacher: nn.Module, middle_only: bool) -> list[tu
     pairs = []
     for stage in ours.keys() & theirs.keys():
         n, m = len(ours[stage]), len(theirs[stage])
-        pairs += [(ours[stage][i], theirs[stage][-(-(i + 1) * m // n) - 1]) for i in range(n)]
+        pairs += [(ours[stage][i], theirs[stage][max(0, (i + 1) * m // n - 1)]) for i in range(n)]
     if not pairs:
         raise InputError("student and teacher have no kind of block in common; use an objective without features")
     pairs.sort(key=lambda pair: list(dict(student.named_modules())).index(pair[0]))
