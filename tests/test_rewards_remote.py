@@ -65,19 +65,18 @@ class Server:
                     server.times.append(time.monotonic())
                     server.in_flight += 1
                     server.most = max(server.most, server.in_flight)
-                try:
-                    self.give(server.answer(body, number))
-                finally:
-                    with server.lock:
-                        server.in_flight -= 1
+                answer = server.answer(body, number)
+                if isinstance(answer, float):
+                    time.sleep(answer)
+                    answer = completion("9")
+                with server.lock:  # before the client hears the answer and sends its next question
+                    server.in_flight -= 1
+                self.give(answer)
 
             def give(self, answer: Any) -> None:
                 if answer == "reset":  # linger 0: the client sees a reset, not an end
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.connection.close()
-                elif isinstance(answer, float):
-                    time.sleep(answer)
-                    self.say(200, json.dumps(completion("9")).encode())
                 elif isinstance(answer, tuple):
                     self.say(answer[0], b'{"error": "it is too hot here"}', answer[1])
                 else:
