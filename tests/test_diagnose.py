@@ -27,7 +27,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.metrics.intervals import Interval
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec, Model
-from fieldsmith.worlds.cards import card_of, world_of
+from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.shapes import COLOURS, HELD_OUT, SHAPES, VOCABULARY, Concept, ShapesWorld, Verdicts, parse
 from fieldsmith.worlds.shapes import concepts as compositions
 

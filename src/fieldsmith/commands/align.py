@@ -60,7 +60,7 @@ def run(config: AlignConfig) -> Run:
     from fieldsmith.models import load
     from fieldsmith.rewards import checked
     from fieldsmith.rewards import load as load_reward
-    from fieldsmith.worlds.cards import world_of
+    from fieldsmith.worlds.model_cards import world_of
 
     console = Console(stderr=True)
     world = world_of(config.model)
@@ -108,7 +108,7 @@ def _captions(world: Any) -> tuple[str, ...]:
 
 def _others(model: Model, config: AlignConfig) -> list[str]:
     """Prompts that the run did not aim at: the world's open captions; elsewhere no prompt, or the run's own."""
-    from fieldsmith.worlds.cards import world_of
+    from fieldsmith.worlds.model_cards import world_of
     from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, caption
 
     if world_of(config.model):

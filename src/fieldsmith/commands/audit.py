@@ -150,7 +150,7 @@ def _setting(config: AuditConfig) -> tuple[Setting, Truths | None]:
     from fieldsmith.models import load
     from fieldsmith.rewards import checked
     from fieldsmith.rewards import load as reward_of
-    from fieldsmith.worlds.cards import world_of
+    from fieldsmith.worlds.model_cards import world_of
 
     exact = config.model.startswith("world:")
     plain = AlignConfig(

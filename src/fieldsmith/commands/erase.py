@@ -93,7 +93,7 @@ def _page(
 ) -> dict[str, Any]:
     """Judge and show: exactly on a model whose world is known, by the rest alone elsewhere."""
     from fieldsmith.report.page import Page
-    from fieldsmith.worlds.cards import world_of
+    from fieldsmith.worlds.model_cards import world_of
 
     names = ", ".join(f"'{target}'" for target in config.targets[:4])
     more = f" and {len(config.targets) - 4} more" if len(config.targets) > 4 else ""

@@ -118,7 +118,7 @@ def evaluate(words: Sequence[str]) -> None:
     if config.out:
         arguments.check_out(config.out, folder=False)
     from fieldsmith.models import pipeline_folder
-    from fieldsmith.worlds.cards import world_of
+    from fieldsmith.worlds.model_cards import world_of
 
     pipeline_folder(config.model)  # a name that is no model is refused as such
     world = world_of(config.model)

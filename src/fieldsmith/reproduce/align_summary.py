@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 
 from fieldsmith.metrics.intervals import Interval, mean_interval
 from fieldsmith.reproduce.align_mixture import ceiling
+from fieldsmith.reproduce.claims import entry, opening, table
 from fieldsmith.runs import write_atomically
 
 PAPER = "RSM, arXiv 2604.17415"
+claim = partial(entry, PAPER)
 REDESIGNS = {
     "black-box": ("rsm-branch-sd35", "rsm-branch-sd15"),
     "differentiable": ("rsm-terminal-sd35", "rsm-terminal-sd15"),
@@ -110,11 +113,6 @@ def best_recipe(runs: Runs) -> str:
     return min(near, key=lambda name: of_mixture(runs, name, "sde", "kl").value)
 
 
-def claim(name: str, statement: str, found: Interval, unit: str, verdict: str, extra: dict[str, Any]) -> dict[str, Any]:
-    spread = {"value": found.value, "low": found.low, "high": found.high, "unit": unit}
-    return {"id": name, "statement": statement, "paper": PAPER, **spread, "verdict": verdict, **extra}
-
-
 def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
     best = best_recipe(runs)
     spent = sum(run["forward_equivalents"] for run in runs.mixture[best]) / len(runs.mixture[best])
@@ -138,7 +136,14 @@ def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any
     verdict = "reproduced" if abs(bias.value) < 0.02 else "not"
     found.append(claim("align.gaussian_terminal_bias", f"{words}: a Gaussian reference", bias, "ratio", verdict, free))
     found.append(
-        claim("align.gaussian_terminal_bias_mixture", f"{words}: the mixture (no claim)", other, "ratio", "not", free)
+        claim(
+            "align.gaussian_terminal_bias_mixture",
+            f"{words}: the mixture (no claim)",
+            other,
+            "ratio",
+            "not",
+            free,
+        )
     )
     for kind in TRAINED:
         ours = runs.best_redesign(kind)
@@ -224,35 +229,10 @@ def curves(runs: Runs, kind: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    return [row(*headers), row(*("---" for _ in headers)), *(row(*cells) for cells in rows), ""]
-
-
 def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
     """All tables, in the order of the issue's claims."""
     lines = [
-        "# What `align` does, measured",
-        "",
-        f"Made by `{command}`; every number comes from `runs/`. Intervals are 95%, Student's t over the seeds.",
-        "",
-        "## Claims",
-        "",
-        *table(
-            ("id", "value", "verdict", "statement"),
-            [
-                (
-                    c["id"],
-                    f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}",
-                    c["verdict"],
-                    c["statement"],
-                )
-                for c in listed
-            ],
-        ),
+        *opening("align", listed, command),
         *estimator_section(runs),
         *mixture_section(runs),
     ]

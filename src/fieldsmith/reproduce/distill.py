@@ -1,9 +1,9 @@
 """`fieldsmith reproduce distill`: students of zoo:digits-unet and zoo:shapes-unet by every objective, three seeds.
 
-Protocol: every arm trains the same student, 5.9 times smaller than its teacher, from the same start, on the same data,
-at equal student compute (64 evaluations a step), unless its name says otherwise. Sampling: DDIM without clipping, equal
-noise and labels for teacher and all students, so that drift is paired. Distances are Frechet distances on the features
-of a classifier that was trained on the data alone, against all the data.
+Protocol: every arm trains the same student, 5.9 times smaller than its teacher, on the same data, at equal student
+compute (64 evaluations a step) and from fresh weights, unless its name says otherwise; ours starts from the teacher's.
+Sampling: DDIM without clipping, equal noise and labels for teacher and all students, so that drift is paired. Distances
+are Frechet distances on the features of a classifier that was trained on the data alone, against all the data.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def student_record(bench: Bench, config: ReproduceDistill, arm: str, seed: int) 
         "parameters": sum(p.numel() for p in student.network.parameters()),
         "training seconds": result.seconds, "student forwards": result.student_forwards,
         "teacher forwards": result.teacher_forwards, "teacher cost": result.teacher_cost,
-        "forward_equivalents": result.forward_equivalents, "price": price(arm, steps, told, result), 
+        "forward_equivalents": result.forward_equivalents, "price": price(arm, steps, told, result),
         "curve": bench.sweep.curve(student, scales_of(bench.world, arm)),
     }  # fmt: skip
     if scales is None:

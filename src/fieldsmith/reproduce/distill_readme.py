@@ -12,7 +12,7 @@ import torch
 
 from fieldsmith.diagnose.sweep import best
 from fieldsmith.metrics.intervals import mean_interval
-from fieldsmith.reproduce.align_summary import table
+from fieldsmith.reproduce.claims import opening, table
 from fieldsmith.reproduce.distill_summary import (
     PARTS,
     Measure,
@@ -30,26 +30,7 @@ BRANCHES = ("arm", "rho", "worst rho", "cosine", "gap error", "E_c", "E_u", "G(2
 
 def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
     """All of it, in the order of the issue's claims."""
-    lines = [
-        "# What `distill` does, measured",
-        "",
-        f"Made by `{command}`; every number comes from `runs/`. Intervals are 95%, Student's t over the seeds.",
-        "",
-        "## Claims",
-        "",
-        *table(
-            ("id", "value", "verdict", "statement"),
-            [
-                (
-                    c["id"],
-                    f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}",
-                    c["verdict"],
-                    c["statement"],
-                )
-                for c in listed
-            ],
-        ),
-    ]
+    lines = opening("distill", listed, command)
     for world in runs.worlds:
         lines += section(runs, world)
     return "\n".join(lines).rstrip() + "\n"

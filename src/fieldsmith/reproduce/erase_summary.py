@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fieldsmith.metrics.intervals import Interval, mean_interval, wilson
+from fieldsmith.reproduce.claims import entry
 from fieldsmith.runs import write_atomically
 
 ORDER = (
@@ -23,6 +25,7 @@ ORDER = (
 GEMS = ("gem", "gem+margin+retain")
 CONCEPTS = ("triangle", "red", "red triangle")
 PAPER = "GEM, arXiv 2606.00140"
+claim = partial(entry, PAPER)
 
 
 class Runs:
@@ -108,11 +111,6 @@ def cost_ratio(runs: Runs, arm: str, headline: str) -> tuple[Interval, int, int]
             logs.append(math.log(cost / base))
     spread = mean_interval(torch.tensor(logs))
     return Interval(math.exp(spread.value), math.exp(spread.low), math.exp(spread.high), spread.n), missed, base_missed
-
-
-def claim(name: str, statement: str, found: Interval, unit: str, verdict: str, extra: dict[str, Any]) -> dict[str, Any]:
-    spread = {"value": found.value, "low": found.low, "high": found.high, "unit": unit}
-    return {"id": name, "statement": statement, "paper": PAPER, **spread, "verdict": verdict, **extra}
 
 
 def below(found: Interval, aim: float) -> str:
