@@ -232,7 +232,7 @@ def isotropic(means: Tensor, deviation: float, weights: Tensor | None = None) ->
     """Modes of covariance deviation^2 I at means (m, d), of equal weight unless weights (m,) are given."""
     m, d = means.shape
     covariances = deviation**2 * torch.eye(d).to(means).expand(m, d, d)
-    return Mixture(means, covariances, torch.full((m,), 1 / m).to(means) if weights is None else weights)
+    return Mixture(means, covariances, means.new_full((m,), 1 / m) if weights is None else weights)
 
 
 # the mixtures of the notes, in float64
