@@ -81,6 +81,10 @@ class VariancePreserving:
         """The discrete index of t, as the float that diffusers networks take."""
         return t * self.length - 1
 
+    def beta(self, t: Tensor, t_next: Tensor) -> Tensor:
+        """1 - abar(t) / abar(t_next): the noise that one forward step from t_next to t adds, as t is shaped."""
+        return (-torch.expm1(self._log_and_slope(t)[0] - self._log_and_slope(t_next)[0])).to(t.dtype)
+
     def _log_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         place = t.double() * self.length
         left = place.floor().clamp(0, self.length - 1).long()
@@ -120,7 +124,8 @@ class Prediction:
 
     The form asked for, if it is the one said, comes back untouched. Forms that do not exist at an endpoint (eps from
     x_0 at t=0, x_0 from eps at t=1 of rectified flow, the score at t=0) raise ValueError instead of dividing by zero.
-    `log_variance` is the network's own log-variance of the reverse step, where it learns one.
+    `log_variance` is the network's own log-variance of the reverse step from t to t - 1/T, where it learns one;
+    `fraction` says where that lies between the smallest (0) and the largest (1) sensible variance of any step.
     """
 
     kind: Kind
@@ -129,6 +134,7 @@ class Prediction:
     t: Tensor
     path: Path
     log_variance: Tensor | None = None
+    fraction: Tensor | None = None
 
     def _coefficients(self) -> tuple[Tensor, Tensor]:
         return expand(self.path.alpha(self.t), self.x_t), expand(self.path.sigma(self.t), self.x_t)

@@ -1,7 +1,8 @@
 """Moving along a field: time grids, deterministic steps, Gaussian steps with exact log-probabilities, rollouts.
 
 In: a field (x_t, t) -> Prediction, a decreasing grid of times from 1 to 0. Out: a Trajectory of (x_k, t_k) pairs.
-Formulas: Flow-GRPO and CPS (MT-EditFlow notes, section 2), Dance-SDE (DanceGRPO), DDIM (RSM notes, section 1.2).
+Formulas: Flow-GRPO and CPS (MT-EditFlow notes, section 2), Dance-SDE (DanceGRPO), DDIM (RSM notes, section 1.2),
+DDPM's ancestral step under any variance (VSM notes, sections 1 and 2).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving
 
 Field = Callable[[Tensor, Tensor], Prediction]
+Variance = Literal["small", "large", "learned", "optimal"]
 Sde = Literal["flow-sde", "dance-sde", "cps", "ddim", "ddim-uniform"]
 
 
@@ -131,6 +133,105 @@ def cps_step(said: Prediction, t_next: Tensor, noise_level: float) -> Gaussian:
     after = _dim(t_next, said.x_t)
     deviation = after * math.sin(noise_level * math.pi / 2)
     return Gaussian((1 - after) * said.x_0 + (after**2 - deviation**2).sqrt() * said.eps, deviation)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of the reverse step's variance, as t is shaped: betatilde (data known exactly) and beta (data are N(0, I))."""
+
+    low: Tensor
+    high: Tensor
+
+
+def variance_bounds(path: VariancePreserving, t: Tensor, t_next: Tensor) -> Bounds:
+    """betatilde = beta sigma'^2 / sigma^2 and beta of the step from t to t', whatever training times lie between."""
+    beta = path.beta(t, t_next)
+    return Bounds(beta * path.sigma(t_next) ** 2 / path.sigma(t) ** 2, beta)
+
+
+def single_step(path: VariancePreserving, t: Tensor) -> Bounds:
+    """The bounds of the step from t to t - 1/T, t at least 1/T; the last step borrows betatilde from the one before."""
+    before = t.clamp(min=2 / path.length)
+    low = variance_bounds(path, before, before - 1 / path.length).low
+    return Bounds(low, path.beta(t, (t - 1 / path.length).clamp(min=0)))
+
+
+def range_log_variance(path: VariancePreserving, t: Tensor, fraction: Tensor) -> Tensor:
+    """The log-variance of a single step that lies at `fraction` (batch, ...) of the range, unclamped (VSM, 2.1)."""
+    bounds = single_step(path, t.double())
+    low, high = (_dim(part.log().to(fraction), fraction) for part in (bounds.low, bounds.high))
+    return fraction * high + (1 - fraction) * low
+
+
+def ancestral_step(
+    said: Prediction,
+    t_next: Tensor,
+    variance: Variance = "small",
+    clip: float | None = None,
+    covariance: Tensor | None = None,
+) -> Gaussian:
+    """DDPM's step from t to t' on a variance-preserving path; without noise where t' = 0.
+
+    Deviation^2: betatilde ('small'), beta ('large'), between the two as the network says, unclamped ('learned', Nichol
+    and Dhariwal 2021), or betatilde + c^2 Cov[x_0 | x_t] with the diagonal `covariance`, shaped as x_t ('optimal', Bao
+    et al. 2022), c = beta alpha' / sigma^2. The mean never goes through x_0 / alpha, unless `clip` holds x_0 inside
+    [-clip, clip]. Raises ValueError where what the variance needs is missing.
+    """
+    path, x = said.path, said.x_t
+    assert isinstance(path, VariancePreserving)
+    t_next = t_next.to(said.t).expand(said.t.shape)
+    bounds = variance_bounds(path, said.t, t_next)
+    beta, low, sigma2 = _dim(bounds.high, x), _dim(bounds.low, x), _dim(path.sigma(said.t) ** 2, x)
+    c = beta * _dim(path.alpha(t_next), x) / sigma2
+    if clip is None:
+        mean = (x - beta / sigma2.sqrt() * said.eps) / (1 - beta).sqrt()
+    else:
+        kept = (1 - beta).sqrt() * _dim(path.sigma(t_next) ** 2, x) / sigma2
+        mean = c * said.x_0.clamp(-clip, clip) + kept * x
+    if variance == "small":
+        squared = low
+    elif variance == "large":
+        squared = beta
+    elif variance == "optimal":
+        if covariance is None:
+            raise ValueError("the optimal variance needs the posterior covariance of x_0; pass covariance")
+        squared = low + c**2 * covariance
+    else:
+        squared = _learned(said, t_next, beta, low)
+    return Gaussian(mean, squared.sqrt() * (_dim(t_next, x) > 0))
+
+
+def _learned(said: Prediction, t_next: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    if said.fraction is not None:
+        low = low.clamp(min=torch.finfo(low.dtype).tiny)
+        return (said.fraction * high.log() + (1 - said.fraction) * low.log()).exp()
+    assert isinstance(said.path, VariancePreserving)
+    if said.log_variance is None:
+        raise ValueError("this network learns no variance; use 'small' or 'large'")
+    if not torch.allclose((said.t - t_next) * said.path.length, torch.ones_like(t_next), atol=1e-2):
+        raise ValueError("a variance learned for single steps is none for longer ones; use all training times")
+    return said.log_variance.exp()
+
+
+Watch = Callable[[Prediction, Tensor], None]  # what was said at a step, and the step's next time
+
+
+def ancestral(
+    field: Field,
+    x: Tensor,
+    grid: Tensor,
+    generator: torch.Generator,
+    variance: Variance = "small",
+    clip: float | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Clean data from x at grid[0] by DDPM's steps along the grid, which ends at 0; `watch` sees each prediction."""
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        said = field(x, t)
+        if watch:
+            watch(said, t_next)
+        x = ancestral_step(said, t_next, variance, clip).sample(generator)
+    return x
 
 
 def _dim(t: Tensor, like: Tensor) -> Tensor:

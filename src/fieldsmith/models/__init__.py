@@ -66,7 +66,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         return DiT(pipeline, name, resolution, classes, scales)
     from fieldsmith.models.unet import UNet
 
-    return UNet(pipeline, name, resolution, classes, scales)
+    return UNet(pipeline, name, resolution, classes, scales, _fold(name, folder))
 
 
 def load_adapter(model: Model, source: str | pathlib.Path) -> None:
@@ -193,6 +193,20 @@ def _classes(name: str, folder: pathlib.Path | None) -> tuple[list[str] | None, 
     if both and not (isinstance(scales, list) and scales and all(type(scale) in (int, float) for scale in scales)):
         raise InputError(f"classes.json in '{name}' holds no list of numbers under 'guidance_scales'")
     return classes, scales
+
+
+def _fold(name: str, folder: pathlib.Path | None) -> int:
+    """By how much the network's states are folded images; 1 where it is not written."""
+    file = folder / "states.json" if folder else None
+    if file is None or not file.is_file():
+        return 1
+    try:
+        fold = json.loads(file.read_text(encoding="utf-8"))["fold"]
+    except (ValueError, KeyError, TypeError):
+        fold = None
+    if type(fold) is not int or fold < 1:
+        raise InputError(f"states.json in '{name}' should hold {{\"fold\": a whole number from 1}}")
+    return fold
 
 
 def _lora_file(source: pathlib.Path) -> pathlib.Path:

@@ -78,6 +78,10 @@ class ClassDDPM(Model):
         if not self.scales and named not in (rows, rows - 1):
             raise InputError(f"{CLASSES_FILE} of {self.name} names {named} classes but its network embeds {rows}")
 
+    def of(self, pipeline: Any) -> ClassDDPM:
+        """The same kind of model, with the same classes, over another pipeline of its kind."""
+        raise NotImplementedError
+
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws of x_1, drawn as the pipelines draw them so that equal seeds give equal images."""
         return torch.randn(n, self.channels, *self.size, generator=generator).to(self.device)
@@ -151,7 +155,8 @@ class ClassDDPM(Model):
             value = guide(conditional, unconditional, guidance)
             raw = None if raw is None else raw[: len(x_t)]
         log_variance = None if raw is None else self._log_variance(raw, t)
-        return Prediction(self.kind, value, x_t, t, self.path, log_variance)
+        fraction = (raw + 1) / 2 if raw is not None and self.variance == "learned_range" else None
+        return Prediction(self.kind, value, x_t, t, self.path, log_variance, fraction)
 
     def _scale_index(self, guidance: float | None) -> int:
         """Which of the network's own scales this is; None reads as 1."""

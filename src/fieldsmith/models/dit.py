@@ -56,6 +56,9 @@ class DiT(ClassDDPM):
             # each block would drop labels for itself in train mode; the extra row stays, since it exists already
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
+    def of(self, pipeline: Any) -> DiT:
+        return DiT(pipeline, self.name, None, self.classes, self.scales)
+
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         """Images (batch, 3, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
         vae: Any = self.pipeline.vae

@@ -270,4 +270,6 @@ def _student(model: Model, family: Family, network: Any, scales: tuple[float, ..
         pipeline.labels = model.pipeline.labels  # no component; rows for scales would make it name wrong ones
     student: Any = kind(pipeline, name, None, model.classes, scales or model.scales)  # type: ignore[call-arg, arg-type]
     student.size = model.size
+    if model.family == "unet":
+        student.fold = model.fold  # type: ignore[attr-defined]
     return student

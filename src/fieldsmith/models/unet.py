@@ -1,20 +1,27 @@
 """UNet: pixel-space DDPM and DDIM pipelines around a UNet2DModel, unconditional or of named classes.
 
-States are images (batch, channels, height, width) in [-1, 1]. A scheduler with `clip_sample=True` clips predicted x_0
-inside its own step: `Model.clip` holds its radius, for the samplers' `clip` to do the same. Its dynamic thresholding is
-not done here.
+States are images (batch, channels, height, width) in [-1, 1]. A network may work on folded images: each square of fold
+x fold pixels is then one place of the state with fold^2 channels, a change of axes under which noise stays noise.
+Plain diffusers draws such states; torch.nn.functional.pixel_shuffle(states, fold) unfolds them. A scheduler with
+`clip_sample=True` clips predicted x_0 inside its own step: `Model.clip` holds its radius, for samplers to do
+the same. Its dynamic thresholding is not done here.
 """
 
 from __future__ import annotations
 
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.ddpm import ClassDDPM
+
+STATES_FILE = "states.json"  # beside model_index.json: {"fold": 4}
 
 
 class UNet(ClassDDPM):
@@ -37,10 +44,14 @@ class UNet(ClassDDPM):
         resolution: int | None = None,
         classes: Sequence[str] | None = None,
         scales: Sequence[float] | None = None,
+        fold: int = 1,
     ):
+        self.fold = fold
         shape = pipeline.unet.config
         sizes = shape.sample_size if isinstance(shape.sample_size, (tuple, list)) else (shape.sample_size,) * 2
-        size = (resolution, resolution) if resolution else (int(sizes[0]), int(sizes[1]))
+        if resolution and resolution % fold:
+            raise InputError(f"resolution {resolution} is not a multiple of {fold}, which {name} folds its pixels by")
+        size = (resolution // fold, resolution // fold) if resolution else (int(sizes[0]), int(sizes[1]))
         least = 2 ** (len(shape.block_out_channels) - 1)
         if any(side % least for side in size):
             raise InputError(f"resolution {size[0]} is not a multiple of {least} for {name}")
@@ -54,8 +65,16 @@ class UNet(ClassDDPM):
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         """Images (batch, channels, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
         with torch.set_grad_enabled(grad):
-            return (latents / 2 + 0.5).clamp(0, 1)
+            return pixel_shuffle((latents / 2 + 0.5).clamp(0, 1), self.fold)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """States of images in [0, 1]."""
-        return images * 2 - 1
+        return pixel_unshuffle(images * 2 - 1, self.fold)
+
+    def of(self, pipeline: Any) -> UNet:
+        return UNet(pipeline, self.name, None, self.classes if self.conditional else None, self.scales, self.fold)
+
+    def _save_pipeline(self, folder: pathlib.Path) -> None:
+        super()._save_pipeline(folder)
+        if self.fold > 1:
+            (folder / STATES_FILE).write_text(json.dumps({"fold": self.fold}) + "\n", encoding="utf-8")
