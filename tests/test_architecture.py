@@ -102,7 +102,7 @@ def test_only_models_import_diffusers_transformers_and_peft(module):
 
 
 def test_losses_know_no_model_optimiser_or_accelerator():
-    for method in ("erase", "align", "distill"):
+    for method in ("erase", "align", "distill", "sharpen"):
         assert not offenders(f"fieldsmith.methods.{method}.losses", ("fieldsmith", "accelerate", "torch.optim"))
 
 
@@ -115,6 +115,8 @@ def test_what_help_needs_does_not_import_torch():
         ".commands.audit",
         ".commands.diagnose",
         ".methods.align.config",
+        ".commands.sharpen",
+        ".methods.sharpen.config",
         ".rewards",
     )
     lines = [f"import fieldsmith{module}" for module in modules]

@@ -1,7 +1,7 @@
 """`fieldsmith diagnose`: what a model kept, and what is broken, measured on a finished one.
 
 In: the words after the verb. Out: a run directory with metrics.json and report.html; nothing is trained.
-The instrument that there is: --guidance, a student's classifier-free guidance against its teacher's.
+Instruments: --guidance, a student's classifier-free guidance against its teacher's; --smoothness, in a file of its own.
 """
 
 from __future__ import annotations
@@ -27,16 +27,21 @@ NOISED, OWN_PATH = "noised data", "the teacher's guided path"  # the two kinds o
 
 @dataclass(frozen=True)
 class DiagnoseConfig:
-    """Measure what guidance a student kept of its teacher's: collapse, blow-up, drift or healthy."""
+    """Measure what a field leaves undetermined: a student's guidance, or a score's sharpness."""
 
     guidance: bool = False
-    """The instrument: classifier-free guidance, student against teacher. Must be given; there is no other yet."""
+    """An instrument: classifier-free guidance, student against teacher."""
+    smoothness: bool = False
+    """An instrument: the score's Jacobian along a DDPM's sampling paths, and whether it tells bad samples."""
     model: str | None = None
-    """The student: a diffusers pipeline folder, a hub id or a zoo model."""
+    """The student, or the one model: a diffusers pipeline folder, a hub id or a zoo model."""
     teacher: str | None = None
     """What it was distilled from, in the same states and with the same classes."""
     data: str | None = None
-    """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used."""
+    """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used.
+    With --smoothness: columns, cards, chess or a folder; None: what the model's card names."""
+    judge: str | None = None
+    """With --smoothness and a folder: module:function, file.py:function or http:// address that says what is valid."""
     prompts: tuple[str, ...] = ()
     """Prompts or class names to follow, or one text file with one a line; empty: every class."""
     out: pathlib.Path | None = None
@@ -71,9 +76,14 @@ def diagnose(words: Sequence[str]) -> None:
 
 def check(config: DiagnoseConfig) -> None:
     """Raises InputError with the value and the mend; needs no model."""
-    if not config.guidance:
-        raise InputError("no instrument named; add --guidance, which measures a student's guidance and is all there is")
-    for name, what in (("model", "the student"), ("teacher", "what it was distilled from")):
+    if config.guidance == config.smoothness:
+        named = "two instruments" if config.guidance else "no instrument"
+        raise InputError(
+            f"{named} named; add either --guidance, which measures a student's guidance, or --smoothness, for "
+            "the sharpness of a score"
+        )
+    needed = [("model", "the student"), ("teacher", "what it was distilled from")]
+    for name, what in needed if config.guidance else (("model", "a DDPM pipeline"),):
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; add --{name} FOLDER, {what}")
     arguments.at_least(config, 1, "tuples", "bins", "steps", "chunk", "resolution")
@@ -85,6 +95,10 @@ def check(config: DiagnoseConfig) -> None:
 def run(config: DiagnoseConfig) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
+    if config.smoothness:
+        from fieldsmith.commands import diagnose_smoothness
+
+        return diagnose_smoothness.run(config)
     directory = arguments.directory_of(config, "diagnose")
     from rich.console import Console
 

@@ -143,8 +143,8 @@ def run(config: DistillConfig) -> Run:
 
 def data_for(teacher: Model, config: DistillConfig) -> Classes:
     """The data that the settings or the teacher's card name. Raises InputError where its classes are not the same."""
-    from fieldsmith.worlds.model_cards import card_of
     from fieldsmith.worlds.classes import load as load_data
+    from fieldsmith.worlds.model_cards import card_of
 
     source = config.data
     if source == "auto":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError, check_word
@@ -21,20 +21,23 @@ CLASS_RECIPES: dict[str, dict[str, Any]] = {  # of the recipe in zoo/class_unet.
     "digits-unet": {},
     "shapes-unet": {"data": "shapes", "widths": (24, 48, 64), "steps": 5_500},
 }
-CLAIMS = ("erase", "align", "distill")
+JUDGED_RECIPES: dict[str, dict[str, Any]] = {"columns-ddpm": {}}  # of the recipe in zoo/judged_ddpm.py
+CLAIMS = ("erase", "align", "distill", "sharpen")
 
 
 def pretrain(words: Sequence[str]) -> None:
     """fieldsmith pretrain RECIPE --out DIR [--field value ...]; resumes where it was interrupted."""
-    recipe, rest = _first(words, (*RECIPES, *CLASS_RECIPES), "pretrain", "recipes")
+    recipe, rest = _first(words, (*RECIPES, *CLASS_RECIPES, *JUDGED_RECIPES), "pretrain", "recipes")
     out = arguments.take(rest, "--out")
-    from fieldsmith.zoo import class_unet, shapes_flux
+    from fieldsmith.zoo import class_unet, judged_ddpm, shapes_flux
 
-    default = (
-        shapes_flux.ShapesFlux(**RECIPES[recipe])
-        if recipe in RECIPES
-        else class_unet.ClassUNet(**CLASS_RECIPES[recipe])
-    )
+    default: Any
+    if recipe in RECIPES:
+        default = shapes_flux.ShapesFlux(**RECIPES[recipe])
+    elif recipe in JUDGED_RECIPES:
+        default = judged_ddpm.JudgedDDPM(**JUDGED_RECIPES[recipe])
+    else:
+        default = class_unet.ClassUNet(**CLASS_RECIPES[recipe])
     config = arguments.parse(default, rest, f"pretrain {recipe}", "Also: --out DIR, the folder to write.")
     if out is None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{recipe}")
@@ -44,6 +47,8 @@ def pretrain(words: Sequence[str]) -> None:
     arguments.check_out(pathlib.Path(out), folder=True)
     if isinstance(config, class_unet.ClassUNet):
         class_unet.train(config, pathlib.Path(out))
+    elif isinstance(config, judged_ddpm.JudgedDDPM):
+        judged_ddpm.train(config, pathlib.Path(out))
     else:
         shapes_flux.train(config, pathlib.Path(out), recipe)
     print(f"pipeline: {pathlib.Path(out) / 'model'}")
@@ -54,7 +59,7 @@ class SampleConfig:
     """Draw a grid of images: one row a prompt."""
 
     prompts: tuple[str, ...] = ()
-    """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`."""
+    """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`; '' for a model without any."""
     model: str = "zoo:shapes-flux"
     """A diffusers pipeline folder, a hub id, or a zoo model."""
     adapter: pathlib.Path | None = None
@@ -66,7 +71,11 @@ class SampleConfig:
     steps: int = 28
     """Sampler steps."""
     guidance: float | None = None
-    """Guidance scale; none and 1 are off."""
+    """Guidance scale, against no prompt or, with --worse, against that network; none and 1 are off."""
+    worse: str | None = None
+    """A worse network of the same images to steer away from, such as the guide/ of a sharpen run."""
+    variance: Literal["none", "small", "large", "learned"] = "none"
+    """DDPM's ancestral steps under this variance; none: DDIM, or small with --worse."""
     schedule: str = "constant"
     """constant; tag: from 1 at noise to 4 at data; or a metrics.json of `diagnose`: its a*(t) multiplies --guidance."""
     resolution: int | None = None
@@ -81,7 +90,7 @@ def sample(words: Sequence[str]) -> None:
         raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')
     arguments.at_least(config, 1, "each", "steps", "resolution")
     arguments.check_out(config.out, folder=False)
-    draw = _sampler(config)
+    draw = _ancestral(config) if config.worse or config.variance != "none" else _sampler(config)
     from fieldsmith.report.grid import save_grid
 
     images = draw([prompt for prompt in config.prompts for _ in range(config.each)], config.seed)
@@ -159,6 +168,10 @@ def reproduce(words: Sequence[str]) -> None:
         from fieldsmith.reproduce import distill
 
         distill.main(arguments.parse(distill.ReproduceDistill(), rest, "reproduce distill"))
+    elif claim == "sharpen":
+        from fieldsmith.reproduce import sharpen
+
+        sharpen.main(arguments.parse(sharpen.ReproduceSharpen(), rest, "reproduce sharpen"))
     else:
         from fieldsmith.reproduce import erase
 
@@ -183,6 +196,32 @@ def _sampler(config: SampleConfig | EvaluateConfig):  # type: ignore[no-untyped-
     if config.adapter:
         load_adapter(model, config.adapter)
     return sampler(model, config.steps, _guidance(model, config))
+
+
+def _ancestral(config: SampleConfig):  # type: ignore[no-untyped-def]
+    """Stochastic steps, steered away from a worse network where one is named."""
+    from fieldsmith.methods.sharpen.sampling import conditioned, draw, steered
+    from fieldsmith.models import load
+    from fieldsmith.paths import VariancePreserving
+
+    model = load(config.model, config.resolution)
+    if not isinstance(model.path, VariancePreserving):
+        raise InputError(f"{config.model} is on rectified flow; --worse and --variance are for DDPM schedules")
+    if config.adapter or config.schedule != "constant":
+        raise InputError("--adapter and --schedule go with DDIM steps; leave out --worse and --variance")
+    variance = "small" if config.variance == "none" else config.variance
+    if variance == "learned" and not getattr(model, "learns_variance", False):
+        raise InputError(f"{config.model} learns no variance; use --variance small or large")
+    worse = load(config.worse, config.resolution) if config.worse else None
+
+    def images(prompts: Sequence[str], seed: int) -> Any:
+        field = conditioned(model, model.encode(prompts))
+        if worse:
+            field = steered(field, conditioned(worse, worse.encode(prompts)), config.guidance or 1.0)
+        states = draw(model, len(prompts), config.steps, seed, field, variance, batch=len(prompts))
+        return model.decode(states)
+
+    return images
 
 
 def _guidance(model: Any, config: SampleConfig | EvaluateConfig) -> Any:

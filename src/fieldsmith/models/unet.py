@@ -48,6 +48,10 @@ class UNet(ClassDDPM):
     ):
         self.fold = fold
         shape = pipeline.unet.config
+        if shape.in_channels % fold**2:
+            raise InputError(
+                f"{STATES_FILE} of {name} folds by {fold}, but {shape.in_channels} channels unfold to none"
+            )
         sizes = shape.sample_size if isinstance(shape.sample_size, (tuple, list)) else (shape.sample_size,) * 2
         if resolution and resolution % fold:
             raise InputError(f"resolution {resolution} is not a multiple of {fold}, which {name} folds its pixels by")
