@@ -682,6 +682,8 @@ def test_an_ancestral_step_is_the_ddpm_schedulers(variance, clip, steps):
     for place in (0, steps // 3, steps // 2, steps - 3, steps - 2, steps - 1):
         index, x, eps = int(scheduler.timesteps[place]), draws(4, 3, 2, 2, seed=1), draws(4, 3, 2, 2, seed=2)
         v = draws(4, 3, 2, 2, seed=3) if variance == "learned" else None
+        if v is not None and steps < 1000:
+            v = v.clamp(-1, 1)  # beyond, longer steps are ours alone
         output = eps if v is None else torch.cat((eps, v), 1)
         prediction = Prediction("eps", eps, x, grid[place], path, fraction=None if v is None else (v + 1) / 2)
         step = ancestral_step(prediction, grid[place + 1], variance, clip)
@@ -696,9 +698,26 @@ def test_an_ancestral_step_is_the_ddpm_schedulers(variance, clip, steps):
             assert (prediction.x_0.abs() > 1).any()
 
 
+def test_a_fraction_beyond_the_range_is_held_inside_in_longer_steps_alone():
+    path = VariancePreserving((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
+    x, eps = draws(4, 3, 2, 2, seed=1), draws(4, 3, 2, 2, seed=2)
+    t = torch.tensor(0.04, dtype=torch.float64)
+    outside, edge = (Prediction("eps", eps, x, t, path, fraction=torch.full_like(x, f)) for f in (4.0, 1.0))
+    longer, single = t - 0.02, t - 0.001
+    torch.testing.assert_close(
+        ancestral_step(outside, longer, "learned").deviation, ancestral_step(edge, longer, "learned").deviation
+    )
+    assert (ancestral_step(outside, torch.zeros_like(t), "learned").deviation == 0).all()
+    assert (
+        ancestral_step(outside, single, "learned").deviation > ancestral_step(edge, single, "learned").deviation
+    ).all()
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_drawing_is_the_ddpm_pipelines(learned):
-    model = unet(learned_variance=learned, clip=True)
+    model = unet(clip=True)
+    if learned:
+        model = with_variance_head(unet(clip=True))  # longer steps hold what lies beyond the range inside
     ours = model.decode(sampling.draw(model, 2, 10, seed=4, variance="learned" if learned else "small"))
     model.pipeline.set_progress_bar_config(disable=True)
     theirs = model.pipeline(batch_size=2, generator=seeded(4), num_inference_steps=10, output_type="np").images

@@ -172,9 +172,10 @@ def ancestral_step(
 ) -> Gaussian:
     """DDPM's step from t to t' on a variance-preserving path; without noise where t' = 0.
 
-    Deviation^2: betatilde ('small'), beta ('large'), between the two as the network says, unclamped ('learned', Nichol
-    and Dhariwal 2021), or betatilde + c^2 Cov[x_0 | x_t] with the diagonal `covariance`, shaped as x_t ('optimal', Bao
-    et al. 2022), c = beta alpha' / sigma^2. The mean never goes through x_0 / alpha, unless `clip` holds x_0 inside
+    Deviation^2: betatilde ('small'), beta ('large'), between the two as the network says ('learned', Nichol and
+    Dhariwal 2021; unclamped in single steps, in longer ones held inside, where an overshoot would explode), or
+    betatilde + c^2 Cov[x_0 | x_t] with the diagonal `covariance`, shaped as x_t ('optimal', Bao et al. 2022),
+    c = beta alpha' / sigma^2. The mean never goes through x_0 / alpha, unless `clip` holds x_0 inside
     [-clip, clip]. Raises ValueError where what the variance needs is missing.
     """
     path, x = said.path, said.x_t
@@ -198,14 +199,17 @@ def ancestral_step(
         squared = low + c**2 * covariance
     else:
         squared = _learned(said, t_next, beta, low)
-    return Gaussian(mean, squared.sqrt() * (_dim(t_next, x) > 0))
+    return Gaussian(mean, torch.where(_dim(t_next, x) > 0, squared.sqrt(), torch.zeros_like(squared)))
 
 
 def _learned(said: Prediction, t_next: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    assert isinstance(said.path, VariancePreserving)
     if said.fraction is not None:
         low = low.clamp(min=torch.finfo(low.dtype).tiny)
-        return (said.fraction * high.log() + (1 - said.fraction) * low.log()).exp()
-    assert isinstance(said.path, VariancePreserving)
+        # single steps have a narrow range, outside of which fractions are learned; longer ones, a wide one
+        longer = _dim((said.t - t_next) * said.path.length, low) > 1.5
+        fraction = torch.where(longer, said.fraction.clamp(0, 1), said.fraction)
+        return (fraction * high.log() + (1 - fraction) * low.log()).exp()
     if said.log_variance is None:
         raise ValueError("this network learns no variance; use 'small' or 'large'")
     if not torch.allclose((said.t - t_next) * said.path.length, torch.ones_like(t_next), atol=1e-2):

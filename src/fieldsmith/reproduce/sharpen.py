@@ -62,7 +62,7 @@ def groups(config: ReproduceSharpen) -> list[list[Job]]:
                 Job(runs / f"{world}_{slug(arm)}_{number}.json", {"study": asdict(bench.study), "arm": settings},
                     partial(of_images.record, arm))
                 for arm, settings in images.ARMS.items()
-                if world == "columns" or arm not in images.CONTROLS
+                if world == "columns" or arm not in images.FIRST_ONLY
             ])  # fmt: skip
     if config.judges:
         for name, size in judges.SIZES:

@@ -85,7 +85,8 @@ ARMS: dict[str, Settings] = {
     "steered 2": {"of": "plain", "scale": 2.0},
 }
 
-CONTROLS = ("twice the updates", "a quarter more steps")  # of what steering costs, on the first world alone
+# on the first world alone: controls of what steering costs, and what did not help there
+FIRST_ONLY = ("twice the updates", "a quarter more steps", "neighbours", "Jacobian filter")
 
 
 class Bench:
@@ -132,7 +133,7 @@ class Bench:
 
 
 def _small(images: Tensor) -> Tensor:
-    return avg_pool2d(images, max(1, images.shape[-1] // 32))
+    return avg_pool2d(images.nan_to_num(0.0), max(1, images.shape[-1] // 32))
 
 
 class Seed:
@@ -212,7 +213,7 @@ class Seed:
         else:
             images = self.images(trained, field, variance, more=settings.get("times steps", 1.0))
         found |= self.measured(images) | {"evaluations a step": evaluations}
-        if learned:
+        if arm == "variance learning":
             kinds: tuple[Variance, ...] = ("small", "large")
             found["swap"] = {
                 kind: float(1 - self.bench.world.judge(self.images(trained, field, kind)).valid.double().mean())
