@@ -95,6 +95,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(model, tmp_path
         (["--sampler-steps", "2000"], "sampler_steps=2000"),
         (["--train", "head", "--method", "plain"], "variance head"),
         (["--guidance", "0.5"], "guidance=0.5"),
+        (["--extractor", "./nowhere"], "nowhere"),
         (["--judge", "math:sqrt"], "judge of its own"),
         (["--model", "zoo:shapes-flux"], "rectified flow"),
     ],

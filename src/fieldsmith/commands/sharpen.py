@@ -16,9 +16,10 @@ from fieldsmith.methods.sharpen.config import METHODS, NEEDS_HEAD, PRESETS, Shar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fieldsmith.metrics.distances import Features
     from fieldsmith.models.core import Model
     from fieldsmith.runs import Run
-    from fieldsmith.samplers import Field, Variance
+    from fieldsmith.samplers import Field
     from fieldsmith.worlds.judged import JudgedWorld
 
 NOTES = f"""--preset NAME picks a recipe (default: the method's own, else guide): {", ".join(PRESETS)}.
@@ -78,10 +79,11 @@ def run(config: SharpenConfig) -> Run:
         from fieldsmith.models.variance_head import with_variance_head
 
         model = with_variance_head(model)
+    features = extractor_of(config)
     states = model.encode_images(world.sample(POOL, config.seed))
     loop.check_model(model, states, config)
     seed = config.seed + 1  # of the images that are judged
-    before = model.decode(draw(model, config.samples, config.sampler_steps, seed, variance=_variance(model)))
+    before = model.decode(draw(model, config.samples, config.sampler_steps, seed))
     judged_before = world.judge(before)  # a judge that fails does so before anything is trained or written
     if config.method == "guide":
         guide = guide_of(model, config)
@@ -95,14 +97,14 @@ def run(config: SharpenConfig) -> Run:
     for warning in result.warnings:
         console.print(warning)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; drawing and judging")
-    after = model.decode(draw(model, config.samples, config.sampler_steps, seed, field, _variance(model)))
+    after = model.decode(draw(model, config.samples, config.sampler_steps, seed, field))
     judged_after = world.judge(after)
     metrics: dict[str, Any] = {
         "method": config.method, "seconds": result.seconds, "steps": result.steps, "stopped": result.stopped,
         "forward_equivalents": result.forward_equivalents, "gradient share": result.share,
         "warnings": list(result.warnings), "world": world.name,
         "before": measured(world, before), "after": measured(world, after),
-        "rest": rest(before, after, world, config),
+        "rest": rest(before, after, world, config, features),
     }  # fmt: skip
     page = page_of(config, metrics, (before, judged_before), (after, judged_after), directory)
     page.write(directory.folder / "report.html")
@@ -122,12 +124,6 @@ def _steered(model: Model, guide: Model, scale: float) -> Field:
     from fieldsmith.methods.sharpen.sampling import field_of, steered
 
     return steered(field_of(model), field_of(guide), scale)
-
-
-def _variance(model: Model) -> Variance:
-    """A learned variance only where it is a fraction of a range, which a chain of longer steps can be read from."""
-    readable = getattr(model, "learns_variance", False) and getattr(model, "variance", "") == "learned_range"
-    return "learned" if readable else "small"
 
 
 def world_for(model: Model, config: SharpenConfig) -> JudgedWorld:
@@ -161,6 +157,14 @@ def world_for(model: Model, config: SharpenConfig) -> JudgedWorld:
     return world
 
 
+def extractor_of(config: SharpenConfig) -> Features:
+    """What distances are measured on. Raises InputError where its weights are not at hand."""
+    from fieldsmith.metrics.distances import pixel_features
+    from fieldsmith.models.features import load_features
+
+    return load_features(config.extractor) if config.extractor else pixel_features(8)
+
+
 def measured(world: JudgedWorld, images: Tensor) -> dict[str, Any]:
     """Rate of hallucination, novelty and coverage, each with how many images it rests on."""
     from fieldsmith.metrics.hallucination import coverage
@@ -185,15 +189,16 @@ def measured(world: JudgedWorld, images: Tensor) -> dict[str, Any]:
     return found
 
 
-def rest(before: Tensor, after: Tensor, world: JudgedWorld, config: SharpenConfig) -> dict[str, Any]:
-    """What else changed: distances to held-out data on plain pixels, precision and recall, brightness, diversity."""
+def rest(
+    before: Tensor, after: Tensor, world: JudgedWorld, config: SharpenConfig, features: Features
+) -> dict[str, Any]:
+    """What else changed: distances to held-out data, precision and recall, brightness, diversity."""
     import torch
 
-    from fieldsmith.metrics.distances import frechet_distance, pixel_features, precision_recall
+    from fieldsmith.metrics.distances import extractor_name, frechet_distance, precision_recall
 
-    features = pixel_features(8)
     real = features(world.sample(max(200, config.samples), 1_000_003 + config.seed))
-    found: dict[str, Any] = {"extractor": features.name, "real": len(real)}
+    found: dict[str, Any] = {"extractor": extractor_name(features), "real": len(real)}
     for name, images in (("before", before), ("after", after)):
         made = features(images)
         reach = precision_recall(real, made)

@@ -56,7 +56,7 @@ ARMS: dict[str, Settings] = {
 }
 PLANE = (
     "plain", "variance learning", "VSM 0.1", "jacobian-floor 0.01", "jacobian-match 0.01", "input perturbation 0.1",
-    "neighbours, off path", "laplacian 0.05", "steered 2", "trajectory filter", "Jacobian filter",
+    "neighbours, off path", "laplacian 0.05", "steered 2", "trajectory filter",
 )  # fmt: skip
 CURVES = ("plain", "L2 0.005", "VSM 0.1", "jacobian-floor 0.01", "neighbours, off path")  # whose scores are drawn
 
@@ -98,8 +98,8 @@ class Study:
         return torch.linspace(-5, 5.5, 841, dtype=torch.float64)
 
 
-LINE = Study("line", steps=1_600, width=64)
-LATTICE = Study("lattice", steps=1_500, width=64, points=100_000, chains=10_000)
+LINE = Study("line", steps=1_200, width=64)
+LATTICE = Study("lattice", steps=1_200, width=64, points=100_000, chains=10_000)
 STUDIES = {"line": LINE, "lattice": LATTICE}
 
 

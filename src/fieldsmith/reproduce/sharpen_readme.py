@@ -150,6 +150,7 @@ def on_the_lattice(runs: Runs) -> list[str]:
 def of_images(runs: Runs, world: str) -> list[str]:
     rows = []
     plain = runs.arms[world, "plain"]
+    base = _mean(plain, "training seconds")
     for arm in runs.of(world):
         found = runs.arms[world, arm]
         flags = [_flags(run) for run in found]
@@ -162,7 +163,7 @@ def of_images(runs: Runs, world: str) -> list[str]:
             (f"**{arm}**" if arm != "plain" and equal(runs, world, arm) else arm,
              f"{100 * rates.pooled.value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]", less, *shown, *variety,
              f"{runs.mean(world, arm, 'evaluations a step'):.2f}",
-             f"{_mean(found, 'training seconds') / _mean(plain, 'training seconds'):.2f}", _share(found))
+             "" if "of" in found[0]["settings"] else f"{_mean(found, 'training seconds') / base:.2f}", _share(found))
         )  # fmt: skip
     images, seeds = plain[0]["images"], len(plain)
     pooled = hallucination([_flags(run) for run in plain], torch.Generator().manual_seed(0))

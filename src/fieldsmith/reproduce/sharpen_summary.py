@@ -87,6 +87,18 @@ def equal(runs: Runs, world: str, arm: str) -> bool:
     )
 
 
+def kept(runs: Runs, world: str, arm: str) -> str:
+    """What became of fidelity and diversity, in words."""
+    keys = ("distance", "precision", "recall", "fld")
+    return ", ".join(f"{k} {runs.mean(world, 'plain', k):.2f} to {runs.mean(world, arm, k):.2f}" for k in keys)
+
+
+def unspoilt(runs: Runs, world: str, arm: str) -> bool:
+    """Whether precision and FLD, which are no part of `equal`, stayed too."""
+    lost = runs.mean(world, "plain", "precision") - runs.mean(world, arm, "precision")
+    return lost <= SLACK["recall"] and runs.mean(world, arm, "fld") <= runs.mean(world, "plain", "fld") + 2
+
+
 def best(runs: Runs) -> dict[str, str]:
     """By world, our arm of the largest reduction at equal fidelity and diversity; {} where none is equal."""
     found = {}
@@ -124,8 +136,9 @@ def slope(runs: Runs) -> Interval:
     return Interval(found, found - half, found + half, len(rows))
 
 
-def graded(found: Interval, aim: float = AIM) -> str:
-    return "reproduced" if found.low >= aim else "partly" if found.value >= aim else "not"
+def graded(found: Interval, unspoilt: bool = True) -> str:
+    """Reproduced where the whole interval meets the aim and nothing was paid for it, partly where the value does."""
+    return "reproduced" if found.low >= AIM and unspoilt else "partly" if found.value >= AIM else "not"
 
 
 def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
@@ -141,8 +154,11 @@ def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any
             worst = min(chosen, key=lambda w: reduction(runs, w, chosen[w], "plain").value)
             arm, among = chosen[worst], f"the best of each of {', '.join(chosen)}, no one setting is equal in all"
         value = reduction(runs, worst, arm, "plain")
-        words = f"fewer hallucinated samples by '{arm}' at equal fidelity and diversity, worst world: {worst} ({among})"
-        found.append(claim("sharpen.best_reduction_percent", words, value, "%", graded(value), extra))
+        words = f"fewer hallucinated samples by '{arm}' at equal fidelity and diversity, worst world: {worst} "
+        words += f"({among}; {kept(runs, worst, arm)})"
+        found.append(
+            claim("sharpen.best_reduction_percent", words, value, "%", graded(value, unspoilt(runs, worst, arm)), extra)
+        )
     vsm = [w for w in runs.images if (w, PUBLISHED) in runs.arms]
     if vsm:
         each = [reduction(runs, w, PUBLISHED, "variance learning") for w in vsm]
@@ -185,8 +201,10 @@ def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any
         found.append(claim(name, words, value, "%", graded(value), extra))
         if world in chosen:
             value = reduction(runs, world, chosen[world], "plain")
-            words = f"{world}: our best at equal fidelity and diversity, '{chosen[world]}'"
-            found.append(claim(f"sharpen.best_reduction_percent.{world}", words, value, "%", graded(value), extra))
+            words = f"{world}: our best at equal fidelity and diversity, '{chosen[world]}' "
+            words += f"({kept(runs, world, chosen[world])})"
+            verdict = graded(value, unspoilt(runs, world, chosen[world]))
+            found.append(claim(f"sharpen.best_reduction_percent.{world}", words, value, "%", verdict, extra))
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.shapes import ShapesWorld, concepts
+from fieldsmith.worlds.shapes import SHAPES, ShapesWorld, concepts
 
 HELD_OUT = 297  # of the 1,797 digits; the first in a fixed random order
 POOL = 20_000  # shapes drawn for training
@@ -61,7 +61,7 @@ def shapes(size: int = 16, channels: int = 3, seed: int = 0) -> Classes:
         raise InputError(f"the shapes world has 3 channels; this model takes {channels}")
     world = ShapesWorld(size)
     parts = [world.sample(n, 2 * seed + i, hold_out=False) for i, n in enumerate((POOL, POOL // 5))]
-    labels = [part.colour * (len(concepts()) // (int(part.colour.max()) + 1)) + part.shape for part in parts]
+    labels = [part.colour * len(SHAPES) + part.shape for part in parts]
     names = tuple(str(concept) for concept in concepts())
     return Classes("shapes", names, parts[0].images, labels[0], parts[1].images, labels[1])
 

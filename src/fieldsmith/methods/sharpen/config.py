@@ -80,6 +80,8 @@ class SharpenConfig:
     """Images before and after, at equal noise, for the judge and the page."""
     sampler_steps: int = 40
     """Ancestral steps of them."""
+    extractor: str | None = None
+    """Folder or hub id of a CLIP or DINOv2 model whose features the page's distances use; None: 8 x 8 pixels."""
     threads: int | None = None
     """Torch threads; None: as many as torch wants."""
     seed: int = 0
