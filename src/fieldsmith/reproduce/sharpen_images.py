@@ -63,7 +63,7 @@ class ImageStudy:
 STUDIES = {
     "columns": ImageStudy("columns", 64, 4, (16, 32), 3_000, 200),
     "cards": ImageStudy("cards", 32, 4, (32, 64), 1_600, 150, images=250),
-    "chess": ImageStudy("chess", 64, 8, (32, 64), 1_600, 150, images=250, plies=(2, 10)),
+    "chess": ImageStudy("chess", 64, 8, (32, 64), 1_500, 150, images=250, plies=(1, 4)),
 }
 
 # what differs from plain DDPM; `of`: another arm's weights, sampled otherwise

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from fieldsmith.diagnose.pushforward import gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
 from fieldsmith.diagnose.pushforward import smoothed_score_field as smoothed
-from fieldsmith.diagnose.smoothness import SharpestJacobian, TrajectoryVariance
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
-from fieldsmith.metrics.hallucination import auroc, threshold, tpr_at
 from fieldsmith.models.jacobians import jvp
 from fieldsmith.models.perceptron import Head, Perceptron
 from fieldsmith.paths import VariancePreserving
@@ -36,7 +34,6 @@ HEADS: Settings = {"method": "variance-learning"}
 # what differs from plain DDPM; `points` of data, `of`: another arm's weights, sampled otherwise
 ARMS: dict[str, Settings] = {
     "plain": {},
-    "L2 0.002": {"l2": 0.002},
     "L2 0.005": {"l2": 0.005},
     "10k points": {"points": 10_000},
     "25k points": {"points": 25_000},
@@ -51,12 +48,10 @@ ARMS: dict[str, Settings] = {
     "neighbours, off path": {"method": "neighbours", "bank": 2048, "off_path": 0.5},
     "laplacian 0.05": {"of": "plain", "laplacian": 0.05},
     "steered 2": {"of": "plain", "scale": 2.0},
-    "trajectory filter": {"of": "plain", "filter": "variance"},
-    "Jacobian filter": {"of": "plain", "filter": "jacobian"},
 }
 PLANE = (
     "plain", "variance learning", "VSM 0.1", "jacobian-floor 0.01", "jacobian-match 0.01", "input perturbation 0.1",
-    "neighbours, off path", "laplacian 0.05", "steered 2", "trajectory filter",
+    "neighbours, off path", "steered 2",
 )  # fmt: skip
 CURVES = ("plain", "L2 0.005", "VSM 0.1", "jacobian-floor 0.01", "neighbours, off path")  # whose scores are drawn
 
@@ -162,15 +157,12 @@ class Seed:
             "study": self.study.name, "arm": arm, "seed": self.seed, "settings": settings,
             "training seconds": trained.seconds, "forward_equivalents": trained.forwards, "share": trained.share,
         }  # fmt: skip
-        if "filter" in settings:
-            found |= self.filtered(field, settings["filter"])
-        else:
-            found |= self.law(field, variance)
-            found |= errors(self.study, field)
-            if self.study.exact and self.seed == 0 and arm in CURVES:
-                found["score"] = score_curve(self.study, field)
-            if learned:
-                found["swap"] = {kind: self.law(field, kind)["beyond"] for kind in ("small", "large")}
+        found |= self.law(field, variance)
+        found |= errors(self.study, field)
+        if self.study.exact and self.seed == 0 and arm in CURVES:
+            found["score"] = score_curve(self.study, field)
+        if arm == "variance learning":
+            found["swap"] = {kind: self.law(field, kind)["beyond"] for kind in ("small", "large")}
         return found | {"seconds": time.monotonic() - began}
 
     def law(self, field: Field, variance: Variance) -> dict[str, Any]:
@@ -182,32 +174,11 @@ class Seed:
         places = self.chains(field, variance)
         return of_samples(study.mixture, places)
 
-    def chains(self, field: Field, variance: Variance = "small", watch: Any = None, n: int | None = None) -> Tensor:
+    def chains(self, field: Field, variance: Variance = "small") -> Tensor:
         draws = torch.Generator().manual_seed(10_000 + self.seed)
-        x = torch.randn(n or self.study.chains, self.study.mixture.means.shape[1], generator=draws, dtype=torch.float64)
+        x = torch.randn(self.study.chains, self.study.mixture.means.shape[1], generator=draws, dtype=torch.float64)
         with torch.no_grad():
-            return ancestral(field, x, self.study.times, draws, variance, watch=watch)
-
-    def filtered(self, field: Field, kind: str) -> dict[str, Any]:
-        """Half of the chains' valid ends set the threshold, the other half is judged."""
-        steps, draws = PREFIX, torch.Generator().manual_seed(20_000 + self.seed)
-        n = 2 * self.study.chains if self.study.exact else self.study.chains  # few paths of the line end nowhere
-        watch: Any = (
-            TrajectoryVariance(steps, 1 - 10 / steps, 1.0)
-            if kind == "variance"
-            else SharpestJacobian(field, steps, 1 - 30 / steps, 1.0, draws, norm="frobenius")
-        )
-        places = self.chains(field, watch=watch, n=n)
-        bad, scores = self.study.mixture.membership(places, BEYOND) == NOWHERE, watch.scores
-        half = len(places) // 2
-        kept = scores[half:] <= threshold(scores[:half][~bad[:half]], 0.05)
-        if not bool(bad.any()):
-            return {"beyond": 0.0, "before": 0.0}
-        law = of_samples(self.study.mixture, places[half:][kept])
-        return law | {
-            "before": float(bad[half:].double().mean()), "kept": float(kept.double().mean()),
-            "auroc": auroc(scores, bad), "tpr at 5%": tpr_at(scores, bad),
-        }  # fmt: skip
+            return ancestral(field, x, self.study.times, draws, variance)
 
 
 def of_samples(mixture: Mixture, places: Tensor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fieldsmith.metrics.hallucination import hallucination
 from fieldsmith.metrics.intervals import Interval
 from fieldsmith.reproduce.claims import opening, table
 from fieldsmith.reproduce.sharpen_mixture import INDICES, reference_of
-from fieldsmith.reproduce.sharpen_summary import Runs, best, equal, everywhere, rate, ratio, reduction
+from fieldsmith.reproduce.sharpen_summary import Runs, best, equal, overall, rate, ratio, reduction
 
 
 def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
@@ -278,7 +278,7 @@ def _frontier(runs: Runs, path: Path) -> None:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(5 * len(runs.images), 4.2), layout="constrained")
-    one = everywhere(runs)
+    one = overall(runs)
     for axis, world in zip(drawn.subplots(1, len(runs.images), squeeze=False)[0], runs.images, strict=True):
         for i, arm in enumerate(runs.of(world)):
             x, y = runs.mean(world, arm, "distance"), 100 * runs.mean(world, arm, "rate")
