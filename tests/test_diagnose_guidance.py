@@ -302,7 +302,7 @@ def test_a_teacher_against_itself_is_healthy_and_text_models_are_measured_on_the
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"--guidance": None}, "no instrument named; add --guidance"),
+        ({"--guidance": None}, "no instrument named; add either --guidance"),
         ({"--teacher": None}, "no teacher given; add --teacher"),
         ({"--model": None}, "no model given; add --model"),
         ({"--data": None}, "no data given.*add --data digits"),

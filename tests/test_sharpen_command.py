@@ -126,7 +126,7 @@ def test_a_judge_that_throws_loses_nothing(model, tmp_path, capsys):
 
 
 def test_diagnose_smoothness_profiles_paths_and_tries_detectors(model, tmp_path, capsys):
-    words = ["diagnose", "--smoothness", "--model", model, "--steps", "2", "--samples", "2"]
+    words = ["diagnose", "--smoothness", "--model", model, "--steps", "4", "--samples", "2"]
     out = tmp_path / "run"
     assert main([*words, "--out", str(out)]) == 0
     found = metrics_of(out)
@@ -134,6 +134,7 @@ def test_diagnose_smoothness_profiles_paths_and_tries_detectors(model, tmp_path,
     assert [m["t"] for m in moments] == sorted((m["t"] for m in moments), reverse=True)
     assert all(m["norms"] == sorted(m["norms"]) and m["gap"] is not None for m in moments)
     assert found["hallucinated"]["n"] == 8 and "|Jn|" in (out / "report.html").read_text()
+    assert main([*words, "--steps", "2", "--out", str(tmp_path / "few")]) == 2
     assert main(["diagnose", "--smoothness", "--guidance", "--model", model, "--out", str(tmp_path / "two")]) == 2
     assert main(["diagnose", "--smoothness", "--model", "zoo:shapes-flux", "--out", str(tmp_path / "flow")]) == 2
     assert "rectified flow" in capsys.readouterr().err

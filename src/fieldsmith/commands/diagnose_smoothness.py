@@ -48,6 +48,10 @@ def run(config: DiagnoseConfig) -> Run:
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
+    if config.steps < 4 or config.samples < 2:
+        raise InputError(
+            f"steps={config.steps}, samples={config.samples}: halves of paths are compared; use at least 4 and 2"
+        )
     began = time.monotonic()
     model = load(str(config.model), config.resolution)
     if not isinstance(model.path, VariancePreserving):

@@ -1,7 +1,8 @@
 """A small network of points: what mixtures in one and two dimensions are learned with (VSM notes, 3.2 and 3.6).
 
 States are points (batch, d) on a variance-preserving path; images are the points themselves. The network is the one of
-the published one-dimensional study, with three residual blocks of their own weights and, on request, a variance head.
+the published one-dimensional study, with three residual blocks of their own weights, on request a variance head, and
+sines of x beside x, without which it needs many times the updates to tell modes apart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fieldsmith.paths import Prediction, VariancePreserving
 from fieldsmith.samplers import range_log_variance
 
 Head = Literal["range", "free"]
+WAVES = 4  # sines and cosines of 1, 2, 4, 8 x
 
 
 class Block(nn.Module):
@@ -41,7 +43,7 @@ class Network(nn.Module):
     def __init__(self, d: int, width: int, outputs: int):
         super().__init__()
         self.width = width
-        self.first = nn.Linear(d, width, bias=False)
+        self.first = nn.Linear(d * (1 + 2 * WAVES), width, bias=False)
         self.time = nn.Sequential(nn.Linear(width, width), nn.LeakyReLU(0.02))
         self.blocks = nn.ModuleList(Block(width) for _ in range(3))
         self.norm, self.last = nn.LayerNorm(width), nn.Linear(width, d * outputs)
@@ -50,7 +52,9 @@ class Network(nn.Module):
         half = self.width // 2
         rates = torch.exp(-math.log(10_000) * torch.arange(half).to(x) / half)
         waves = index[:, None] * rates
-        time, x = self.time(torch.cat((waves.sin(), waves.cos()), 1)), self.first(x)
+        time = self.time(torch.cat((waves.sin(), waves.cos()), 1))
+        bent = (x[:, :, None] * 2 ** torch.arange(WAVES).to(x)).flatten(1)
+        x = self.first(torch.cat((x, bent.sin(), bent.cos()), 1))
         for block in self.blocks:
             x = block(x, time)
         said: Tensor = self.last(self.norm(x))

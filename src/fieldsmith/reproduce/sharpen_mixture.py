@@ -93,8 +93,8 @@ class Study:
         return torch.linspace(-5, 5.5, 841, dtype=torch.float64)
 
 
-LINE = Study("line", steps=1_200, width=64)
-LATTICE = Study("lattice", steps=1_200, width=64, points=100_000, chains=10_000)
+LINE = Study("line", steps=1_000, width=64)
+LATTICE = Study("lattice", steps=1_000, width=64, points=100_000, chains=10_000)
 STUDIES = {"line": LINE, "lattice": LATTICE}
 
 
