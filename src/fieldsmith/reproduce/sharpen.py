@@ -1,4 +1,4 @@
-"""`fieldsmith reproduce sharpen`: does a smooth score hallucinate, and what helps, on mixtures and three image worlds.
+"""`fieldsmith reproduce sharpen`: does a smooth score hallucinate, and what helps, on mixtures and image worlds.
 
 A group of runs is one seed of one world, whose arms share data, a start, batches and noise. `--part 0 2` and
 `--part 1 2` share the groups between two processes.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fieldsmith.errors import InputError
+from fieldsmith.errors import InputError, check_word
 from fieldsmith.reproduce import sharpen_images as images
 from fieldsmith.reproduce import sharpen_judges as judges
 from fieldsmith.reproduce import sharpen_mixture as mixture
@@ -21,12 +21,12 @@ from fieldsmith.reproduce.jobs import Job, check_part, slug, work_through
 
 @dataclass(frozen=True)
 class ReproduceSharpen:
-    """Repeat the hallucination claims on mixtures, columns, cards and chess."""
+    """Repeat the hallucination claims on mixtures, columns and cards."""
 
     out: Path = Path("results/sharpen")
     """Where runs/, summary.json, plots and README.md go; finished runs are not repeated."""
-    worlds: tuple[str, ...] = ("line", "lattice", "columns", "cards", "chess")
-    """Which worlds to run."""
+    worlds: tuple[str, ...] = ("line", "lattice", "columns", "cards")
+    """Which worlds to run; chess can be added, openings at 64 pixels, and is not among the results yet."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds; the line has two more."""
     judges: bool = True
@@ -75,6 +75,8 @@ def main(config: ReproduceSharpen) -> None:
     """Run what is missing, then write the summary once all of it is there."""
     if len(set(config.seeds)) < 2:
         raise InputError(f"seeds={config.seeds}: intervals need at least 2 different seeds")
+    for world in config.worlds:
+        check_word(world, (*mixture.STUDIES, *images.STUDIES), "the worlds of this study")
     check_part(config.part)
     torch.set_num_threads(1)
     missing = work_through(groups(config), config.part)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.pushforward import gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
+from fieldsmith.diagnose.pushforward import Mass, gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
 from fieldsmith.diagnose.pushforward import smoothed_score_field as smoothed
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
@@ -169,10 +169,21 @@ class Seed:
         """Exactly on the line, from chains on the lattice."""
         study = self.study
         if study.exact:
-            modes = gap_mass(push_forward(field, study.times, [study.axis], variance), study.mixture, BEYOND)
+            modes = gap_mass(self.pushed(field, variance), study.mixture, BEYOND)
             return modes.to_json() | {"beyond": modes.beyond}
         places = self.chains(field, variance)
         return of_samples(study.mixture, places)
+
+    def pushed(self, field: Field, variance: Variance) -> Mass:
+        """On a finer axis where a variance was learned to be too small for the usual one."""
+        for finer in (1, 2, 4):
+            axis = torch.linspace(-5, 5.5, 840 * finer + 1, dtype=torch.float64)
+            try:
+                return push_forward(field, self.study.times, [axis], variance)
+            except ValueError:
+                if finer == 4:
+                    raise
+        raise AssertionError("an axis was tried")
 
     def chains(self, field: Field, variance: Variance = "small") -> Tensor:
         draws = torch.Generator().manual_seed(10_000 + self.seed)
