@@ -16,7 +16,7 @@ from fieldsmith.metrics.hallucination import hallucination
 from fieldsmith.metrics.intervals import Interval
 from fieldsmith.reproduce.claims import opening, table
 from fieldsmith.reproduce.sharpen_mixture import INDICES, reference_of
-from fieldsmith.reproduce.sharpen_summary import Runs, best, equal, overall, rate, ratio, reduction
+from fieldsmith.reproduce.sharpen_summary import Runs, best, equal, rate, ratio, reduction
 
 
 def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:
@@ -90,13 +90,9 @@ def on_the_line(runs: Runs) -> list[str]:
         width = "" if deviation is None else f"{deviation:.4f}"
         rows.append((arm, f"{_rate(found):.2e}", *over, ridge, between, at_data, width, _share(found)))
     swaps = [
-        (
-            arm,
-            *(f"{_mean(found, 'swap', kind):.2e}" for kind in ("small", "large")),
-            f"{_rate(found):.2e}",
-        )
-        for arm in runs.of("line")
-        if "swap" in (found := runs.arms["line", arm])[0]
+        (arm, *(f"{_mean(found, 'swap', kind):.2e}" for kind in ("small", "large")), f"{_rate(found):.2e}")
+        for arm, found in ((arm, runs.arms["line", arm]) for arm in runs.of("line"))
+        if all("swap" in run for run in found)
     ]
     n = len(runs.arms["line", "plain"])
     return [
@@ -170,7 +166,7 @@ def of_images(runs: Runs, world: str) -> list[str]:
     swaps = [
         (arm, *(f"{100 * _mean(runs.arms[world, arm], 'swap', kind):.1f}%" for kind in ("small", "large")),
          f"{100 * _mean(runs.arms[world, arm], 'rate'):.1f}%")
-        for arm in runs.of(world) if "swap" in runs.arms[world, arm][0]
+        for arm in runs.of(world) if all("swap" in run for run in runs.arms[world, arm])
     ]  # fmt: skip
     reasons: dict[str, int] = {}
     for run in plain:
@@ -277,14 +273,12 @@ def _frontier(runs: Runs, path: Path) -> None:
     """Rate against distance, an arm a point, for each image world."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(5 * len(runs.images), 4.2), layout="constrained")
-    one = overall(runs)
+    drawn = Figure(figsize=(7 * len(runs.images), 4.2), layout="constrained")
     for axis, world in zip(drawn.subplots(1, len(runs.images), squeeze=False)[0], runs.images, strict=True):
         for i, arm in enumerate(runs.of(world)):
             x, y = runs.mean(world, arm, "distance"), 100 * runs.mean(world, arm, "rate")
-            mine = arm in runs.ours(world)
-            marker = "*" if arm == one else "o" if mine else "x"
-            axis.plot([x], [y], marker, color=f"C{i % 10}", ms=10 if arm == one else 6)
-            axis.annotate(arm, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            marker = "s" if arm == "plain" else "o" if arm in runs.ours(world) else "x"
+            axis.plot([x], [y], marker, color=f"C{i % 10}", ms=9 - i // 3, fillstyle="none", label=arm)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title="boxed: plain, round: ours")
         axis.set(xscale="log", xlabel="Frechet distance", ylabel="hallucinated, %", title=world)
     drawn.savefig(path, dpi=110)
