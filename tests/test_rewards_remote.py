@@ -377,7 +377,7 @@ def test_one_failure_stops_the_batch(server):
 
 def test_a_server_that_is_not_there_is_bad_input(server):
     server.close()
-    with pytest.raises(InputError, match=f"judge at {server.base} does not answer: .*; start it or fix --reward"):
+    with pytest.raises(InputError, match=f"judge at {server.base} does not answer: .*; start it or fix its address"):
         server.judge()
 
 

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 
 VERBS = {
     "align": "Raise a reward without losing the rest (reward score matching, every method that it unifies).",
+    "edit": "Train an editor on its own multi-turn sessions (MT-EditFlow by NFT or GRPO, its controls, and ours).",
     "erase": "Make a forbidden prompt give what an anchor prompt gives (GEM and six baselines).",
     "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
     "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
-    "diagnose": "Measure what guidance a student kept, or how sharp a score is along its paths.",
+    "diagnose": "Measure what guidance a student kept, how sharp a score is along its paths, how an editor bears its "
+    "own results, or how far to trust a judge of edits.",
     "pretrain": "Train a zoo model from its recipe.",
     "sample": "Draw a grid of images from a model.",
     "evaluate": "Judge what a model draws, prompt by prompt.",

@@ -137,7 +137,7 @@ def _gradient(
             if loss.requires_grad:
                 loss.backward()
     if accelerator.num_processes > 1:
-        for p in params:
+        for p in (p for p in params if p.requires_grad):  # others are only kept in checkpoints
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
     norm = torch.nn.utils.clip_grad_norm_(params, optimisation.clip or math.inf)
     if not torch.isfinite(norm):

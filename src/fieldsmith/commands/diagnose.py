@@ -1,7 +1,8 @@
 """`fieldsmith diagnose`: what a model kept, and what is broken, measured on a finished one.
 
 In: the words after the verb. Out: a run directory with metrics.json and report.html; nothing is trained.
-Instruments: --guidance, a student's classifier-free guidance against its teacher's; --smoothness, in a file of its own.
+Instruments: --guidance, a student's classifier-free guidance against its teacher's; --smoothness, --exposure and
+--judge-of-edits, each in a file of its own.
 """
 
 from __future__ import annotations
@@ -22,19 +23,32 @@ if TYPE_CHECKING:
     from fieldsmith.runs import Run
     from fieldsmith.worlds.classes import Classes
 
+INSTRUMENTS = {
+    "guidance": "a student's guidance against its teacher's",
+    "smoothness": "the sharpness of a score",
+    "exposure": "an editor on its own results",
+    "judge_of_edits": "a judge of edits against known truth",
+}
 NOISED, OWN_PATH = "noised data", "the teacher's guided path"  # the two kinds of states
 
 
 @dataclass(frozen=True)
 class DiagnoseConfig:
-    """Measure what a field leaves undetermined: a student's guidance, or a score's sharpness."""
+    """Measure what is left undetermined: a student's guidance, a score's sharpness, exposure bias, a judge."""
 
     guidance: bool = False
     """An instrument: classifier-free guidance, student against teacher."""
     smoothness: bool = False
     """An instrument: the score's Jacobian along a DDPM's sampling paths, and whether it tells bad samples."""
+    exposure: bool = False
+    """An instrument: an editor's sessions on its own results against planned sources, and asked for nothing."""
+    judge_of_edits: str | None = None
+    """An instrument: remote:http://HOST:PORT/v1?model=M&mode=direct&mode=expected&n=4&temperature=0.7, a server that
+    sees images, asked n times in each mode that is named (none: all four) about edits whose truth is known."""
     model: str | None = None
     """The student, or the one model: a diffusers pipeline folder, a hub id or a zoo model."""
+    adapter: pathlib.Path | None = None
+    """With --exposure: a LoRA folder to attach first."""
     teacher: str | None = None
     """What it was distilled from, in the same states and with the same classes."""
     data: str | None = None
@@ -51,17 +65,30 @@ class DiagnoseConfig:
     bins: int = 10
     """Equal bins of time."""
     steps: int = 25
-    """Sampler steps of the teacher's path, and of the images for liveness."""
+    """Sampler steps of the teacher's path, and of the images for liveness; with --exposure, of every turn."""
     scale: float = 2.0
     """Guidance scale of the teacher's path."""
     samples: int = 32
-    """Images of each model at each scale for liveness; 0 leaves it out."""
+    """Images of each model at each scale for liveness; 0 leaves it out. With --exposure: sessions, at least 100 for
+    narrow intervals. With --judge-of-edits: instructions, each with 8 edits."""
     reference: float | None = None
     """E_c + E_u of another student, the yardstick of drift; None: the teacher's own mean squared gap."""
     chunk: int = 256
     """States per forward; lower it when memory is short."""
     resolution: int | None = None
     """Image side in pixels; None: the models' own, at most 512."""
+    turns: int = 5
+    """With --exposure: turns of a session."""
+    dependency: float = 0.7
+    """With --exposure: how often a turn refers to what an earlier turn made."""
+    still: int = 5
+    """With --exposure: turns that ask for nothing, for the drift of identity; 0 leaves it out."""
+    contrast: float = 1.0
+    """With --exposure, between turns: factor on the distance from mid grey."""
+    blur: float = 0.0
+    """With --exposure, between turns: weight of each pixel's 3 x 3 mean."""
+    noise: float = 0.0
+    """With --exposure, between turns: deviation of added noise, in [0, 1]."""
     seed: int = 0
     """Everything random follows from it."""
 
@@ -76,18 +103,34 @@ def diagnose(words: Sequence[str]) -> None:
 
 def check(config: DiagnoseConfig) -> None:
     """Raises InputError with the value and the mend; needs no model."""
-    if config.guidance == config.smoothness:
-        named = "two instruments" if config.guidance else "no instrument"
+    named = [f"--{name.replace('_', '-')}" for name in INSTRUMENTS if getattr(config, name)]
+    if len(named) != 1:
+        known = [f"--{name.replace('_', '-')} ({what})" for name, what in INSTRUMENTS.items()]
         raise InputError(
-            f"{named} named; add either --guidance, which measures a student's guidance, or --smoothness, for "
-            "the sharpness of a score"
-        )
-    needed = [("model", "the student"), ("teacher", "what it was distilled from")]
-    for name, what in needed if config.guidance else (("model", "a DDPM pipeline"),):
+            f"{' and '.join(named)} are {len(named)} instruments; use one at a time" if named else
+            f"no instrument named; add either {', '.join(known[:-1])} or {known[-1]}"
+        )  # fmt: skip
+    needed = {
+        "guidance": [("model", "the student"), ("teacher", "what it was distilled from")],
+        "smoothness": [("model", "a DDPM pipeline")],
+        "exposure": [("model", "an editing model of the scenes world")],
+    }
+    for name, what in next((pairs for one, pairs in needed.items() if getattr(config, one)), []):
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; add --{name} FOLDER, {what}")
+    if config.adapter is not None and not config.exposure:
+        raise InputError(f"adapter '{config.adapter}' is read by --exposure alone; leave it out")
+    if (config.exposure or config.judge_of_edits) and config.samples < 2:
+        raise InputError(f"samples={config.samples} is too few for an interval; give at least 2")
+    if config.exposure and config.turns < 2:
+        raise InputError(f"turns={config.turns}: the first turn has no source of the editor's own; give at least 2")
     arguments.at_least(config, 1, "tuples", "bins", "steps", "chunk", "resolution")
-    arguments.at_least(config, 0, "samples", "scale")
+    arguments.at_least(config, 0, "samples", "scale", "still", "noise")
+    for name in ("dependency", "blur"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{name}={getattr(config, name)} is no share; give 0 to 1")
+    if not 0 < config.contrast < float("inf"):
+        raise InputError(f"contrast={config.contrast} must be above 0")
     if config.reference is not None and not config.reference > 0:
         raise InputError(f"reference={config.reference} must be above 0")
 
@@ -99,6 +142,14 @@ def run(config: DiagnoseConfig) -> Run:
         from fieldsmith.commands import diagnose_smoothness
 
         return diagnose_smoothness.run(config)
+    if config.exposure:
+        from fieldsmith.commands import diagnose_exposure
+
+        return diagnose_exposure.run(config)
+    if config.judge_of_edits:
+        from fieldsmith.commands import diagnose_judge
+
+        return diagnose_judge.run(config)
     directory = arguments.directory_of(config, "diagnose")
     from rich.console import Console
 

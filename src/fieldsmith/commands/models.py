@@ -22,26 +22,29 @@ CLASS_RECIPES: dict[str, dict[str, Any]] = {  # of the recipe in zoo/class_unet.
     "shapes-unet": {"data": "shapes", "widths": (24, 48, 64), "steps": 5_500},
 }
 JUDGED_RECIPES: dict[str, dict[str, Any]] = {"columns-ddpm": {}}  # of the recipe in zoo/judged_ddpm.py
-CLAIMS = ("erase", "align", "distill", "sharpen")
+EDITOR_RECIPES: dict[str, dict[str, Any]] = {"scenes-kontext": {}}  # of the recipe in zoo/scenes_kontext.py
+CLAIMS = ("erase", "align", "distill", "sharpen", "edit")
 
 
 def pretrain(words: Sequence[str]) -> None:
     """fieldsmith pretrain RECIPE --out DIR [--field value ...]; resumes where it was interrupted."""
-    recipe, rest = _first(words, (*RECIPES, *CLASS_RECIPES, *JUDGED_RECIPES), "pretrain", "recipes")
+    recipe, rest = _first(words, (*RECIPES, *CLASS_RECIPES, *JUDGED_RECIPES, *EDITOR_RECIPES), "pretrain", "recipes")
     out = arguments.take(rest, "--out")
-    from fieldsmith.zoo import class_unet, judged_ddpm, shapes_flux
+    from fieldsmith.zoo import class_unet, judged_ddpm, scenes_kontext, shapes_flux
 
     default: Any
     if recipe in RECIPES:
         default = shapes_flux.ShapesFlux(**RECIPES[recipe])
     elif recipe in JUDGED_RECIPES:
         default = judged_ddpm.JudgedDDPM(**JUDGED_RECIPES[recipe])
+    elif recipe in EDITOR_RECIPES:
+        default = scenes_kontext.ScenesKontext(**EDITOR_RECIPES[recipe])
     else:
         default = class_unet.ClassUNet(**CLASS_RECIPES[recipe])
     config = arguments.parse(default, rest, f"pretrain {recipe}", "Also: --out DIR, the folder to write.")
     if out is None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{recipe}")
-    counts = ("images", "heads", "layers", "vae_steps", "vae_batch", "steps", "batch", "threads")
+    counts = ("images", "sessions", "heads", "layers", "vae_steps", "vae_batch", "steps", "batch", "threads")
     arguments.at_least(config, 1, *(name for name in counts if hasattr(config, name)))
     arguments.at_least(config, 0, *(name for name in ("vae_lr", "kl", "lr", "ema") if hasattr(config, name)))
     arguments.check_out(pathlib.Path(out), folder=True)
@@ -49,6 +52,8 @@ def pretrain(words: Sequence[str]) -> None:
         class_unet.train(config, pathlib.Path(out))
     elif isinstance(config, judged_ddpm.JudgedDDPM):
         judged_ddpm.train(config, pathlib.Path(out))
+    elif isinstance(config, scenes_kontext.ScenesKontext):
+        scenes_kontext.train(config, pathlib.Path(out))
     else:
         shapes_flux.train(config, pathlib.Path(out), recipe)
     print(f"pipeline: {pathlib.Path(out) / 'model'}")
@@ -60,6 +65,8 @@ class SampleConfig:
 
     prompts: tuple[str, ...] = ()
     """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`; '' for a model without any."""
+    image: pathlib.Path | None = None
+    """For editors: where a session starts; the prompts are its turns, each on what the last one made."""
     model: str = "zoo:shapes-flux"
     """A diffusers pipeline folder, a hub id, or a zoo model."""
     adapter: pathlib.Path | None = None
@@ -90,6 +97,9 @@ def sample(words: Sequence[str]) -> None:
         raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')
     arguments.at_least(config, 1, "each", "steps", "resolution")
     arguments.check_out(config.out, folder=False)
+    if config.image:
+        _session(config)
+        return
     draw = _ancestral(config) if config.worse or config.variance != "none" else _sampler(config)
     from fieldsmith.report.grid import save_grid
 
@@ -97,6 +107,33 @@ def sample(words: Sequence[str]) -> None:
     scale = max(1, 128 // images.shape[-1])
     save_grid(images, config.out, columns=config.each, scale=scale)
     print(f"{len(images)} images: {config.out}")
+
+
+def _session(config: SampleConfig) -> None:
+    """A session from an image, `each` times: one row a time, a column a turn after the start."""
+    import torch
+
+    from fieldsmith.models import load, load_adapter
+    from fieldsmith.models.editing import check_editor, edit, quantised, told
+    from fieldsmith.report.grid import save_grid
+    from fieldsmith.sessions import Session, load_images
+    from fieldsmith.training import generator
+
+    model = load(config.model, config.resolution)
+    check_editor(model)
+    if config.adapter:
+        load_adapter(model, config.adapter)
+    assert config.image and hasattr(model, "resolution")
+    start = Session("0", config.image, config.prompts)
+    now = quantised(load_images([start], model.resolution)).expand(config.each, -1, -1, -1)
+    turns = [now]
+    for turn, words in enumerate(config.prompts):
+        draws = generator(config.seed, turn)
+        now = edit(model, told(model, [words] * config.each), now, draws, config.steps, config.guidance)
+        turns.append(now)
+    images = torch.stack(turns, 1).flatten(0, 1)
+    save_grid(images, config.out, columns=len(turns), scale=max(1, 128 // images.shape[-1]))
+    print(f"{config.each} sessions of {len(config.prompts)} turns: {config.out}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +209,10 @@ def reproduce(words: Sequence[str]) -> None:
         from fieldsmith.reproduce import sharpen
 
         sharpen.main(arguments.parse(sharpen.ReproduceSharpen(), rest, "reproduce sharpen"))
+    elif claim == "edit":
+        from fieldsmith.reproduce import edit
+
+        edit.main(arguments.parse(edit.ReproduceEdit(), rest, "reproduce edit"))
     else:
         from fieldsmith.reproduce import erase
 

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from fieldsmith.models.core import Model
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
-FAMILIES = {"FluxPipeline": "flux", "DDPMPipeline": "unet", "DDIMPipeline": "unet", "DiTPipeline": "dit"}
+FAMILIES = {
+    "FluxPipeline": "flux",
+    "DDPMPipeline": "unet",
+    "DDIMPipeline": "unet",
+    "DiTPipeline": "dit",
+    "FluxKontextPipeline": "flux-kontext",
+}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -59,6 +65,10 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         from fieldsmith.models.flux import Flux
 
         return Flux(pipeline, name, resolution)
+    if family == "flux-kontext":
+        from fieldsmith.models.flux_kontext import FluxKontext
+
+        return FluxKontext(pipeline, name, resolution)
     classes, scales = _classes(name, folder)
     if family == "dit":
         from fieldsmith.models.dit import DiT

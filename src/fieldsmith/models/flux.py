@@ -109,22 +109,28 @@ class Flux(Model):
         scale = 1.0 if guidance is None else guidance
         if self.embedded_guidance or scale == 1.0:
             return Prediction("velocity", self._velocity(x_t, t, condition, scale), x_t, t, self.path)
-        both = stack([condition, self.null.repeat(len(x_t))])
+        both = stack([condition, Condition({**condition.parts, **self.null.repeat(len(x_t)).parts})])
         conditional, unconditional = self._velocity(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
         return Prediction("velocity", guide(conditional, unconditional, scale), x_t, t, self.path)
 
+    def _image_tokens(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """What the network sees beside the text, x_t first: (batch, tokens, channels), and its ids (tokens, 3)."""
+        return x_t, self.image_ids
+
     def _velocity(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.network.dtype  # states stay in theirs: a bf16 network under exact float32 steps
-        velocity: Tensor = self.network(
-            hidden_states=x_t.to(dtype),
+        tokens, ids = self._image_tokens(x_t, condition)
+        output: Tensor = self.network(
+            hidden_states=tokens.to(dtype),
             timestep=t.to(dtype),
             guidance=torch.full_like(t, embedded) if self.embedded_guidance else None,
             pooled_projections=condition.parts["pooled"].to(dtype),
             encoder_hidden_states=condition.parts["embeds"].to(dtype),
             txt_ids=x_t.new_zeros(condition.parts["embeds"].shape[1], 3),
-            img_ids=self.image_ids.to(x_t.device),
+            img_ids=ids.to(x_t.device),
             return_dict=False,
-        )[0].to(x_t.dtype)
+        )[0]
+        velocity = output[:, : x_t.shape[1]].to(x_t.dtype)
         self.spend(len(x_t), velocity)
         return velocity
 
@@ -138,11 +144,11 @@ class Flux(Model):
             images: Tensor = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
             return (images / 2 + 0.5).clamp(0, 1).to(latents.dtype)
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (posterior means) of images (batch, 3, height, width) in [0, 1]."""
+    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
+        """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]: (batch, tokens, channels)."""
         vae: Any = self.pipeline.vae
-        latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
-        return packed
+        with torch.set_grad_enabled(grad):
+            latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
+            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+            packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+            return packed

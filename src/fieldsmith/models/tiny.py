@@ -17,6 +17,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     UNet2DModel,
@@ -68,15 +69,63 @@ def flux_pipeline(
     seed: int = 0,
 ) -> FluxPipeline:
     """A FluxPipeline with random weights: 32-pixel images, 16 image tokens, `text_length` text tokens."""
+    return FluxPipeline(
+        **_flux_parts(
+            words, vae_channels, latent_channels, layers, single_layers, heads, text_width, text_length,
+            guidance_embeds, seed, size=32,
+        )
+    )  # fmt: skip
+
+
+def kontext_pipeline(
+    words: Sequence[str],
+    *,
+    vae_channels: Sequence[int] = (16, 32, 32),
+    latent_channels: int = 8,
+    layers: int = 2,
+    single_layers: int = 2,
+    heads: int = 4,
+    text_width: int = 64,
+    text_length: int = 8,
+    guidance_embeds: bool = False,
+    seed: int = 0,
+    size: int = 32,
+) -> FluxKontextPipeline:
+    """A FluxKontextPipeline with random weights, those of `flux_pipeline`, for images of `size` pixels.
+
+    With three `vae_channels` a token is 8 pixels wide: 24-pixel images are 9 tokens.
+    """
+    return FluxKontextPipeline(
+        **_flux_parts(
+            words, vae_channels, latent_channels, layers, single_layers, heads, text_width, text_length,
+            guidance_embeds, seed, size=size,
+        )
+    )  # fmt: skip
+
+
+def _flux_parts(
+    words: Sequence[str],
+    vae_channels: Sequence[int],
+    latent_channels: int,
+    layers: int,
+    single_layers: int,
+    heads: int,
+    text_width: int,
+    text_length: int,
+    guidance_embeds: bool,
+    seed: int,
+    size: int,
+) -> dict[str, Any]:
+    """What both Flux pipelines are made of, by their arguments' names; images have `size` pixels a side."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # module constructors draw from the global generator
-        size = len(words) + 5
+        rows = len(words) + 5
         t5 = T5Config(  # type: ignore[call-arg]
-            vocab_size=size, d_model=text_width, d_kv=text_width // 4, d_ff=2 * text_width, num_layers=1, num_heads=4,
+            vocab_size=rows, d_model=text_width, d_kv=text_width // 4, d_ff=2 * text_width, num_layers=1, num_heads=4,
             pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
         )  # fmt: skip
         clip = CLIPTextConfig(
-            vocab_size=size, hidden_size=text_width, intermediate_size=2 * text_width, projection_dim=text_width,
+            vocab_size=rows, hidden_size=text_width, intermediate_size=2 * text_width, projection_dim=text_width,
             num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=text_length,
             pad_token_id=0, eos_token_id=1, bos_token_id=2,
         )  # fmt: skip
@@ -85,21 +134,21 @@ def flux_pipeline(
             attention_head_dim=32, num_attention_heads=heads, joint_attention_dim=text_width,
             pooled_projection_dim=text_width, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 14, 14),
         )  # fmt: skip
-        vae = _vae(vae_channels, latent_channels, size=32, scaling_factor=1.0, shift_factor=0.0)
-        pipeline = FluxPipeline(
-            # the shift of Flux at 512 pixels (mu = 0.63), whatever the number of tokens
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.63, max_shift=0.63),
-            vae=vae,
-            text_encoder=CLIPTextModel(clip),
-            tokenizer=word_tokenizer(words, text_length, bos=True),
-            text_encoder_2=T5EncoderModel(t5),
-            tokenizer_2=word_tokenizer(words, text_length, bos=False),
-            transformer=transformer,
-        )
-    parts: Any = pipeline
-    for part in (parts.vae, parts.text_encoder, parts.text_encoder_2, parts.transformer):
+        vae = _vae(vae_channels, latent_channels, size=size, scaling_factor=1.0, shift_factor=0.0)
+        parts: dict[str, Any] = {
+            "vae": vae,
+            "text_encoder": CLIPTextModel(clip),
+            "text_encoder_2": T5EncoderModel(t5),
+            "transformer": transformer,
+        }
+    for part in parts.values():
         part.eval()
-    return pipeline
+    return parts | {
+        # the shift of Flux at 512 pixels (mu = 0.63), whatever the number of tokens
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.63, max_shift=0.63),
+        "tokenizer": word_tokenizer(words, text_length, bos=True),
+        "tokenizer_2": word_tokenizer(words, text_length, bos=False),
+    }
 
 
 def unet_pipeline(

@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
 import torch
@@ -56,6 +56,9 @@ class Options:
     key: str = ""  # environment variable that holds the API key
     cache: str = ""  # folder that keeps the replies; empty: memory alone
     seed: int = 0  # of the jitter
+
+
+Kind = TypeVar("Kind", bound=Options)
 
 
 class Unreadable(ValueError):
@@ -214,13 +217,13 @@ class RemoteJudge:
             ) from error
         except GONE as error:
             raise InputError(
-                f"judge at {self.base} does not answer: {_reason(error)}; start it or fix --reward"
+                f"judge at {self.base} does not answer: {_reason(error)}; start it or fix its address"
             ) from error
         try:
             models = [str(entry["id"]) for entry in json.loads(listed)["data"]]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{self.base} is no OpenAI-compatible server: /models gives no list; fix --reward"
+                f"{self.base} is no OpenAI-compatible server: /models gives no list; fix the address"
             ) from error
         if wanted:
             check_word(wanted, models, f"models at {self.base}")
@@ -233,10 +236,16 @@ class RemoteJudge:
 
 def judge(argument: str) -> RemoteJudge:
     """The judge at 'http://HOST:PORT/v1?model=M&...'. Raises InputError at a bad address or option."""
+    base, options = read_address(argument, Options)
+    return RemoteJudge(base, options)
+
+
+def read_address(argument: str, kind: type[Kind]) -> tuple[str, Kind]:
+    """The server's address and the options behind its '?'. Raises InputError at a bad address or option."""
     base, _, query = argument.partition("?")
     if not re.match(r"https?://[^/]+", base):
-        raise InputError(f"'{base}' is no address of a judge; write remote:http://HOST:PORT/v1?model=MODEL")
-    fields: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Options)}
+        raise InputError(f"'{base}' is no address of a judge; write http://HOST:PORT/v1?model=MODEL")
+    fields: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         check_word(name, list(fields), "a judge's options")
@@ -244,7 +253,7 @@ def judge(argument: str) -> RemoteJudge:
             values[name] = fields[name](value)
         except ValueError as error:
             raise InputError(f"{name}={value} of the judge at {base}: expected {fields[name].__name__}") from error
-    options = Options(**values)
+    options = kind(**values)
     check_word(options.answer, ("score", "yes-no"), "a judge's answers")
     least = {"timeout": 1e-3, "retries": 0, "pause": 0, "concurrency": 1, "temperature": 0, "tokens": 1}
     for name, lowest in least.items():
@@ -257,7 +266,7 @@ def judge(argument: str) -> RemoteJudge:
             raise InputError(
                 f"cache={options.cache} of the judge at {base} is no folder ({error}); name one"
             ) from error
-    return RemoteJudge(base, options)
+    return base, options
 
 
 def _checked(answer: Any, readable: Callable[[str], bool]) -> dict[str, Any]:

@@ -78,9 +78,9 @@ def train(config: ShapesFlux, folder: pathlib.Path, name: str = "shapes-flux") -
 
     parts = {"transformer": model.network, "clip": model.pipeline.text_encoder, "t5": model.pipeline.text_encoder_2}
     parameters: dict[str, Tensor] = {}
-    for name, part in parts.items():
+    for key, part in parts.items():
         part.requires_grad_(True)
-        parameters |= {f"{name}.{key}": p for key, p in part.named_parameters()}
+        parameters |= {f"{key}.{inside}": p for inside, p in part.named_parameters()}
 
     def flow_losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         rows = torch.randint(config.images, (config.batch,), generator=generator)

@@ -1,0 +1,87 @@
+"""Who gets which advantage in a group of sessions (MT-EditFlow notes, 2.4): pure functions of scores.
+
+In: scores (P, G, T) of P sessions, each run G times, T turns, in [0, 1]. Out: advantages of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregate = Literal["mean", "product", "geometric", "min", "prefix"]
+Credit = Literal["broadcast", "turn", "to-go"]
+Fusion = Literal["reward", "advantage", "gdpo"]
+
+
+def aggregate(scores: Tensor, how: Aggregate) -> Tensor:
+    """One score a session, (...), of its turns' (..., T).
+
+    mean; product (session success where scores are 0 or 1); geometric, its T-th root: the same order, other distances;
+    min; prefix: the mean over turns of the product up to there, the dense form of EdiVal's cumulative success.
+    """
+    if how == "mean":
+        return scores.mean(-1)
+    if how == "min":
+        return scores.amin(-1)
+    if how == "prefix":
+        return scores.cumprod(-1).mean(-1)
+    product = scores.prod(-1)
+    return product if how == "product" else product.clamp(min=0) ** (1 / scores.shape[-1])
+
+
+def returns(scores: Tensor, credit: Credit, how: Aggregate, discount: float = 1.0, last_only: bool = False) -> Tensor:
+    """What each turn answers for, (P, G, T).
+
+    broadcast: the whole session's aggregate at every turn, equation (23): with it the policy gradient of the aggregate
+    has no bias, whatever the aggregate. turn: its own score, which forgets what a turn does to those after it. to-go:
+    sum over t' >= t of discount^(t' - t) times the score, equation (25): no bias for sums. `last_only`: the last
+    turn's score in place of the aggregate.
+    """
+    if credit == "turn":
+        return scores
+    if credit == "broadcast":
+        whole = scores[..., -1] if last_only else aggregate(scores, how)
+        return whole[..., None].expand_as(scores)
+    found = torch.zeros_like(scores)
+    ahead = torch.zeros_like(scores[..., 0])
+    for t in reversed(range(scores.shape[-1])):
+        ahead = scores[..., t] + discount * ahead
+        found[..., t] = ahead
+    return found
+
+
+def normalise(values: Tensor, floor: float) -> Tensor:
+    """(value - mean) / max(deviation, floor) over the group, dimension 1; the deviation without Bessel's correction.
+
+    The floor keeps a reward that hardly differs, such as consistency among siblings that drift alike, from being blown
+    up to unit variance.
+    """
+    return (values - values.mean(1, keepdim=True)) / values.std(1, correction=0, keepdim=True).clamp(min=floor)
+
+
+def fuse(rewards: Sequence[Tensor], weights: Sequence[float], fusion: Fusion, floor: float) -> Tensor:
+    """Advantages (P, G, T) of several rewards' returns (P, G, T).
+
+    reward: z(sum w R), equation (21), where whichever varies most owns the gradient. advantage: sum w z(R) over the
+    root of sum w^2, equation (22). gdpo: that, normalised once more over the whole batch.
+    """
+    if fusion == "reward":
+        return normalise(sum(w * r for w, r in zip(weights, rewards, strict=True)), floor)  # type: ignore[arg-type]
+    length = sum(w * w for w in weights) ** 0.5
+    found = torch.stack([w / length * normalise(r, floor) for w, r in zip(weights, rewards, strict=True)]).sum(0)
+    if fusion == "gdpo":
+        found = (found - found.mean()) / found.std(correction=0).clamp(min=floor)
+    return found
+
+
+def keep(advantage: Tensor, score: Tensor, min_spread: float, max_mean: float) -> Tensor:
+    """Which groups teach anything, (P,) bool: their advantages spread, and their mean score is below `max_mean`.
+
+    advantage and score (P, G, T).
+    """
+    spread = advantage.std(1, correction=0).amax(-1) if advantage.ndim == 3 else advantage.std(1, correction=0)
+    mean = score.flatten(1).mean(1)
+    return (spread > min_spread) & ((mean < max_mean) | (max_mean >= 1))

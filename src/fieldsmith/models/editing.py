@@ -1,0 +1,68 @@
+"""One turn of an editor: images in, instruction, images out, as inference does it.
+
+In: a model that takes source images, prompts, images (n, 3, h, w) in [0, 1]. Out: edited images, 8-bit levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fieldsmith.errors import InputError
+from fieldsmith.models.core import Condition, Model
+from fieldsmith.samplers import rollout
+
+
+def check_editor(model: Model) -> None:
+    """Raises InputError where the model takes no source images."""
+    if not hasattr(model, "with_images"):
+        raise InputError(
+            f"{model.name} (family {model.family}) draws from words alone; edit needs an editing model such as "
+            "zoo:scenes-kontext or a FLUX.1 Kontext pipeline"
+        )
+
+
+@torch.no_grad()
+def told(model: Model, prompts: Sequence[str]) -> Condition:
+    """Prompts encoded, each different one once."""
+    different = list(dict.fromkeys(prompts))
+    parts = [model.encode(different[i : i + 64]) for i in range(0, len(different), 64)]
+    names = parts[0].parts
+    rows = torch.tensor([different.index(prompt) for prompt in prompts])
+    return Condition({name: torch.cat([part.parts[name] for part in parts]) for name in names})[rows]
+
+
+def seeing(model: Model, condition: Condition, images: Tensor) -> Condition:
+    """The condition with source images (n, 3, h, w) in [0, 1]."""
+    editor: Any = model
+    found: Condition = editor.with_images(condition, images)
+    return found
+
+
+def quantised(images: Tensor) -> Tensor:
+    """Images in [0, 1] at 8-bit levels, as they are saved and read again between two turns."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+@torch.no_grad()
+def edit(
+    model: Model,
+    condition: Condition,
+    images: Tensor,
+    generator: torch.Generator,
+    steps: int,
+    guidance: float | None = None,
+    chunk: int = 128,
+) -> Tensor:
+    """One turn by the ODE from fresh noise: (n, 3, h, w) in [0, 1] at 8-bit levels, on the CPU."""
+    noise = model.noise(len(images), generator)
+    grid = model.grid(steps)
+    parts = []
+    for at in torch.arange(len(images)).split(chunk):
+        seen = seeing(model, condition[at], images[at])
+        x_0 = rollout(lambda x, t: model.predict(x, t, seen, guidance), noise[at], grid).last  # noqa: B023
+        parts.append(quantised(model.decode(x_0)).cpu())
+    return torch.cat(parts)
