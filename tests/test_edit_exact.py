@@ -1,6 +1,6 @@
 """Credit in sessions against closed forms: what a broadcast advantage gets right and a turn's own score leaves out.
 
-MT-EditFlow notes, sections 2.2 to 2.4, and EdiVal's measures (1.3, 3.1). What the samplers' and `align`'s own tests hold
+MT-EditFlow notes, sections 2.2 to 2.4, and EdiVal's measures (1.3, 3.1). What tests of samplers and `align` hold
 already (steps, marginals, trust regions, the expansion of NFT's loss) is not repeated.
 """
 
@@ -161,17 +161,18 @@ def test_gdpo_has_unit_deviation_over_the_batch() -> None:
     assert torch.corrcoef(torch.stack((found.flatten(), plain.flatten())))[0, 1] > 1 - 1e-9
 
 
-def test_keep_drops_groups_that_teach_nothing() -> None:
+def test_keep_drops_turns_of_groups_that_teach_nothing() -> None:
     advantage, score = torch.zeros(4, 3, 2), torch.full((4, 3, 2), 0.5)
     advantage[0, 0, 1] = 1.0  # differs in one turn
     advantage[1] = 2.0  # the same for all runs of the group
     advantage[2, :, 0] = torch.tensor([0.02, 0.0, -0.02])
-    advantage[3, 0, 0], score[3] = 1.0, 0.95  # too easy
-    assert credit.keep(advantage, score, 1e-6, 1.0).tolist() == [True, False, True, True]
-    assert credit.keep(advantage, score, 0.05, 1.0).tolist() == [True, False, False, True]
-    assert credit.keep(advantage, score, 1e-6, 0.9).tolist() == [True, False, True, False]
+    advantage[3, 0], score[3, :, 0] = 1.0, 0.95  # its first turn is too easy
+    yes, no = True, False
+    assert credit.keep(advantage, score, 1e-6, 1.0).tolist() == [[no, yes], [no, no], [yes, no], [yes, yes]]
+    assert credit.keep(advantage, score, 0.05, 1.0).tolist() == [[no, yes], [no, no], [no, no], [yes, yes]]
+    assert credit.keep(advantage, score, 1e-6, 0.9).tolist() == [[no, yes], [no, no], [yes, no], [no, yes]]
     perfect = torch.ones(4, 3, 2)
-    assert credit.keep(advantage, perfect, 1e-6, 1.0).tolist() == [True, False, True, True]  # 1 leaves none out
+    assert credit.keep(advantage, perfect, 1e-6, 1.0).sum() == 4  # 1 leaves none out
 
 
 # a two-turn editor whose policy gradient is known: x_t = a x_{t-1} + theta + s z_t, f_t = exp(-(x_t - g_t)^2 / 2 c^2)

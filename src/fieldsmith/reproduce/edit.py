@@ -46,7 +46,8 @@ class ReproduceEdit:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
     budget: int = 110_000
-    """Forward-equivalents of every arm: about twenty collections of NFT."""
+    """Forward-equivalents of a run in a short setting: about twenty collections of NFT; three times that in the main
+    one."""
     sessions: int = 320
     """Held-out sessions of an evaluation."""
     turns: int = 5
@@ -60,38 +61,55 @@ class ReproduceEdit:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """How often turns refer to earlier ones, the noise that an image takes up between two turns, and how many times
+    the command's budget a run has."""
+
+    dependency: float = 0.7
+    noise: float = 0.0
+    budgets: int = 1
+
+
+MAIN, SHORT = "long", "short"
+SETTINGS = {
+    MAIN: Setting(budgets=3),
+    SHORT: Setting(),
+    "independent": Setting(dependency=0.0),
+    "noisy": Setting(noise=0.06),
+}
+
+
+@dataclass(frozen=True)
 class Arm:
-    """A preset, what it changes of it, how it is judged, and how often turns refer to earlier ones."""
+    """A preset, what it changes of it, how it is judged, and in which settings it runs."""
 
     preset: str = "mt-nft"
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     judge: str = "exact"
-    dependency: float = 0.7
+    settings: tuple[str, ...] = (SHORT,)
 
 
-COMMON: dict[str, Any] = {"epochs": 10_000}  # the budget ends a run
-ARMS: dict[str, Arm | None] = {
-    "base": None,
-    "NFT, broadcast": Arm(),
-    "NFT, clean sources": Arm("clean-nft"),
-    "NFT, broadcast + identity": Arm("fieldsmith"),
-    "NFT, turn-local": Arm("turn-nft"),
-    "GRPO, broadcast": Arm("mt-grpo"),
-    "supervised, clean": Arm("supervised"),
+BASE = "base"  # not trained; what it does in SHORT it does in MAIN
+ARMS: dict[str, Arm] = {
+    BASE: Arm(settings=(MAIN, "independent", "noisy")),
+    "fieldsmith": Arm("fieldsmith", settings=(MAIN, "independent", "noisy")),
+    "NFT, clean sources": Arm("clean-nft", settings=(MAIN, "independent", "noisy")),
+    "NFT, broadcast": Arm(settings=(MAIN, SHORT, "independent", "noisy")),
+    "NFT, turn-local": Arm("turn-nft", settings=(MAIN, SHORT, "independent")),
+    "supervised, clean": Arm("supervised", settings=(MAIN,)),
+    "GRPO, broadcast": Arm("mt-grpo", settings=(MAIN,)),
+    "NFT, consistency 0-10": Arm(judge="steep"),
+    "NFT, consistency 0-10, rewards summed": Arm(changes={"fusion": "reward"}, judge="steep"),
+    "NFT, rewards summed": Arm(changes={"fusion": "reward"}),
     "supervised, own sources": Arm("self-supervised"),
     "identity alone": Arm("identity"),
-    "NFT, clean sources + identity": Arm("clean-nft", {"identity": 0.3}),
+    "NFT, clean sources + identity": Arm("clean-nft", {"identity": 0.03}),
     "NFT, reward to go": Arm("to-go-nft"),
     "NFT, last turn": Arm("last-nft"),
     "NFT, product": Arm(changes={"aggregate": "product"}),
-    "NFT, least turn": Arm(changes={"aggregate": "min"}),
-    "NFT, rewards summed": Arm(changes={"fusion": "reward"}),
-    "NFT, consistency 0-10": Arm(judge="steep"),
-    "NFT, consistency 0-10, rewards summed": Arm(changes={"fusion": "reward"}, judge="steep"),
     "NFT, lenient judge": Arm(judge="lenient"),
     "NFT, coarse judge": Arm(judge="coarse"),
 }
-INDEPENDENT = ("base", "NFT, broadcast", "NFT, clean sources", "NFT, turn-local", "NFT, broadcast + identity")
 
 
 @dataclass
@@ -113,31 +131,33 @@ class Distorted:
         return dataclasses.replace(found, following=following, consistency=consistency)
 
 
-def configured(arm: Arm, config: ReproduceEdit, seed: int) -> EditConfig:
-    """The arm's settings: what all share, then its preset's own, then its changes."""
-    base = preset(arm.preset)
-    shared = {**COMMON, "seed": seed, "budget": config.budget, "dependency": arm.dependency, "model": config.model}
-    return dataclasses.replace(base, **{**shared, **arm.changes})
+def configured(arm: Arm, setting: str, config: ReproduceEdit, seed: int) -> EditConfig:
+    """The arm's settings: its preset's own, what all share (the budget ends a run), then its changes."""
+    chosen = SETTINGS[setting]
+    shared = {
+        "epochs": 10_000, "seed": seed, "budget": chosen.budgets * config.budget, "model": config.model,
+        "dependency": chosen.dependency, "noise": chosen.noise,
+    }  # fmt: skip
+    return dataclasses.replace(preset(arm.preset), **{**shared, **arm.changes})
 
 
-def record(name: str, arm: Arm | None, config: ReproduceEdit, seed: int, dependency: float) -> dict[str, Any]:
+def record(name: str, arm: Arm, setting: str, config: ReproduceEdit, seed: int) -> dict[str, Any]:
     """Train (unless it is the base) and run held-out sessions."""
     model = load(config.model)
-    found: dict[str, Any] = {"arm": name, "seed": seed, "dependency": dependency}
-    settings = configured(arm, config, seed) if arm else configured(Arm(dependency=dependency), config, seed)
-    channel = Channel(settings.contrast, settings.blur, settings.noise)
-    if arm:
+    found: dict[str, Any] = {"arm": name, "seed": seed, "setting": setting, **asdict(SETTINGS[setting])}
+    channel = Channel(noise=SETTINGS[setting].noise)
+    if name != BASE:
+        settings = configured(arm, setting, config, seed)
         task = task_of(settings)
         if arm.judge != "exact":
             task = Task(task.draw, Distorted(arm.judge, Exact(settings.against), seed), task.planned)
-        run = Run(config.cache / f"{slug(name)}_{dependency:g}_{seed}", "edit", settings)
+        run = Run(config.cache / f"{setting}_{slug(name)}_{seed}", "edit", settings)
         began = time.monotonic()
         result = loop.edit(model, settings, task, channel, run)
         found |= {"seconds": time.monotonic() - began, "training": plain(result)}
-        keys = ("forwards", "following", "consistency", "session", "identity")
-        found["history"] = [{key: row[key] for key in keys if key in row} for row in run.history()]
-    found |= measured(model, config, seed, dependency, channel)
-    return found
+        keys = ("forwards", "following", "consistency", "session", "identity", "steady")
+        found["history"] = [{key: row[key] for key in keys if key in row} for row in run.history() if "session" in row]
+    return found | measured(model, config, seed, SETTINGS[setting].dependency, channel)
 
 
 def measured(model: Any, config: ReproduceEdit, seed: int, dependency: float, channel: Channel) -> dict[str, Any]:
@@ -177,22 +197,18 @@ def by_operation(sessions: Any, done: Tensor) -> dict[str, float]:
 
 
 def jobs(config: ReproduceEdit) -> list[list[Job]]:
-    """Every run, the arms that decide a claim first."""
+    """Every run, setting by setting, the arms that decide a claim first."""
     found = []
     shared = {"budget": config.budget, "sessions": config.sessions, "turns": config.turns, "steps": config.steps}
-    for name, arm in ARMS.items():
-        if config.arms and name not in config.arms:
-            continue
-        for dependency in (0.7, 0.0) if name in INDEPENDENT else (0.7,):
-            mine = dataclasses.replace(arm, dependency=dependency) if arm else None
+    for setting in SETTINGS:
+        for name, arm in ARMS.items():
+            if setting not in arm.settings or (config.arms and name not in config.arms):
+                continue
             for seed in config.seeds:
-                path = config.out / "runs" / f"{slug(name)}_{dependency:g}_{seed}.json"
-                told = {
-                    **shared,
-                    "arm": asdict(configured(mine, config, seed)) if mine else {},
-                    "judge": mine and mine.judge,
-                }
-                found.append([Job(path, told, partial(record, name, mine, config, seed, dependency))])
+                path = config.out / "runs" / f"{setting}_{slug(name)}_{seed}.json"
+                mine = {"arm": asdict(configured(arm, setting, config, seed)), "judge": arm.judge}
+                told = {**shared, "setting": asdict(SETTINGS[setting]), **(mine if name != BASE else {})}
+                found.append([Job(path, told, partial(record, name, arm, setting, config, seed))])
     return found
 
 

@@ -25,15 +25,18 @@ class Instructed(Protocol):
 
 @dataclass(frozen=True)
 class Exact:
-    """The scenes world's own judge, with partial credit."""
+    """The scenes world's own judge. Following is 1 - `partial` where the turn is done, and `partial` times the judge's
+    partial credit: that alone pays for doing nothing where the result is like the source."""
 
     against: Against = "first"
+    partial: float = 0.2
 
     def __call__(
         self, sessions: scenes.Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor
     ) -> EditScores:
         found = scenes_judge.judge(sessions, turn, before, after, first)
-        return EditScores.of(found.following, found.kept_first if self.against == "first" else found.kept)
+        following = (1 - self.partial) * found.done + self.partial * found.following
+        return EditScores.of(following, found.kept_first if self.against == "first" else found.kept)
 
 
 @dataclass

@@ -31,7 +31,7 @@ class EditConfig:
 
     objective: Literal["nft", "grpo", "supervised", "none"] = "nft"
     """nft: contrast of two implied policies on re-noised results; grpo: PPO on drawn steps; supervised: flow matching
-    to the planned result (worlds only); none: the identity branch alone."""
+    to the planned result (worlds only); none: the identity and steady branches alone."""
     sources: Literal["own", "clean"] = "own"
     """What a turn after the first edits: what the model made, or the planned image (worlds only; the control)."""
     turns: int = 3
@@ -58,7 +58,7 @@ class EditConfig:
     normalised once more over the batch."""
     following: float = 1.0
     """Weight of instruction following."""
-    consistency: float = 1.0
+    consistency: float = 0.5
     """Weight of content consistency."""
     against: Literal["first", "previous"] = "first"
     """What consistency is measured against: the session's first image (EdiVal), or the turn's own source."""
@@ -68,10 +68,14 @@ class EditConfig:
     """A_max: advantages are held inside it; 5 as released leaves NFT's r near a half."""
     min_spread: float = 1e-6
     """Groups whose advantages spread less teach nothing and are left out."""
-    max_mean: float = 1.0
-    """Groups whose mean score reaches this are left out (Edit-R1 uses 0.9)."""
+    max_mean: float = 0.9
+    """Groups (turns of them, with credit 'turn') whose mean score reaches this are left out; 1: none."""
     identity: float = 0.0
-    """Weight of the identity branch: own results as sources, NOTHING asked, the source itself the target (MT-OPSD)."""
+    """Weight of the identity branch (MT-OPSD): an own result, as the next turn sees it, is the source; nothing is
+    asked; the result as it was is the target."""
+    steady: float = 0.0
+    """Weight of the steady branch (after MT-OPSD's edit branch): on a source as it came through the channel, say what
+    the same model says where the source came through whole; without effect where the channel only quantises."""
     identity_prompt: str = "change nothing"
     """How the model is asked for nothing."""
 
@@ -103,9 +107,9 @@ class EditConfig:
     """Guidance scale in rollouts and loss; None: off, or the embedded scale 1."""
     epochs: int = 25
     """Collections of sessions."""
-    groups: int = 12
+    groups: int = 24
     """Different sessions in a collection."""
-    rollouts: int = 8
+    rollouts: int = 4
     """Times that each is run: a group."""
     updates: int = 4
     """Optimiser steps on one collection, each on its own share of the rows."""
@@ -137,7 +141,7 @@ class EditConfig:
     """Held-out sessions, before and after."""
     evaluate_turns: int = 3
     """Their turns."""
-    evaluate_steps: int = 12
+    evaluate_steps: int = 8
     """Sampler steps there."""
     still: int = 5
     """Turns that ask for nothing, for the drift of identity."""
@@ -148,7 +152,7 @@ class EditConfig:
 _LAPTOP = EditConfig()
 _GRPO = replace(_LAPTOP, objective="grpo")
 PRESETS: dict[str, EditConfig] = {
-    "fieldsmith": replace(_LAPTOP, identity=0.3),
+    "fieldsmith": replace(_LAPTOP, credit="turn", identity=0.03, steady=0.03),
     "mt-nft": _LAPTOP,
     "mt-grpo": _GRPO,
     "clean-nft": replace(_LAPTOP, sources="clean", credit="turn"),
@@ -157,11 +161,12 @@ PRESETS: dict[str, EditConfig] = {
     "last-nft": replace(_LAPTOP, scoring="last"),
     "edit-r1": replace(
         _LAPTOP, sources="clean", credit="turn", fusion="reward", old="ramp", kl=1e-4, floor=1e-4, advantage_clip=5.0,
-        min_spread=0.05, max_mean=0.9,
+        min_spread=0.05, consistency=1.0,
     ),
     "supervised": replace(_LAPTOP, objective="supervised", sources="clean"),
     "self-supervised": replace(_LAPTOP, objective="supervised", sources="own"),
     "identity": replace(_LAPTOP, objective="none", identity=1.0),
+    "steady": replace(_LAPTOP, objective="none", identity=1.0, steady=1.0),
 }  # fmt: skip
 PAPER: dict[str, Any] = {  # the nearest public relatives: Flow-GRPO's Kontext row and Edit-R1's
     "groups": 24, "rollouts": 12, "epochs": 300, "rank": 64, "alpha": 128.0, "lr": 3e-4, "updates": 2,
@@ -179,14 +184,16 @@ def preset(name: str, scale: str = "laptop") -> EditConfig:
 
 def check(config: EditConfig) -> None:
     """Raises InputError with the value and the mend; needs neither model nor data."""
-    counts = ("turns", "renoise", "steps", "epochs", "groups", "updates", "patience", "chunk", "rank",
+    counts = ("turns", "renoise", "epochs", "groups", "updates", "patience", "chunk", "rank",
               "evaluate_turns", "evaluate_steps")  # fmt: skip
     for name in counts:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.steps < 2:
+        raise InputError(f"steps={config.steps} goes from noise to the result at once; use at least 2")
     if config.objective in ("nft", "grpo") and config.rollouts < 2:
         raise InputError(
-            f"rollouts={config.rollouts} gives every session advantage 0; use at least 2, 8 is a good start"
+            f"rollouts={config.rollouts} gives every session advantage 0; use at least 2, 4 is a good start"
         )
     if config.rollouts < 1 or config.evaluate < 2 or config.still < 0:
         raise InputError(
@@ -195,7 +202,7 @@ def check(config: EditConfig) -> None:
     for name in ("lr", "floor", "advantage_clip", "gradient_clip", "nft_beta", "clip", "contrast"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{name}={getattr(config, name)} must be above 0")
-    for name in ("following", "consistency", "identity", "kl", "noise", "weight_decay", "min_spread"):
+    for name in ("following", "consistency", "identity", "steady", "kl", "noise", "weight_decay", "min_spread"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{name}={getattr(config, name)} must be 0 or above")
     for name in ("dependency", "discount", "blur"):
@@ -205,15 +212,22 @@ def check(config: EditConfig) -> None:
         raise InputError(f"budget={config.budget} forward-equivalents must be at least 1")
     if config.ema is not None and not 0 <= config.ema < 1:
         raise InputError(f"ema={config.ema} must be at least 0 and below 1; 0.99 is a good start")
-    if config.objective == "none" and not config.identity:
+    if config.objective == "none" and not config.identity and not config.steady:
         raise InputError("objective 'none' with identity=0 trains nothing; add --identity 1, or choose nft or grpo")
+    lossy = config.contrast != 1 or config.blur or config.noise
+    if config.objective == "none" and not config.identity and not lossy:
+        raise InputError(
+            "the steady branch alone teaches nothing where images pass whole; add --noise, or --identity 1"
+        )
+    if config.steady and config.turns < 2:
+        raise InputError(f"steady={config.steady} needs sources that a turn made; use turns=2 or more")
     if config.objective in ("nft", "grpo") and not config.following and not config.consistency:
         raise InputError("following=0 and consistency=0 leave nothing to reward; raise one of them")
     if config.old != "fresh" and config.objective != "nft":
         raise InputError(f"old '{config.old}' is NFT's; objective '{config.objective}' has no old policy to keep")
     if config.credit != "broadcast" and config.scoring == "last":
         raise InputError(f"credit '{config.credit}' needs every turn's score; use --scoring turns, or broadcast")
-    if config.objective == "grpo" and config.sources == "own" and config.window is not None:
+    if config.objective == "grpo" and config.window is not None:
         first, last = config.window
         if not 0 <= first <= last < config.steps:
             raise InputError(f"window={first} {last} must lie in steps 0 to {config.steps - 1}")

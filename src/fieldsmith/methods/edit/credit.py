@@ -78,10 +78,7 @@ def fuse(rewards: Sequence[Tensor], weights: Sequence[float], fusion: Fusion, fl
 
 
 def keep(advantage: Tensor, score: Tensor, min_spread: float, max_mean: float) -> Tensor:
-    """Which groups teach anything, (P,) bool: their advantages spread, and their mean score is below `max_mean`.
-
-    advantage and score (P, G, T).
-    """
-    spread = advantage.std(1, correction=0).amax(-1) if advantage.ndim == 3 else advantage.std(1, correction=0)
-    mean = score.flatten(1).mean(1)
-    return (spread > min_spread) & ((mean < max_mean) | (max_mean >= 1))
+    """Which turns of which groups teach anything, (P, T) bool: advantages spread over the group, and the score that
+    they come from is below `max_mean` on average (1 or more: whatever it is). advantage and score (P, G, T)."""
+    hard = (score.mean(1) < max_mean) | torch.tensor(max_mean >= 1)
+    return (advantage.std(1, correction=0) > min_spread) & hard

@@ -74,6 +74,7 @@ def edit(model: Model, config: EditConfig, task: Task, channel: Channel, run: Ru
     def over(done: int, log: dict[str, float]) -> str | None:
         if done % config.updates:
             return None
+        method.follow_old(done)  # here, so that a checkpoint holds what the next collection is made with
         if method.silent >= config.patience:
             return NO_VARIANCE
         return "budget" if config.budget and log["forwards"] >= config.budget else None
@@ -112,22 +113,29 @@ class Method:
     def losses(self, step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         config = self.config
         epoch, update = divmod(step, config.updates)
-        rolls = config.objective in ("nft", "grpo") or config.sources == "own" or config.identity
+        rolls = config.objective in ("nft", "grpo") or config.sources == "own" or config.identity or config.steady
         if self.batch is None or self.batch[0] != epoch:
-            self.follow_old(step)
             self.batch = (epoch, self.collected(epoch, log) if rolls else self.planned(epoch, log))
         batch = self.batch[1]
         order = torch.randperm(len(batch.rows), generator=generator(config.seed, epoch, stream=6))
         mine = order.tensor_split(config.updates)[update]
         yield torch.zeros(())
-        for at in mine.split(config.chunk):
+        for at in mine.split(config.chunk) if len(mine) else ():
             yield self.loss(batch, batch.rows[at]).sum() / len(mine)
         if config.identity:
             yield from self.stay(batch.collection, draws, log)
+        if config.steady and self.lossy:
+            yield from self.hold(batch.collection, draws, log)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the channel does more than quantise; where it does not, the steady branch has nothing to teach."""
+        config = self.config
+        return config.contrast != 1 or config.blur > 0 or config.noise > 0
 
     def follow_old(self, step: int) -> None:
-        """theta_old <- eta theta_old + (1 - eta) theta, before an epoch's rollouts."""
-        if not self.old or not step:
+        """theta_old <- eta theta_old + (1 - eta) theta, after an epoch that ends with `step` steps done."""
+        if not self.old:
             return
         eta = {"ramp": min(0.001 * step, 0.5), "late": min(max(0.0075 * (step - 75), 0.0), 0.999), "slow": 0.8}
         share = eta[self.config.old]
@@ -184,13 +192,15 @@ class Method:
                 weights.append(weight)
         advantage = credit.fuse(rewards, weights, config.fusion, config.floor)
         score = torch.stack((found.following, found.consistency)).mean(0)
+        if config.credit != "turn":  # every turn answers for the session
+            score = score.mean(2, keepdim=True).expand_as(score)
         live = credit.keep(advantage, score, config.min_spread, config.max_mean)
         log["groups with a signal"] = live.float().mean().item()
         log["deviation of following"] = found.following.std(1, correction=0).mean().item()
         log["deviation of consistency"] = found.consistency.std(1, correction=0).mean().item()
         advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
         by_unit = advantage.flatten(0, 1)
-        return by_unit[found.unit, found.turn], live.repeat_interleave(config.rollouts)[found.unit]
+        return by_unit[found.unit, found.turn], live[found.unit // config.rollouts, found.turn]
 
     def renoised(self, found: Collection, draws: torch.Generator) -> Rows:
         """Results noised again at the sampler's own times, the old policy's word beside them."""
@@ -282,21 +292,51 @@ class Method:
         return loss
 
     def stay(self, found: Collection, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        """The identity branch: a result as its own source, nothing asked, itself the target; one time a result."""
+        """The identity branch: a result is the source, nothing asked, the result the target; every other source as the
+        next turn sees it, through the channel, the rest whole, so that whole ones are still kept as they are."""
         config, setting = self.config, self.setting
-        many = len(found.x_0) // config.updates
+        many = max(1, len(found.x_0) // config.updates)
         chosen = torch.randperm(len(found.x_0), generator=draws)[:many]
         total = 0.0
         for at in chosen.split(config.chunk):
-            own = self.latents(quantised(self.decoded(found.x_0[at])))  # as the next turn would see it
-            eps = torch.randn(own.shape, generator=draws).to(own)
+            images = quantised(self.decoded(found.x_0[at]))
+            whole = self.latents(images)
+            half = len(at) // 2
+            source = whole.clone()
+            if half:
+                source[:half] = self.latents(setting.channel(images[:half], draws))
+            eps = torch.randn(whole.shape, generator=draws).to(whole)
             steps = torch.randint(len(setting.s), (len(at),), generator=draws)
-            x_t = noised(self.model.path, own, eps, setting.s.times[steps].to(own))
-            f = setting.output(x_t, steps, setting.nothing.repeat(len(at)), own)
-            loss = L.square(f - setting.s.target(own, eps, steps)).sum() / own[0].numel() / many
+            x_t = noised(self.model.path, whole, eps, setting.s.times[steps].to(whole))
+            f = setting.output(x_t, steps, setting.nothing.repeat(len(at)), source)
+            loss = L.square(f - setting.s.target(whole, eps, steps)).sum() / whole[0].numel() / many
             total += loss.item()
             yield config.identity * loss
         log["identity"] = total
+
+    def hold(self, found: Collection, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        """The steady branch, at results of turns after the first noised anew: the same instruction on the source as it
+        came through the channel, and as it was; one time a result."""
+        config, setting = self.config, self.setting
+        each = config.groups * config.rollouts
+        later = torch.arange(each, len(found.x_0))
+        many = max(1, len(later) // config.updates)
+        chosen = later[torch.randperm(len(later), generator=draws)[:many]]
+        total = 0.0
+        for at in chosen.split(config.chunk):
+            images = quantised(self.decoded(found.x_0[at - each]))  # what the turn before made
+            whole, source = self.latents(images), self.latents(setting.channel(images, draws))
+            x_0 = found.x_0[at]
+            eps = torch.randn(x_0.shape, generator=draws).to(x_0)
+            steps = torch.randint(len(setting.s), (len(at),), generator=draws)
+            x_t = noised(self.model.path, x_0, eps, setting.s.times[steps].to(x_0))
+            with torch.no_grad():
+                target = setting.output(x_t, steps, found.condition(at), whole)
+            f = setting.output(x_t, steps, found.condition(at), source)
+            loss = L.square(f - target).sum() / x_0[0].numel() / many
+            total += loss.item()
+            yield config.steady * loss
+        log["steady"] = total
 
     def decoded(self, x_0: Tensor) -> Tensor:
         return self.model.decode(x_0).cpu()
@@ -313,7 +353,7 @@ class Method:
         mend = "this is a defect of fieldsmith: please report it"
         checks = [preflight.Check("adapter off against base", gap, "0", gap == 0, mend)]
         log: dict[str, float] = {}
-        rolls = config.objective in ("nft", "grpo") or config.sources == "own" or config.identity
+        rolls = config.objective in ("nft", "grpo") or config.sources == "own" or config.identity or config.steady
         batch = self.collected(0, log) if rolls else self.planned(0, log)
         self.silent = 0
         if config.objective in ("nft", "grpo"):
@@ -321,12 +361,15 @@ class Method:
         if config.objective == "grpo" and len(batch.rows):
             checks.append(self.on_policy(batch))
         draws = generator(config.seed, 0, stream=8)
+        if config.objective in ("nft", "grpo") and not len(batch.rows):
+            preflight.require(checks, quiet)  # there is no gradient to look at
         if len(batch.rows):
             weight = batch.advantage[batch.rows.prompt].abs()
             some = weight.argsort(descending=True)[: config.chunk]
             first = self.loss(batch, batch.rows[some]).mean()
         else:
-            first = next(iter(self.stay(batch.collection, draws, {})))
+            branch = self.stay if config.identity else self.hold
+            first = next(iter(branch(batch.collection, draws, {})))
         checks += [*preflight.gradients(self.model, first), preflight.memory(self.model, config.chunk)]
         preflight.require(checks, quiet)
 

@@ -96,8 +96,6 @@ class Setting:
     def of(model: Model, config: EditConfig, task: Task, channel: Channel) -> Setting:
         if not isinstance(model.path, RectifiedFlow):
             raise InputError(f"{model.name} is not on rectified flow; edit's objectives are written for flows")
-        if config.steps < 2 and config.objective == "grpo":
-            raise InputError("steps=1 leaves GRPO no step with a density; use at least 2")
         needs = "supervised targets" if config.objective == "supervised" else "clean sources"
         if not task.planned and (config.objective == "supervised" or config.sources == "clean"):
             raise InputError(f"{needs} need planned images, which session files lack; use a world, or sources own")
@@ -106,7 +104,13 @@ class Setting:
         before = model.forwards
         nothing = model.encode([config.identity_prompt])
         model.forwards = before
-        return Setting(model, config, task, s, channel, nothing)
+        setting = Setting(model, config, task, s, channel, nothing)
+        if config.objective == "grpo" and not bool(setting.drawn.any()):
+            raise InputError(
+                f"steps={config.steps}, noise_level={level:g} and window={config.window} leave GRPO no step with a "
+                "density; use noise above 0, and no window that is the certain last step alone"
+            )
+        return setting
 
     @property
     def noise_level(self) -> float:
