@@ -510,7 +510,8 @@ def test_sessions_without_planned_images_cannot_supervise() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"turns": 0}, "turns=0"), ({"steps": 1}, "steps=1"), ({"rollouts": 1}, "use at least 2"), ({"evaluate": 1}, "evaluate=1"),
+        ({"turns": 0}, "turns=0"), ({"rollouts": 1}, "use at least 2"), ({"evaluate": 1}, "evaluate=1"),
+        ({"steps": 1}, "steps=1"), ({"identity": -1.0}, "identity=-1.0"),
         ({"lr": 0.0}, "lr=0.0"), ({"floor": float("nan")}, "floor=nan"), ({"noise": -0.1}, "noise=-0.1"),
         ({"blur": 1.1}, "blur=1.1"), ({"budget": 0}, "budget=0"), ({"ema": 1.0}, "ema=1.0"),
         ({"objective": "none"}, "trains nothing"), ({"objective": "none", "steady": 1.0}, "teaches nothing"),
@@ -535,9 +536,17 @@ def test_grpo_without_a_step_that_has_a_density_is_refused(settings: dict[str, A
 # learning
 
 
-def brightness(model: FluxKontext, reference: bool = False) -> float:
-    """Of what the editor makes of 32 held-out sessions in two turns on its own results."""
-    sessions = WORLD.sessions(32, 2, 999)
+class Flat(FluxKontext):
+    """Each token is a grey cell, its channels' mean: the random autoencoder's images are of equal brightness."""
+
+    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+        cells = (0.5 + 0.5 * latents.mean(-1)).clamp(0, 1).reshape(-1, 1, 3, 3)
+        return cells.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+
+
+def brightness(model: FluxKontext) -> float:
+    """Of what the editor makes of 64 held-out sessions in two turns on its own results."""
+    sessions = WORLD.sessions(64, 2, 999)
     images = quantised(sessions.clean(0))
     draws = torch.Generator().manual_seed(7)
     for turn in (1, 2):
@@ -545,17 +554,43 @@ def brightness(model: FluxKontext, reference: bool = False) -> float:
     return float(images.mean())
 
 
+def dark(*shown: Any) -> Scored:
+    found = bright(*shown)
+    return replace(found, following=1 - found.following)
+
+
 LEARNING = EditConfig(
-    epochs=12, groups=4, rollouts=8, turns=2, steps=3, rank=8, subset="all-linear", lr=1e-2, consistency=0.0,
+    epochs=8, groups=4, rollouts=8, turns=2, steps=3, updates=1, rank=8, subset="all-linear", lr=1e-2, consistency=0.0,
     max_mean=1.0, floor=1e-4,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", ["nft", "grpo"])
-def test_what_the_judge_likes_is_learned(objective: Any) -> None:
-    model, _ = trained(replace(LEARNING, objective=objective))
+@pytest.mark.parametrize(("judge", "sign"), [(bright, 1), (dark, -1)])
+def test_what_the_judge_likes_is_learned(objective: Any, judge: Any, sign: int) -> None:
+    model = Flat(kontext_pipeline(VOCABULARY, size=24, **TINY), "tiny")  # type: ignore[arg-type]
+    config = replace(LEARNING, objective=objective)
+    loop.edit(model, config, task_of(config, judge), Channel())
     after = brightness(model)
     with model.reference():
         before = brightness(model)
-    print(objective, before, after)
-    assert after > before + 0.02
+    assert sign * (after - before) > 0.08
+
+
+def test_the_branches_and_the_supervised_objective_lower_their_losses(tmp_path: Any) -> None:
+    """On the 24 epochs' own log, first against last quarter."""
+    for name, settings in (
+        ("loss", {"objective": "supervised", "sources": "clean"}),
+        ("identity", {"objective": "none", "identity": 1.0}),
+    ):
+        config = replace(LEARNING, epochs=24, lr=3e-3, groups=8, **settings)  # type: ignore[arg-type]
+        run = Run(tmp_path / name, "edit", config)
+        trained(config, run=run)
+        said = [line[name] for line in run.history()]
+        assert sum(said[-6:]) < 0.95 * sum(said[:6])
+
+
+@pytest.mark.parametrize("settings", [{"objective": "none", "identity": 1.0}, {"steady": 1.0, "noise": 0.1}])
+def test_more_updates_than_rows_leave_none_of_them_without_its_branch(settings: dict[str, Any]) -> None:
+    config = replace(SHORT, epochs=1, groups=1, updates=8, **settings)
+    assert trained(config)[1].steps == 8

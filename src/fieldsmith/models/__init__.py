@@ -7,6 +7,7 @@ adapters and a frozen reference.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import pathlib
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.errors import InputError
+from fieldsmith.models.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +25,6 @@ if TYPE_CHECKING:
     from fieldsmith.models.core import Model
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
-FAMILIES = {
-    "FluxPipeline": "flux",
-    "DDPMPipeline": "unet",
-    "DDIMPipeline": "unet",
-    "DiTPipeline": "dit",
-    "FluxKontextPipeline": "flux-kontext",
-}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -61,22 +56,10 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
             pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
-    if family == "flux":
-        from fieldsmith.models.flux import Flux
-
-        return Flux(pipeline, name, resolution)
-    if family == "flux-kontext":
-        from fieldsmith.models.flux_kontext import FluxKontext
-
-        return FluxKontext(pipeline, name, resolution)
-    classes, scales = _classes(name, folder)
-    if family == "dit":
-        from fieldsmith.models.dit import DiT
-
-        return DiT(pipeline, name, resolution, classes, scales)
-    from fieldsmith.models.unet import UNet
-
-    return UNet(pipeline, name, resolution, classes, scales, _fold(name, folder))
+    module, _, kind = family.made_by.partition(":")
+    made_by = getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
+    model: Model = made_by.of_folder(pipeline, name, resolution, folder)
+    return model
 
 
 def load_adapter(model: Model, source: str | pathlib.Path) -> None:
@@ -160,11 +143,13 @@ def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
     return index if isinstance(index, dict) else {}
 
 
-def _family(name: str, index: dict[str, Any]) -> str:
+def _family(name: str, index: dict[str, Any]) -> Family:
     kind = index.get("_class_name")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise InputError(f"'{name}' is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+    for family in FAMILIES:
+        if kind in family.pipelines:
+            return family
+    known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
+    raise InputError(f"'{name}' is a {kind}, which is not supported; supported: {known}")
 
 
 def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) -> None:
@@ -185,38 +170,6 @@ def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) ->
                     "where you trust it: pipe.save_pretrained(folder, safe_serialization=True)"
                 )
             raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
-
-
-def _classes(name: str, folder: pathlib.Path | None) -> tuple[list[str] | None, list[float] | None]:
-    """Class names, and the guidance scales that the network takes itself; None for each that is not written."""
-    file = folder / "classes.json" if folder else None
-    if file is None or not file.is_file():
-        return None, None
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        said = None
-    both = isinstance(said, dict)
-    classes, scales = (said.get("classes"), said.get("guidance_scales")) if both else (said, None)
-    if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
-        raise InputError(f"classes.json in '{name}' is not a list of class names")
-    if both and not (isinstance(scales, list) and scales and all(type(scale) in (int, float) for scale in scales)):
-        raise InputError(f"classes.json in '{name}' holds no list of numbers under 'guidance_scales'")
-    return classes, scales
-
-
-def _fold(name: str, folder: pathlib.Path | None) -> int:
-    """By how much the network's states are folded images; 1 where it is not written."""
-    file = folder / "states.json" if folder else None
-    if file is None or not file.is_file():
-        return 1
-    try:
-        fold = json.loads(file.read_text(encoding="utf-8"))["fold"]
-    except (ValueError, KeyError, TypeError):
-        fold = None
-    if type(fold) is not int or fold < 1:
-        raise InputError(f"states.json in '{name}' should hold {{\"fold\": a whole number from 1}}")
-    return fold
 
 
 def _lora_file(source: pathlib.Path) -> pathlib.Path:

@@ -44,9 +44,18 @@ class Condition:
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:
-    """Conditions one below the other."""
-    names = conditions[0].parts
-    return Condition({name: torch.cat([c.parts[name] for c in conditions]) for name in names})
+    """Conditions one below the other; prompts of fewer tokens are padded with zeros, in their masks too."""
+    return Condition({name: _rows([c.parts[name] for c in conditions]) for name in conditions[0].parts})
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].ndim == 1 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    padded = [part.new_zeros(len(part), longest, *part.shape[2:]) for part in parts]
+    for wide, part in zip(padded, parts, strict=True):
+        wide[:, : part.shape[1]] = part
+    return torch.cat(padded)
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,11 @@ class Model:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
+
+    @classmethod
+    def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> Model:
+        """The model over a pipeline that was loaded from a folder, which may say more than diffusers reads."""
+        return cls(pipeline, name, resolution)  # type: ignore[call-arg, arg-type]
 
     # what a family must say
 

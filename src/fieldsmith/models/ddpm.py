@@ -78,6 +78,10 @@ class ClassDDPM(Model):
         if not self.scales and named not in (rows, rows - 1):
             raise InputError(f"{CLASSES_FILE} of {self.name} names {named} classes but its network embeds {rows}")
 
+    @classmethod
+    def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> ClassDDPM:
+        return cls(pipeline, name, resolution, *class_names(name, folder))  # type: ignore[arg-type, call-arg]
+
     def of(self, pipeline: Any) -> ClassDDPM:
         """The same kind of model, with the same classes, over another pipeline of its kind."""
         raise NotImplementedError
@@ -212,3 +216,21 @@ class ClassDDPM(Model):
             said = self.classes
         if self.conditional:
             (folder / CLASSES_FILE).write_text(json.dumps(said) + "\n", encoding="utf-8")
+
+
+def class_names(name: str, folder: pathlib.Path | None) -> tuple[list[str] | None, list[float] | None]:
+    """Class names, and the guidance scales that the network takes itself; None for each that is not written."""
+    file = folder / CLASSES_FILE if folder else None
+    if file is None or not file.is_file():
+        return None, None
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        said = None
+    both = isinstance(said, dict)
+    classes, scales = (said.get("classes"), said.get("guidance_scales")) if both else (said, None)
+    if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
+        raise InputError(f"classes.json in '{name}' is not a list of class names")
+    if both and not (isinstance(scales, list) and scales and all(type(scale) in (int, float) for scale in scales)):
+        raise InputError(f"classes.json in '{name}' holds no list of numbers under 'guidance_scales'")
+    return classes, scales

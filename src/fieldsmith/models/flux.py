@@ -14,13 +14,14 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
 from torch import Tensor
 
-from fieldsmith.errors import InputError, check_word
-from fieldsmith.models.core import Condition, Model, stack
-from fieldsmith.paths import Kind, Prediction, RectifiedFlow, guide
+from fieldsmith.errors import InputError
+from fieldsmith.models.core import Condition
+from fieldsmith.models.prompted import Prompted
+from fieldsmith.paths import Kind, RectifiedFlow
 from fieldsmith.samplers import flow_grid
 
 
-class Flux(Model):
+class Flux(Prompted):
     family = "flux"
     SUBSETS: ClassVar[dict[str, str]] = {
         "qk_dual": r"transformer_blocks\.\d+\.attn\.(to_q|to_k|add_q_proj|add_k_proj)",
@@ -43,7 +44,6 @@ class Flux(Model):
         self.tokens = side * side
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
         self.text_length = min(512, pipeline.tokenizer_2.model_max_length)
-        self._null: Condition | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -69,55 +69,22 @@ class Flux(Model):
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
         """One row a prompt. Raises InputError at a word outside a closed vocabulary."""
-        self._check_words(prompts)
+        self._check_words(self.pipeline.tokenizer_2, prompts)
         with torch.set_grad_enabled(grad):
             embeds, pooled, _ = self.pipeline.encode_prompt(
                 list(prompts), device=self.device, max_sequence_length=self.text_length
             )
         return Condition({"embeds": embeds, "pooled": pooled})
 
-    def _check_words(self, prompts: Sequence[str]) -> None:
-        tokenizer = self.pipeline.tokenizer_2
-        if len(tokenizer) > 1000:  # sub-word vocabularies take every text
-            return
-        words = tuple(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
-        spare = tuple(tokenizer.all_special_tokens)
-        for prompt in prompts:
-            for word in prompt.split():
-                if word not in spare:
-                    check_word(word, words, self.name)
-            if len(tokenizer(prompt).input_ids) > self.text_length:
-                raise InputError(
-                    f"prompt '{prompt}' is longer than {self.text_length - 1} words, the limit of {self.name}"
-                )
-
-    @property
-    def null(self) -> Condition:
-        """The empty prompt, encoded once."""
-        if self._null is None:
-            self._null = self.encode([""])
-        return self._null
-
     @property
     def embedded_guidance(self) -> bool:
         return bool(self.network.config.guidance_embeds)
-
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
-        """Velocity at x_t (batch, tokens, channels) and t (batch,) or (); guidance None or 1 is off."""
-        t = t.to(x_t).expand(len(x_t))
-        condition = condition.repeat(len(x_t))
-        scale = 1.0 if guidance is None else guidance
-        if self.embedded_guidance or scale == 1.0:
-            return Prediction("velocity", self._velocity(x_t, t, condition, scale), x_t, t, self.path)
-        both = stack([condition, Condition({**condition.parts, **self.null.repeat(len(x_t)).parts})])
-        conditional, unconditional = self._velocity(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
-        return Prediction("velocity", guide(conditional, unconditional, scale), x_t, t, self.path)
 
     def _image_tokens(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """What the network sees beside the text, x_t first: (batch, tokens, channels), and its ids (tokens, 3)."""
         return x_t, self.image_ids
 
-    def _velocity(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.network.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         tokens, ids = self._image_tokens(x_t, condition)
         output: Tensor = self.network(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from fieldsmith.errors import InputError
-from fieldsmith.models.ddpm import ClassDDPM
+from fieldsmith.models.ddpm import ClassDDPM, class_names
 
 STATES_FILE = "states.json"  # beside model_index.json: {"fold": 4}
 
@@ -66,6 +66,10 @@ class UNet(ClassDDPM):
                 f"'{self.variance}'; set it to 'learned_range' or 'learned'"
             )
 
+    @classmethod
+    def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> UNet:
+        return cls(pipeline, name, resolution, *class_names(name, folder), _fold(name, folder))
+
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         """Images (batch, channels, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
         with torch.set_grad_enabled(grad):
@@ -82,3 +86,17 @@ class UNet(ClassDDPM):
         super()._save_pipeline(folder)
         if self.fold > 1:
             (folder / STATES_FILE).write_text(json.dumps({"fold": self.fold}) + "\n", encoding="utf-8")
+
+
+def _fold(name: str, folder: pathlib.Path | None) -> int:
+    """By how much the network's states are folded images; 1 where it is not written."""
+    file = folder / STATES_FILE if folder else None
+    if file is None or not file.is_file():
+        return 1
+    try:
+        fold = json.loads(file.read_text(encoding="utf-8"))["fold"]
+    except (ValueError, KeyError, TypeError):
+        fold = None
+    if type(fold) is not int or fold < 1:
+        raise InputError(f"states.json in '{name}' should hold {{\"fold\": a whole number from 1}}")
+    return fold
