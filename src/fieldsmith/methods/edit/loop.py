@@ -410,10 +410,8 @@ def check_memory(setting: Setting) -> None:
     state = model.noise(1, torch.Generator().manual_seed(0)).numel() * 4
     kept = 2 + 4 * (int(setting.drawn.sum()) if config.objective == "grpo" else config.renoise)
     each = config.groups * config.rollouts * (kept * state + 3 * 3 * state)  # and three images of the size of states
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
     if each * config.turns > free:
         raise InputError(
             f"turns={config.turns} of {config.groups} x {config.rollouts} sessions need "
