@@ -73,9 +73,8 @@ class Setting:
 MAIN, SHORT = "long", "short"
 SETTINGS = {
     MAIN: Setting(budgets=3),
-    SHORT: Setting(),
     "independent": Setting(dependency=0.0),
-    "noisy": Setting(noise=0.06),
+    SHORT: Setting(),
 }
 
 
@@ -91,10 +90,10 @@ class Arm:
 
 BASE = "base"  # not trained; what it does in SHORT it does in MAIN
 ARMS: dict[str, Arm] = {
-    BASE: Arm(settings=(MAIN, "independent", "noisy")),
-    "fieldsmith": Arm("fieldsmith", settings=(MAIN, "independent", "noisy")),
-    "NFT, clean sources": Arm("clean-nft", settings=(MAIN, "independent", "noisy")),
-    "NFT, broadcast": Arm(settings=(MAIN, SHORT, "independent", "noisy")),
+    BASE: Arm(settings=(MAIN, "independent")),
+    "fieldsmith": Arm("fieldsmith", settings=(MAIN,)),
+    "NFT, clean sources": Arm("clean-nft", settings=(MAIN, "independent")),
+    "NFT, broadcast": Arm(settings=(MAIN, SHORT, "independent")),
     "NFT, turn-local": Arm("turn-nft", settings=(MAIN, SHORT, "independent")),
     "supervised, clean": Arm("supervised", settings=(MAIN,)),
     "GRPO, broadcast": Arm("mt-grpo", settings=(MAIN,)),
@@ -103,7 +102,6 @@ ARMS: dict[str, Arm] = {
     "NFT, rewards summed": Arm(changes={"fusion": "reward"}),
     "supervised, own sources": Arm("self-supervised"),
     "identity alone": Arm("identity"),
-    "NFT, clean sources + identity": Arm("clean-nft", {"identity": 0.03}),
     "NFT, reward to go": Arm("to-go-nft"),
     "NFT, last turn": Arm("last-nft"),
     "NFT, product": Arm(changes={"aggregate": "product"}),

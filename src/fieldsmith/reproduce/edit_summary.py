@@ -30,7 +30,6 @@ WORDS = {
     MAIN: "Most turns refer to what an earlier one made (dependency 0.7)",
     SHORT: "Ablations: the same, a third of the cost",
     "independent": "No turn refers to an earlier one (dependency 0), the negative control; a third of the cost",
-    "noisy": "As the first, but images take up noise of 0.06 between turns; a third of the cost",
 }
 
 
