@@ -58,9 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    from fieldsmith import processes
     from fieldsmith.errors import InputError, RunError, check_word
 
+    if not processes.is_main():  # one process speaks
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
+        processes.begin()
         verb = words[0]
         check_word(verb, tuple(VERBS), "fieldsmith's verbs")
         module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
@@ -82,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "out of memory" in str(error).lower():
             return _say("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
         raise
+    finally:
+        if not processes.is_main():  # a crash is said by whom it happened to
+            sys.stderr = sys.__stderr__
     return 0
 
 

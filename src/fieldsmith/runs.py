@@ -15,13 +15,16 @@ import platform
 import tomllib
 from typing import Any
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError
 
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write text beside the path, then rename it into place."""
+    """Write text beside the path, then rename it into place; of several processes one writes."""
+    if not processes.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
@@ -75,7 +78,9 @@ class Run:
         write_atomically(self.folder / "config.toml", tomli_w.dumps({**self.settings, "versions": versions}))
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; of several processes one writes."""
+        if not processes.is_main():
+            return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 

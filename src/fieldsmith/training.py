@@ -2,7 +2,8 @@
 
 In: named parameters and `losses(step, generator, log)`, which yields the step's losses in chunks and fills `log`.
 Out: trained parameters (EMA weights where asked for). Each step draws from a generator seeded by (seed, step), and so
-does dropout, so a run that resumes repeats the uninterrupted one exactly and no random state needs saving.
+does dropout, so a run that resumes repeats the uninterrupted one exactly and no random state needs saving. Of several
+processes each takes the same steps: gradients are averaged, losses are the same everywhere (models/parts.py).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import RunError
 from fieldsmith.runs import Run
 
@@ -75,22 +77,19 @@ def fit(
 
     Raises RunError at a loss or gradient that is not finite: parameters and checkpoints stay at the last good step.
     """
-    accelerator = Accelerator()
     params = list(parameters.values())
     optimizer = torch.optim.AdamW(params, lr=optimisation.lr, weight_decay=optimisation.weight_decay)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
     first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
     began, done, whole = time.monotonic(), first, True
-    writes = run if accelerator.is_main_process else None  # one process writes, all read
+    main = processes.is_main()
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     screen = Console(stderr=True)
-    with Progress(
-        *columns, console=screen, transient=True, disable=not (accelerator.is_main_process and sys.stderr.isatty())
-    ) as progress:
+    with Progress(*columns, console=screen, transient=True, disable=not (main and sys.stderr.isatty())) as progress:
         bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
         try:
             while done < optimisation.steps and not stopped:
-                log = _gradient(done, params, losses, optimizer, optimisation, accelerator)
+                log = _gradient(done, params, losses, optimizer, optimisation)
                 whole = False  # an interrupt from here on finds parameters, averages and log at different steps
                 optimizer.step()
                 if ema and optimisation.ema:
@@ -98,19 +97,20 @@ def fit(
                     decay = min(optimisation.ema, (1 + done) / (10 + done))
                     torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - decay)
                 done += 1
-                if writes:
-                    writes.log(done - 1, log)
+                if run:
+                    run.log(done - 1, log)
                 whole = True
                 stopped = stop(done, log) if stop else None
                 progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
-                if writes and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
-                    _save(writes, done, parameters, optimizer, ema, stopped)
+                if run and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
+                    _save(run, done, parameters, optimizer, ema, stopped)
         except (KeyboardInterrupt, RunError):  # a loss that is not finite is found before parameters move
-            if writes and whole and done > first and done % optimisation.block == 0:
-                _save(writes, done, parameters, optimizer, ema, stopped)
+            if run and whole and done > first and done % optimisation.block == 0:
+                _save(run, done, parameters, optimizer, ema, stopped)
             raise
     if ema:
         torch._foreach_copy_([p.data for p in params], ema)
+    processes.wait()  # until the last line is written
     return Fit(done, time.monotonic() - began, stopped or "steps")
 
 
@@ -120,7 +120,6 @@ def _gradient(
     losses: Losses,
     optimizer: torch.optim.Optimizer,
     optimisation: Optimisation,
-    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Set the learning rate and every parameter's gradient for one step; what to log. Moves no parameter."""
     for group in optimizer.param_groups:
@@ -128,7 +127,7 @@ def _gradient(
     optimizer.zero_grad(set_to_none=True)
     log: dict[str, float] = {}
     total = 0.0
-    draws = generator(optimisation.seed, step, accelerator.process_index)
+    draws = generator(optimisation.seed, step)
     with _global_randomness(draws.initial_seed(), params[0].device):
         for loss in losses(step, draws, log):
             total += loss.item()
@@ -136,15 +135,21 @@ def _gradient(
                 raise RunError(f"the loss became {total} at step {step}; lower the learning rate ({optimisation.lr:g})")
             if loss.requires_grad:
                 loss.backward()
-    if accelerator.num_processes > 1:
-        for p in (p for p in params if p.requires_grad):  # others are only kept in checkpoints
-            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
-    norm = torch.nn.utils.clip_grad_norm_(params, optimisation.clip or math.inf)
+    if processes.count() > 1:
+        _average(params)
+    norm = processes.full(torch.nn.utils.clip_grad_norm_(params, optimisation.clip or math.inf))
     if not torch.isfinite(norm):
         raise RunError(
             f"the gradient became {norm.item()} at step {step}; lower the learning rate ({optimisation.lr:g})"
         )
     return {"loss": total, "gradient_norm": norm.item(), **log}
+
+
+def _average(params: list[Tensor]) -> None:
+    """Each gradient's mean over processes; what FSDP holds parts of it has averaged itself."""
+    for p in params:
+        if p.requires_grad and not isinstance(p, DTensor):  # others are only kept in checkpoints
+            p.grad = processes.mean(torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 @contextlib.contextmanager
@@ -168,7 +173,17 @@ def _save(
     ema: list[Tensor] | None,
     stopped: str | None,
 ) -> None:
-    """Write checkpoints/step-N beside and rename it, then delete the older ones."""
+    """Write checkpoints/step-N beside and rename it, then delete the older ones; of several processes one writes."""
+    whole = processes.full  # FSDP's parts are put together by all processes
+    weights = {name: whole(p.detach()).contiguous() for name, p in parameters.items()}
+    averages = {name: whole(p) for name, p in zip(parameters, ema or (), strict=False)}
+    moments = {
+        f"{name}/{key}": whole(value).contiguous()
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    if not processes.is_main():
+        return
     folder = run.folder / "checkpoints"
     target, beside = folder / f"step-{done:08d}", folder / f".step-{done:08d}.{os.getpid()}"
     if target.exists():
@@ -176,16 +191,10 @@ def _save(
     shutil.rmtree(beside, ignore_errors=True)  # of an earlier process with this id
     try:
         beside.mkdir(parents=True)
-        names = list(parameters)
-        _write({name: p.detach().contiguous() for name, p in parameters.items()}, beside / "weights.safetensors")
-        moments = {
-            f"{name}/{key}": value.contiguous()
-            for name, p in parameters.items()
-            for key, value in optimizer.state.get(p, {}).items()
-        }
+        _write(weights, beside / "weights.safetensors")
         _write(moments, beside / "optimizer.safetensors")
         if ema:
-            _write(dict(zip(names, ema, strict=True)), beside / "ema.safetensors")
+            _write(averages, beside / "ema.safetensors")
         (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
         os.replace(beside, target)
     except OSError:
@@ -221,11 +230,17 @@ def _resume(
     averages = load_file(newest / "ema.safetensors") if ema else {}
     with torch.no_grad():
         for place, (name, p) in enumerate(parameters.items()):
-            p.copy_(weights[name])
+            p.copy_(_like(p, weights[name]))
             if ema:
-                ema[place].copy_(averages[name])
+                ema[place].copy_(_like(p, averages[name]))
             kept = {key.rpartition("/")[2]: v for key, v in moments.items() if key.rpartition("/")[0] == name}
             if kept:
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
+                optimizer.state[p] = {k: v if k == "step" else _like(p, v.to(p.device)) for k, v in kept.items()}
+    processes.wait()  # all have read the history
     run.rewind(state["done"])
     return state["done"], state["stopped"]
+
+
+def _like(p: Tensor, value: Tensor) -> Tensor:
+    """The value, in parts where p is."""
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments
@@ -138,6 +139,7 @@ def _page(
 
     from fieldsmith.metrics.distances import pixel_features
     from fieldsmith.metrics.rest import compare
+    from fieldsmith.processes import once
     from fieldsmith.report.page import Caption, Page, Pair
     from fieldsmith.training import generator
 
@@ -148,7 +150,10 @@ def _page(
     asked = [prompt for prompt in some or config.prompts for _ in range(config.evaluate)]
     old, new = before(asked, config.seed + 7), after(asked, config.seed + 7)
     with torch.no_grad():
-        scores = {name: (_in_parts(judge, old, asked), _in_parts(judge, new, asked)) for name, judge in watched.items()}
+        scores = {
+            name: (once(partial(_in_parts, judge, old, asked)), once(partial(_in_parts, judge, new, asked)))
+            for name, judge in watched.items()
+        }
     rows, found = _rewards(scores)
     first = next(iter(scores))
     change = found[first]["change"]

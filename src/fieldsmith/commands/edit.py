@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fieldsmith import processes
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.edit.config import PRESETS, EditConfig, check, preset
@@ -182,7 +184,7 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
         draws = generator(config.seed, turn, stream=9)
         told_ = told(model, sessions.prompts(turn))
         after = edit(model, told_, source, draws, config.evaluate_steps, config.guidance)
-        scores = task.judge(sessions, turn, before, after, first)
+        scores = processes.once(partial(task.judge, sessions, turn, before, after, first))
         for name, given in (("following", scores.following), ("consistency", scores.consistency)):
             if not bool(given.isfinite().all()):
                 raise RunError(f"the judge gave NaN or infinity for {name} at turn {turn}")

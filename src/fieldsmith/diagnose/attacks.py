@@ -17,6 +17,7 @@ from torch import Tensor
 from fieldsmith.diagnose.concepts import detected, groups, plain_prompts, sampler
 from fieldsmith.metrics.intervals import Interval, share
 from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.parts import whole
 from fieldsmith.models.tiny import SPARE
 from fieldsmith.paths import noised
 from fieldsmith.samplers import rollout
@@ -143,7 +144,8 @@ def relearning(
                 if seen.value >= 0.5:
                     return step
             optimizer.zero_grad()
-            _flow_loss(model, latents, condition, draws).backward()
+            with whole():  # nobody averages these gradients
+                _flow_loss(model, latents, condition, draws).backward()
             optimizer.step()
         return most
     finally:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models.families import FAMILIES, Family
 
@@ -53,7 +54,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
             )
-            pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+            pipeline.to(processes.device())
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
     module, _, kind = family.made_by.partition(":")

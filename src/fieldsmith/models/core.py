@@ -17,7 +17,9 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError
+from fieldsmith.models.parts import in_parts
 from fieldsmith.paths import Kind, Path, Prediction
 
 
@@ -80,6 +82,12 @@ class Model:
     kind: Kind  # what the network predicts
     pipeline: Any
     network: Any  # an nn.Module with diffusers' config, whose fields no checker knows
+
+    def __init_subclass__(cls) -> None:
+        """What treats rows apart is shared out among processes, whatever the family."""
+        for name in ("_say", "decode", "encode_images"):
+            if name in cls.__dict__:
+                setattr(cls, name, in_parts(cls.__dict__[name]))
 
     def __init__(self, pipeline: Any, network: nn.Module, name: str):
         self.pipeline, self.network, self.name = pipeline, network, name
@@ -157,6 +165,8 @@ class Model:
             parameter.requires_grad_("lora_" in name)
         self.network.eval()
         self.spec, self._scale = spec, 1.0
+        if processes.sharded():
+            _shard(self.network)
 
     def _refuse_second_training(self) -> None:
         if self.spec or self._base:
@@ -168,6 +178,8 @@ class Model:
         Raises InputError at an unknown subset, ValueError where training is under way already.
         """
         self._refuse_second_training()
+        if processes.sharded():
+            raise InputError("FSDP holds parts of weights here, so that full weights cannot train; train a LoRA")
         if subset == "all":
             names = [name for name, _ in self.network.named_parameters()]
         else:
@@ -249,7 +261,8 @@ class Model:
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's weights under peft's names, without the adapter's own name in them."""
-        return {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(self.network).items()}
+        state = get_peft_model_state_dict(self.network)
+        return {k: processes.full(v.detach()).contiguous() for k, v in state.items()}
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `adapter_state` gave. Raises InputError where names or shapes differ."""
@@ -266,16 +279,27 @@ class Model:
         """Write what diffusers loads as it is; the live model stays as it was.
 
         An adapter on a family that diffusers loads LoRA for: the LoRA alone. Everything else, and anything with
-        `merged`: the whole pipeline, with the adapter's effect at its present scale inside the weights.
+        `merged`: the whole pipeline, with the adapter's effect at its present scale inside the weights. Of several
+        processes all call this and one writes.
         """
+        state = self.adapter_state() if self.spec else {}
+        if processes.is_main():
+            self._write(pathlib.Path(folder), state, merged)
+        processes.wait()
+
+    def _write(self, folder: pathlib.Path, state: dict[str, Tensor], merged: bool) -> None:
         if self.spec and not merged and hasattr(self.pipeline, "save_lora_weights"):
             self.pipeline.save_lora_weights(
-                folder, transformer_lora_layers=self.adapter_state(),
+                folder, transformer_lora_layers=state,
                 transformer_lora_adapter_metadata=self._adapter_metadata(),
             )  # fmt: skip
             return
+        if processes.sharded():
+            raise InputError(
+                "FSDP holds parts of weights here, so that no pipeline can be written; save the adapter alone"
+            )
         with self._merged():
-            self._save_pipeline(pathlib.Path(folder))
+            self._save_pipeline(folder)
 
     def _save_pipeline(self, folder: pathlib.Path) -> None:
         self.pipeline.save_pretrained(folder)
@@ -319,3 +343,13 @@ class Model:
         if config.use_rslora:
             metadata["use_rslora"] = True
         return metadata
+
+
+def _shard(network: nn.Module) -> None:
+    """Each process keeps a part of every weight, and gathers a block's whole weights while the block runs."""
+    from torch.distributed.fsdp import fully_shard
+
+    for blocks in (part for part in network.children() if isinstance(part, nn.ModuleList)):
+        for block in blocks:
+            fully_shard(block)
+    fully_shard(network)

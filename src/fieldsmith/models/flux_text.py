@@ -13,6 +13,8 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from fieldsmith.models.parts import whole
+
 
 def text_inputs(model: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """What each prompt feeds to the text projections: {module name: (prompts, in)}; the last word's row of T5."""
@@ -56,6 +58,7 @@ def attention_maps(model: Any) -> Iterator[list[Tensor]]:
 
     hook = attention.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        yield maps
+        with whole():  # the hook sees the rows of this process
+            yield maps
     finally:
         hook.remove()

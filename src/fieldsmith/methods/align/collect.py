@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from fieldsmith.methods.align import guidance as G
@@ -42,7 +41,7 @@ class Batch:
 def collect(setting: Setting, helper: Auxiliary | None, epoch: int, log: dict[str, float]) -> Batch:
     """Roll out the current policy, judge it, and estimate; no gradient reaches the weights."""
     config = setting.config
-    draws = generator(config.seed, epoch, stream=5 + 100 * PartialState().process_index)
+    draws = generator(config.seed, epoch, stream=5)
     prompt = choose(setting, draws)
     x = setting.model.noise(len(prompt), draws)
     if config.shared_noise:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fieldsmith import preflight
+from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.auxiliary import Auxiliary
@@ -50,6 +50,7 @@ def align(
     Raises InputError before anything is trained (settings, prompts, preflight), RunError if training or a judge breaks.
     """
     check(config)
+    processes.check_share(config.prompts_per_epoch * config.rollouts, "prompts_per_epoch x rollouts")
     _check_reward(config, reward)
     spent = model.forwards
     setting = Setting.of(model, config, reward)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
 from fieldsmith.methods.align.guidance import Place, Value
@@ -131,11 +132,12 @@ class Setting:
             for at in torch.arange(len(x_0)).split(self.config.chunk):
                 images = self.model.decode(x_0[at].to(self.model.device))
                 asked = [self.prompts[i] for i in prompt[at].tolist()]
-                if queue:
+                if queue and processes.is_main():  # the others hear what it was told
                     queue.submit(images, asked)
-                else:
+                elif not queue:
                     parts.append(self.reward(images, asked))
-            rewards = torch.cat([part.float().cpu() for part in (queue.results() if queue else parts)])
+            found = processes.once(queue.results) if queue else parts
+            rewards = torch.cat([part.float().cpu() for part in found])
         _check_rewards(rewards, len(x_0), self.reward.name)
         return rewards
 

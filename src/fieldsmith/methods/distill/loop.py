@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fieldsmith import preflight
+from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill import curriculum as weights_of
 from fieldsmith.methods.distill.bank import SHARD, Bank, Rows, Source, draw, place, states_at
@@ -317,6 +317,7 @@ def distill(
 ) -> Result:
     """Train the student's network in place, resumably. Raises InputError before the first update."""
     check(config)
+    processes.check_share(config.batch, "batch")
     objective = objective_of(config)
     check_pair(teacher, student, config.guidance_scales if objective.guided_input else None)
     conditions = teacher.encode(source.prompts)

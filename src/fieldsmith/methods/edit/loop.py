@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate.state import PartialState
 from torch import Tensor
 
-from fieldsmith import preflight
+from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.rollouts import Rows
@@ -41,6 +40,7 @@ class Result:
 def edit(model: Model, config: EditConfig, task: Task, channel: Channel, run: Run | None = None) -> Result:
     """Train the editor in place. Raises InputError before anything is trained, RunError where it breaks later."""
     check(config)
+    processes.check_share(config.groups * config.rollouts, "groups x rollouts")
     check_editor(model)
     spent = model.forwards
     setting = Setting.of(model, config, task, channel)
@@ -159,8 +159,8 @@ class Method:
         if self.old:
             self.swap()
         try:
-            found = collect(setting, epoch, PartialState().process_index)
-            draws = generator(config.seed, epoch, stream=7 + 100 * PartialState().process_index)
+            found = collect(setting, epoch)
+            draws = generator(config.seed, epoch, stream=7)
             if config.objective == "supervised":
                 rows = self.targets(found, epoch, draws)
                 advantage = torch.ones(len(found.x_0))
@@ -240,7 +240,7 @@ class Method:
 
     def seed_of(self, epoch: int) -> int:
         """The seed of an epoch's sessions, as `collect` draws it."""
-        draws = generator(self.config.seed, epoch, stream=5 + 100 * PartialState().process_index)
+        draws = generator(self.config.seed, epoch, stream=5)
         return int(torch.randint(2**31, (1,), generator=draws))
 
     def latents(self, images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.rollouts import Plan, Rows, roll
 from fieldsmith.methods.align.schedule import Schedule, schedule
@@ -140,11 +141,11 @@ class Setting:
 
 
 @torch.no_grad()
-def collect(setting: Setting, epoch: int, process: int = 0) -> Collection:
+def collect(setting: Setting, epoch: int) -> Collection:
     """One collection under the model's present weights. Raises RunError where the judge fails."""
     config, model = setting.config, setting.model
     P, G, T = config.groups, config.rollouts, config.turns
-    draws = generator(config.seed, epoch, stream=5 + 100 * process)
+    draws = generator(config.seed, epoch, stream=5)
     seed = int(torch.randint(2**31, (1,), generator=draws))
     sessions = setting.task.draw(P, seed)
     index = torch.arange(P).repeat_interleave(G)
@@ -160,11 +161,13 @@ def collect(setting: Setting, epoch: int, process: int = 0) -> Collection:
             x = model.noise(P * G, draws)
             latents, x_0, rows = _turn(setting, source, texts[-1][index], x, draws)
             after = quantised(_decoded(setting, x_0))
-            waiting.append(judge.submit(_judged, setting.task.judge, many, turn, before.clone(), after.clone(), first))
+            if processes.is_main():  # the others hear what it was told
+                judged = judge.submit(_judged, setting.task.judge, many, turn, before.clone(), after.clone(), first)
+                waiting.append(judged)
             parts.append((latents, x_0))
             drawn.append(rows)
             before, source = after, setting.channel(after, draws)
-        scores = _gathered(waiting, P, G)
+        scores = processes.once(lambda: _gathered(waiting, P, G))
     unit = torch.arange(P * G).repeat(T)
     turns = torch.arange(T).repeat_interleave(P * G)
     # P rows of text a turn, whatever the group's size

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fieldsmith import preflight
+from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
@@ -51,6 +51,7 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     Raises InputError before anything is trained (settings, prompts, preflight), RunError if training breaks.
     """
     check(config)
+    processes.check_share(config.batch, "batch")
     if not isinstance(model.path, RectifiedFlow):
         raise InputError(f"{model.name} is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev")
     encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fieldsmith import preflight
+from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.sharpen import losses as terms
 from fieldsmith.methods.sharpen.config import JACOBIAN, NEEDS_HEAD, SharpenConfig, check
@@ -204,7 +204,7 @@ def gradient_share(found: Terms, parameters: list[Tensor]) -> float:
     norms = []
     for part in (found.term, found.base):
         grads = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-        norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None)))
+        norms.append(math.sqrt(sum(float(processes.mean(g).square().sum()) for g in grads if g is not None)))
     return norms[0] / norms[1] if norms[1] else math.inf
 
 
@@ -239,6 +239,7 @@ def check_model(model: Model, data: Tensor, config: SharpenConfig) -> None:
 def sharpen(model: Model, data: Tensor, config: SharpenConfig, run: Run | None = None, quiet: bool = False) -> Result:
     """Train the model in place on states `data` (n, ...), resumably. Raises InputError before the first update."""
     check(config)
+    processes.check_share(config.batch, "batch")
     check_model(model, data, config)
     model.unfreeze("all")
     if config.train == "head":
