@@ -119,6 +119,9 @@ def test_what_help_needs_does_not_import_torch():
         ".commands.sharpen",
         ".methods.sharpen.config",
         ".rewards",
+        ".models.families",
+        ".commands.families",
+        ".commands.export",
     )
     lines = [f"import fieldsmith{module}" for module in modules]
     script = "\n".join([*lines, "import sys", "print({'torch', 'diffusers', 'numpy'} & set(sys.modules) or 'light')"])

@@ -20,6 +20,8 @@ VERBS = {
     "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
     "diagnose": "Measure what guidance a student kept, how sharp a score is along its paths, how an editor bears its "
     "own results, or how far to trust a judge of edits.",
+    "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
+    "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "pretrain": "Train a zoo model from its recipe.",
     "sample": "Draw a grid of images from a model.",
     "evaluate": "Judge what a model draws, prompt by prompt.",

@@ -13,7 +13,8 @@ import logging
 import pathlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith import processes
@@ -64,7 +65,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
 
 
 def load_adapter(model: Model, source: str | pathlib.Path) -> None:
-    """Attach a saved LoRA, of ours or any that diffusers reads, as if `model.adapt` had made it.
+    """Attach a saved LoRA, of ours, kohya's, ComfyUI's or any that diffusers reads, as if `model.adapt` had made it.
 
     `source` is a folder that holds pytorch_lora_weights.safetensors or one other safetensors file, or that file. Raises
     InputError where there is none, or where it does not fit the model.
@@ -76,7 +77,9 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
     if not hasattr(model.pipeline, "load_lora_weights"):
         raise InputError(f"family {model.family} has no adapter files: its models are saved whole, so load '{source}'")
     model._refuse_second_training()
-    file = _lora_file(pathlib.Path(source))
+    file = lora_file(pathlib.Path(source))
+    if _attached_by_original_names(model, file):
+        return
     with _quiet():
         try:
             state, alphas, metadata = model.pipeline.lora_state_dict(
@@ -102,6 +105,64 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
             )
     config: Any = model.network.peft_config["default"]  # type: ignore[index]
     model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))
+
+
+def _attached_by_original_names(model: Model, file: pathlib.Path) -> bool:
+    """Attach a LoRA under kohya's or ComfyUI's keys, each layer's change as it was; False where the file has others.
+
+    Here and not by diffusers, which takes fused layers for those of full-size FLUX.1 and loses what lies outside of
+    its blocks, and which knows no such keys of SD3.
+    """
+    from torch import random
+
+    from fieldsmith.models import export
+    from fieldsmith.models.core import LoraSpec
+
+    sizes, part = export.sizes_of(model.network), export.part_of(model.family)
+    tensors = export.read_file(file)[0]
+    if not export.speaks_original(tensors, model.family, sizes):
+        return False
+    state, metadata = export.to_diffusers(export.imported(tensors, model.family, sizes, model.name), part)
+    with _quiet(), random.fork_rng():  # weights are drawn before they are overwritten
+        model.network.load_lora_adapter(state, metadata=metadata, adapter_name="default", prefix=part)
+    config: Any = model.network.peft_config["default"]
+    model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha))
+    return True
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What a pipeline's index and its denoiser's config tell: the family, and (in, out) of every linear layer."""
+
+    family: Family
+    sizes: Mapping[str, tuple[int, int]]
+
+
+def denoiser_of(name: str | pathlib.Path) -> Denoiser:
+    """A pipeline's denoiser without its weights, neither read nor fetched; `name` as `load` takes it.
+
+    Raises InputError as `load` does.
+    """
+    name = str(name)
+    folder = pipeline_folder(name)
+    with _quiet():
+        index = _index(name, folder)
+        family = _family(name, index)
+        import diffusers
+        import torch
+
+        from fieldsmith.models.export import part_of, sizes_of
+
+        part = part_of(family.name)
+        try:
+            kind = getattr(diffusers, index[part][1])
+            config = kind.load_config(folder or name, subfolder=part, local_files_only=folder is not None)
+            with torch.device("meta"):
+                return Denoiser(family, sizes_of(kind.from_config(config)))
+        except Exception as error:  # whatever diffusers and the hub raise at half a pipeline
+            raise InputError(
+                f"the {part} of '{name}' could not be read, is it whole? ({_first_line(error)})"
+            ) from error
 
 
 def pipeline_folder(name: str) -> pathlib.Path | None:
@@ -173,7 +234,8 @@ def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) ->
             raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
 
 
-def _lora_file(source: pathlib.Path) -> pathlib.Path:
+def lora_file(source: pathlib.Path) -> pathlib.Path:
+    """The file of a LoRA folder, or the file itself. Raises InputError where there is none."""
     if source.is_file():
         return source
     if (source / "pytorch_lora_weights.safetensors").is_file():

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.families import NO_SOURCES
 from fieldsmith.samplers import rollout
 
 
 def check_editor(model: Model) -> None:
     """Raises InputError where the model takes no source images."""
     if not hasattr(model, "with_images"):
-        raise InputError(
-            f"{model.name} (family {model.family}) draws from words alone; edit needs an editing model such as "
-            "zoo:scenes-kontext or a FLUX.1 Kontext pipeline"
-        )
+        raise InputError(f"{model.name} (family {model.family}) {NO_SOURCES}")
 
 
 @torch.no_grad()

@@ -1,25 +1,144 @@
-"""The families of pipelines that fieldsmith reads, as a table that imports nothing heavy.
+"""The families of pipelines that fieldsmith reads, and which verb trains which; a table that imports nothing heavy.
 
-A family is one kind of denoiser with its text encoders, autoencoder and scheduler; its file says the rest.
+A family is one kind of denoiser with its text encoders, autoencoder and scheduler; its file says the rest. The methods
+refuse models in this file's words, and a test runs every verb on every family to see that they and it agree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+from fieldsmith.errors import check_word
+
+Way = Literal["LoRA", "full"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A name, the diffusers pipelines that it reads, and 'module:class' inside fieldsmith.models."""
+    """A name, the diffusers pipelines that it reads, 'module:class' inside fieldsmith.models, and what it is."""
 
     name: str
     pipelines: tuple[str, ...]
     made_by: str
+    condition: tuple[Literal["words", "classes", "nothing"], ...] = ("words",)
+    """What a model may be asked for by."""
+    sources: Literal["none", "optional", "required"] = "none"
+    """Source images beside the words: what makes it an editor."""
+    path: Literal["flow", "variance-preserving"] = "flow"
+    adapters: bool = True
+    """Whether diffusers loads LoRA files for it; where not, an adapter ships merged into a whole pipeline."""
+    exports: tuple[str, ...] = ()
+    """Key formats beside diffusers' own in which other tools read its LoRAs."""
+    shrinks: bool = False
+    """Whether models/shrink.py can build a smaller network of its kind."""
 
 
 FAMILIES = (
-    Family("flux", ("FluxPipeline",), "flux:Flux"),
-    Family("flux-kontext", ("FluxKontextPipeline",), "flux_kontext:FluxKontext"),
-    Family("dit", ("DiTPipeline",), "dit:DiT"),
-    Family("unet", ("DDPMPipeline", "DDIMPipeline"), "unet:UNet"),
+    Family("flux", ("FluxPipeline",), "flux:Flux", exports=("kohya", "comfyui"), shrinks=True),
+    Family(
+        "flux-kontext", ("FluxKontextPipeline",), "flux_kontext:FluxKontext", sources="optional",
+        exports=("kohya", "comfyui"),
+    ),
+    Family("dit", ("DiTPipeline",), "dit:DiT", condition=("classes",), path="variance-preserving", adapters=False,
+           shrinks=True),
+    Family("unet", ("DDPMPipeline", "DDIMPipeline"), "unet:UNet", condition=("classes", "nothing"),
+           path="variance-preserving", adapters=False, shrinks=True),
+)  # fmt: skip
+
+# what methods say of a model, after its name
+NO_FLOW = "is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev"
+NO_STEPS = "is on rectified flow; sharpen needs a DDPM schedule and its ancestral steps"
+NO_SOURCES = (
+    "draws from words alone; edit needs an editing model such as zoo:scenes-kontext or a FLUX.1 Kontext pipeline"
 )
+NO_WORDS = "knows no words to erase; `erase` needs a model that draws from text, e.g. zoo:shapes-flux or FLUX.1-dev"
+NOTHING_SMALLER = "has no smaller network that fieldsmith can build; use one of family "
+NEVER_ALONE = "edits images and never draws from words alone, as {verb} would have it do; use `edit`, or another family"
+
+# erase's methods that reach into FLUX.1's own text layers, and who has those
+INSIDE_TEXT = ("uce", "eraseanything")
+FLUX_TEXT = ("flux", "flux-kontext")
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a verb trains a family, none of the ways where it does not; `note` says why not, or under what condition."""
+
+    ways: tuple[Way, ...]
+    note: str = ""
+
+
+BOTH: tuple[Way, ...] = ("LoRA", "full")
+
+
+def named(name: str) -> Family:
+    """The family of this name. Raises InputError where there is none."""
+    check_word(name, tuple(family.name for family in FAMILIES), "fieldsmith's families")
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def supports(family: Family, verb: str) -> Support:
+    """How `verb` trains models of this family, or a clause about such a model that says why it does not.
+
+    Raises InputError at a verb that trains nothing.
+    """
+    check_word(verb, tuple(_RULES), "the verbs that train")
+    if family.sources == "required" and verb != "edit":
+        return Support((), NEVER_ALONE.format(verb=verb))
+    return _RULES[verb](family)
+
+
+def _align(family: Family) -> Support:
+    return Support(BOTH, "without a source image" if family.sources == "optional" else "")
+
+
+def _edit(family: Family) -> Support:
+    return Support((), NO_SOURCES) if family.sources == "none" else Support(BOTH)
+
+
+def _erase(family: Family) -> Support:
+    if family.path != "flow":
+        return Support((), NO_FLOW)
+    if "words" not in family.condition:
+        return Support((), NO_WORDS)
+    notes = ["without a source image"] if family.sources == "optional" else []
+    if family.name not in FLUX_TEXT:
+        notes.append(f"by every method but {' and '.join(INSIDE_TEXT)}, which reach into FLUX.1's text layers")
+    return Support(BOTH, "; ".join(notes))
+
+
+def _distill(family: Family) -> Support:
+    if not family.shrinks:
+        return Support((), nothing_smaller())
+    note = "a student's every weight trains"
+    if "nothing" in family.condition:
+        note += "; the teacher needs classes and a null class, since without them there is no guidance to keep"
+    return Support(("full",), note)
+
+
+def _sharpen(family: Family) -> Support:
+    if family.path == "flow":
+        return Support((), NO_STEPS)
+    note = "every weight trains"
+    if "nothing" in family.condition:
+        note += "; without classes, or with a null class"
+    if not family.shrinks:
+        note += "; by the methods that need neither a smaller network (guide) nor a learned variance"
+    return Support(("full",), note)
+
+
+def nothing_smaller() -> str:
+    """Why a family that does not shrink has no students, and which families do."""
+    return NOTHING_SMALLER + ", ".join(family.name for family in FAMILIES if family.shrinks)
+
+
+_RULES: dict[str, Callable[[Family], Support]] = {
+    "align": _align,
+    "edit": _edit,
+    "erase": _erase,
+    "distill": _distill,
+    "sharpen": _sharpen,
+}
+VERBS = tuple(_RULES)

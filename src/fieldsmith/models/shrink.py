@@ -19,6 +19,7 @@ import torch
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Model
 from fieldsmith.models.ddpm import ClassDDPM
+from fieldsmith.models.families import nothing_smaller
 from fieldsmith.models.selection import select_weights
 
 Fields = dict[str, Any]  # of a network's config
@@ -67,14 +68,16 @@ def shrink(
     they fit. With `guidance_scales` the student takes the scale itself, one class row for each (class, scale), and has
     no null class. `seed` draws fresh weights; the global generator stays as it was.
 
-    Raises InputError at a ratio or config that makes no smaller network for the same states and classes, ValueError
-    where the model is being trained.
+    Raises InputError at a family of which nothing smaller is known and at a ratio or config that makes no smaller
+    network for the same states and classes, ValueError where the model is being trained.
     """
     if (ratio is None) == (config is None):
         raise InputError(f"a student needs either a ratio or a config, not {'neither' if ratio is None else 'both'}")
     if init not in ("fresh", "copied"):
         raise InputError(f"init '{init}' is unknown; use 'fresh' or 'copied'")
     model._refuse_second_training()
+    if model.family not in FAMILIES:
+        raise InputError(f"{model.name} {nothing_smaller()}")
     family, scales = FAMILIES[model.family], None if guidance_scales is None else tuple(guidance_scales)
     rows = _rows(model, family, scales)
     fields = _fields(model) | rows

@@ -17,6 +17,7 @@ from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
 from fieldsmith.methods.erase.config import EraseConfig, check, pairs
 from fieldsmith.models.core import Condition, LoraSpec, Model
+from fieldsmith.models.families import FLUX_TEXT, INSIDE_TEXT, NO_FLOW
 from fieldsmith.paths import Prediction, RectifiedFlow, noised
 from fieldsmith.runs import Run
 from fieldsmith.samplers import flow_sde_step, gaussian_step
@@ -53,7 +54,12 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     check(config)
     processes.check_share(config.batch, "batch")
     if not isinstance(model.path, RectifiedFlow):
-        raise InputError(f"{model.name} is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev")
+        raise InputError(f"{model.name} {NO_FLOW}")
+    if config.method in INSIDE_TEXT and model.family not in FLUX_TEXT:
+        raise InputError(
+            f"method '{config.method}' reaches into FLUX.1's text layers, which {model.name} (family {model.family}) "
+            "lacks; use gem, esd, concept-ablation, eraseflow or projection"
+        )
     encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
     model.encode(config.keep or [""])  # unknown words are refused now
     spent = model.forwards

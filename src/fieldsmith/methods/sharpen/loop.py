@@ -17,6 +17,7 @@ from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.sharpen import losses as terms
 from fieldsmith.methods.sharpen.config import JACOBIAN, NEEDS_HEAD, SharpenConfig, check
 from fieldsmith.models.core import Model
+from fieldsmith.models.families import NO_STEPS
 from fieldsmith.models.jacobians import jvp, rademacher
 from fieldsmith.models.variance_head import LAST
 from fieldsmith.paths import VariancePreserving, noised, snr
@@ -211,7 +212,7 @@ def gradient_share(found: Terms, parameters: list[Tensor]) -> float:
 def check_path(model: Model) -> None:
     """Raises InputError where the model has no ancestral steps."""
     if not isinstance(model.path, VariancePreserving):
-        raise InputError(f"{model.name} is on rectified flow; sharpen needs a DDPM schedule and its ancestral steps")
+        raise InputError(f"{model.name} {NO_STEPS}")
 
 
 def check_model(model: Model, data: Tensor, config: SharpenConfig) -> None:

@@ -1,0 +1,69 @@
+"""`fieldsmith export`: an adapter as a file that kohya's scripts, ComfyUI or plain diffusers read.
+
+In: a run's folder, an adapter's folder or a LoRA file, in any of the formats. Out: one safetensors file.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fieldsmith.commands import arguments
+from fieldsmith.errors import InputError
+
+USE = "e.g. fieldsmith export runs/edit/adapter --format comfyui --out edit.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write an adapter under other tools' keys: fieldsmith export ADAPTER --format comfyui --out FILE.safetensors"""
+
+    format: Literal["kohya", "comfyui", "diffusers"] = "kohya"
+    """kohya: sd-scripts' and musubi-tuner's keys, which ComfyUI reads too; comfyui: its own, with dots; diffusers."""
+    out: pathlib.Path | None = None
+    """The safetensors file to write."""
+    model: str | None = None
+    """The pipeline that the adapter was trained on (its weights are not read); None: the one that its run names."""
+
+
+def export(words: Sequence[str]) -> None:
+    """fieldsmith export ADAPTER --format FORMAT --out FILE [--model M]"""
+    rest = list(words)
+    source = pathlib.Path(rest.pop(0)).expanduser() if rest and not rest[0].startswith("-") else None
+    config = arguments.parse(ExportConfig(), rest, "export", "ADAPTER: a run's folder, its adapter/, or a LoRA file.")
+    if source is None:
+        raise InputError(f"no adapter given; name a run's folder or a LoRA file first, {USE}")
+    if config.out is None:
+        raise InputError(f"no out file given; add --out FILE.safetensors, {USE}")
+    if config.out.suffix != ".safetensors":
+        raise InputError(f"out '{config.out}' is no name of a safetensors file; call it {config.out}.safetensors")
+    arguments.check_out(config.out, folder=False)
+    from fieldsmith.models import denoiser_of, lora_file
+
+    file = lora_file(source / "adapter" if (source / "adapter").is_dir() else source)
+    model = config.model or _trained_on(file)
+    from fieldsmith.models.export import adapter_in, check_format, write
+
+    denoiser = denoiser_of(model)
+    family = denoiser.family.name
+    if not denoiser.family.adapters:
+        raise InputError(f"family {family} has no adapter files: its models are saved whole, so '{model}' has no LoRA")
+    check_format(family, config.format)
+    adapter = adapter_in(file, family, denoiser.sizes, model)
+    write(adapter, family, denoiser.sizes, config.format, config.out)
+    print(f"{len(adapter)} layers of family {family} as {config.format}: {config.out}")
+
+
+def _trained_on(file: pathlib.Path) -> str:
+    """The model that the run's own record names. Raises InputError where there is none beside the adapter."""
+    for folder in (file.absolute().parent, file.absolute().parent.parent):
+        try:
+            model = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")).get("model")
+        except (OSError, ValueError):
+            continue
+        if isinstance(model, str):
+            return model
+    raise InputError(f"nothing beside '{file}' says which model it was trained on; add --model M")
