@@ -97,6 +97,11 @@ class Model:
         """The model over a pipeline that was loaded from a folder, which may say more than diffusers reads."""
         return cls(pipeline, name, resolution)  # type: ignore[call-arg, arg-type]
 
+    @classmethod
+    def components(cls, source: str, **options: Any) -> dict[str, Any]:
+        """Parts of the pipeline at `source` that diffusers cannot load by itself here, by name."""
+        return {}
+
     # what a family must say
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:

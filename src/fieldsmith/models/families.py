@@ -20,6 +20,9 @@ class Family:
 FAMILIES = (
     Family("flux", ("FluxPipeline",), "flux:Flux"),
     Family("flux-kontext", ("FluxKontextPipeline",), "flux_kontext:FluxKontext"),
+    Family("flux2-klein", ("Flux2KleinPipeline",), "flux2_klein:Flux2Klein"),
+    Family("qwen-image", ("QwenImagePipeline",), "qwen_image:QwenImage"),
+    Family("qwen-image-edit", ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"), "qwen_image_edit:QwenImageEdit"),
     Family("dit", ("DiTPipeline",), "dit:DiT"),
     Family("unet", ("DDPMPipeline", "DDIMPipeline"), "unet:UNet"),
 )
