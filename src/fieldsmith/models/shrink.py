@@ -75,6 +75,10 @@ def shrink(
     if init not in ("fresh", "copied"):
         raise InputError(f"init '{init}' is unknown; use 'fresh' or 'copied'")
     model._refuse_second_training()
+    if model.family not in FAMILIES:
+        raise InputError(
+            f"no student can be made of {model.name}, of family {model.family}; known: {', '.join(FAMILIES)}"
+        )
     family, scales = FAMILIES[model.family], None if guidance_scales is None else tuple(guidance_scales)
     rows = _rows(model, family, scales)
     fields = _fields(model) | rows

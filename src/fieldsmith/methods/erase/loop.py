@@ -53,6 +53,11 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     check(config)
     if not isinstance(model.path, RectifiedFlow):
         raise InputError(f"{model.name} is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev")
+    if config.method in ("uce", "eraseanything") and model.family not in ("flux", "flux-kontext"):
+        raise InputError(
+            f"method '{config.method}' reads layers of FLUX.1, and {model.name} is of family {model.family}; "
+            "use gem, esd, concept-ablation or eraseflow"
+        )
     encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
     model.encode(config.keep or [""])  # unknown words are refused now
     spent = model.forwards
