@@ -22,6 +22,7 @@ from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec, stack
 from fieldsmith.models.editing import edit, quantised, told
 from fieldsmith.models.flux2_klein import Flux2Klein
+from fieldsmith.models.qwen_image_edit import _words
 from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.samplers import rollout
 
@@ -303,8 +304,6 @@ def test_wrong_sizes_and_numbers_are_refused(folders: dict[str, pathlib.Path]) -
 
 
 def test_words_pass_through_a_condition_unchanged(folders: dict[str, pathlib.Path]) -> None:
-    from fieldsmith.models.qwen_image_edit import _words
-
     model: Any = load(folders["qwen-image-edit"], resolution=16)
     model._check_words = lambda tokenizer, prompts: None
     prompts = ["größer, 更大", "", "a"]
@@ -377,6 +376,7 @@ def test_adapter_goes_to_diffusers_and_back(
     assert torch.equal(ours(model, asked(model)), base)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_adapters_compose(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, family: str) -> None:
     sum_: Any = load(folders[family], resolution=16)
@@ -399,8 +399,11 @@ def test_two_adapters_compose(folders: dict[str, pathlib.Path], tmp_path: pathli
 def test_every_layer_of_a_subset_learns(folders: dict[str, pathlib.Path], family: str) -> None:
     model: Any = load(folders[family], resolution=16)
     x, condition = model.noise(2, seeded()), asked(model, PROMPTS[:2])
-    for subset in model.SUBSETS:
-        model.adapt(LoraSpec(subset, rank=2))
+    for subset in (*model.SUBSETS, "all"):
+        if subset == "all":
+            model.unfreeze(subset)
+        else:
+            model.adapt(LoraSpec(subset, rank=2))
         checks = preflight.gradients(model, model.predict(x, torch.tensor(0.5), condition).velocity.square().sum())
         assert all(check.passed for check in checks), (subset, checks)
         model.remove_training()

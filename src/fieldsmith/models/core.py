@@ -137,10 +137,15 @@ class Model:
                 f"known: {known} (and 'all' for training full weights)"
             )
         pattern = re.compile(self.SUBSETS[subset])
-        found = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)]
+        linear = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and not self._unread(n)]
+        found = [n for n in linear if pattern.fullmatch(n)]
         if not found:
             raise InputError(f"layer subset '{subset}' matches no layer of {self.name}")
         return found
+
+    def _unread(self, name: str) -> bool:
+        """Whether what a layer or parameter of that name makes is read by nothing, so that it could never learn."""
+        return False
 
     def adapt(self, spec: LoraSpec) -> None:
         """Inject a LoRA that starts as zero; only its weights train from here on.
@@ -168,13 +173,13 @@ class Model:
             raise ValueError(f"{self.name} is being trained already; call remove_training() or load a fresh model")
 
     def unfreeze(self, subset: str) -> None:
-        """Train the full weights of a subset, or every weight with 'all'; the originals stay for `reference`.
+        """Train the full weights of a subset, or all that are read with 'all'; the originals stay for `reference`.
 
         Raises InputError at an unknown subset, ValueError where training is under way already.
         """
         self._refuse_second_training()
         if subset == "all":
-            names = [name for name, _ in self.network.named_parameters()]
+            names = [name for name, _ in self.network.named_parameters() if not self._unread(name)]
         else:
             names = [
                 f"{name}.{key}"

@@ -48,11 +48,11 @@ class QwenImage(Prompted):
     def latent_shape(self) -> tuple[int, int]:
         return self.tokens, self.network.config.in_channels
 
-    def _modules(self, subset: str) -> list[str]:
-        """Without the last block's layers that only feed its words, which nothing reads: they would never learn."""
+    def _unread(self, name: str) -> bool:
+        """In the last block, what only makes new words."""
         last = self.network.config.num_layers - 1
-        unread = re.compile(rf"transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)")
-        return [name for name in super()._modules(subset) if not unread.fullmatch(name)]
+        pattern = rf"transformer_blocks\.{last}\.(attn\.(add_q_proj|norm_added_q|to_add_out)|txt_mlp)\b.*"
+        return re.fullmatch(pattern, name) is not None
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws of x_1, drawn as QwenImagePipeline draws them so that equal seeds give equal images."""
