@@ -181,11 +181,11 @@ def watched(config: EditConfig, monkeypatch: pytest.MonkeyPatch) -> Watched:
     """One collection, and every batch of source images that the model was given."""
     model, spy, sources = editor(), Spy(), []
 
-    def seeing(given: FluxKontext, condition: Any, images: Tensor) -> Any:
+    def states_of(given: FluxKontext, images: Tensor) -> Tensor:
         sources.append(images.clone())
-        return given.with_images(condition, images)
+        return given.encode_images(images)
 
-    monkeypatch.setattr(rollouts, "seeing", seeing)
+    monkeypatch.setattr(rollouts, "states_of", states_of)
     setting = Setting.of(model, config, task_of(config, spy), channel_of(config))
     return Watched(model, spy, sources, collect(setting, 3))
 

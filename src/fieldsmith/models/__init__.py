@@ -48,18 +48,19 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         import diffusers
         import torch
 
+        module, _, kind = family.made_by.partition(":")
+        made_by = getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
         try:
             pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
                 folder or name,
                 use_safetensors=True,
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
+                **made_by.components(str(folder or name), local_files_only=folder is not None),
             )
             pipeline.to(processes.device())
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
-    module, _, kind = family.made_by.partition(":")
-    made_by = getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
     model: Model = made_by.of_folder(pipeline, name, resolution, folder)
     return model
 
@@ -82,7 +83,7 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
         return
     with _quiet():
         try:
-            state, alphas, metadata = model.pipeline.lora_state_dict(
+            state, *alphas, metadata = model.pipeline.lora_state_dict(
                 str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True,
                 return_alphas=True, return_lora_metadata=True,
             )  # fmt: skip
@@ -101,7 +102,11 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
                 )
         with random.fork_rng():  # weights are drawn before they are overwritten
             model.network.load_lora_adapter(  # type: ignore[operator]
-                state, network_alphas=alphas, metadata=metadata, adapter_name="default", prefix="transformer"
+                state,
+                network_alphas=alphas[0] if alphas else None,
+                metadata=metadata,
+                adapter_name="default",
+                prefix="transformer",
             )
     config: Any = model.network.peft_config["default"]  # type: ignore[index]
     model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))

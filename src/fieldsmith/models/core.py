@@ -105,6 +105,11 @@ class Model:
         """The model over a pipeline that was loaded from a folder, which may say more than diffusers reads."""
         return cls(pipeline, name, resolution)  # type: ignore[call-arg, arg-type]
 
+    @classmethod
+    def components(cls, source: str, **options: Any) -> dict[str, Any]:
+        """Parts of the pipeline at `source` that diffusers cannot load by itself here, by name."""
+        return {}
+
     # what a family must say
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
@@ -140,10 +145,15 @@ class Model:
                 f"known: {known} (and 'all' for training full weights)"
             )
         pattern = re.compile(self.SUBSETS[subset])
-        found = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)]
+        linear = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and not self._unread(n)]
+        found = [n for n in linear if pattern.fullmatch(n)]
         if not found:
             raise InputError(f"layer subset '{subset}' matches no layer of {self.name}")
         return found
+
+    def _unread(self, name: str) -> bool:
+        """Whether what a layer or parameter of that name makes is read by nothing, so that it could never learn."""
+        return False
 
     def adapt(self, spec: LoraSpec) -> None:
         """Inject a LoRA that starts as zero; only its weights train from here on.
@@ -173,7 +183,7 @@ class Model:
             raise ValueError(f"{self.name} is being trained already; call remove_training() or load a fresh model")
 
     def unfreeze(self, subset: str) -> None:
-        """Train the full weights of a subset, or every weight with 'all'; the originals stay for `reference`.
+        """Train the full weights of a subset, or all that are read with 'all'; the originals stay for `reference`.
 
         Raises InputError at an unknown subset, ValueError where training is under way already.
         """
@@ -181,7 +191,7 @@ class Model:
         if processes.sharded():
             raise InputError("FSDP holds parts of weights here, so that full weights cannot train; train a LoRA")
         if subset == "all":
-            names = [name for name, _ in self.network.named_parameters()]
+            names = [name for name, _ in self.network.named_parameters() if not self._unread(name)]
         else:
             names = [
                 f"{name}.{key}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.models.families import NO_SOURCES
 from fieldsmith.samplers import rollout
 
@@ -28,9 +28,7 @@ def told(model: Model, prompts: Sequence[str]) -> Condition:
     """Prompts encoded, each different one once."""
     different = list(dict.fromkeys(prompts))
     parts = [model.encode(different[i : i + 64]) for i in range(0, len(different), 64)]
-    names = parts[0].parts
-    rows = torch.tensor([different.index(prompt) for prompt in prompts])
-    return Condition({name: torch.cat([part.parts[name] for part in parts]) for name in names})[rows]
+    return stack(parts)[torch.tensor([different.index(prompt) for prompt in prompts])]
 
 
 def seeing(model: Model, condition: Condition, images: Tensor) -> Condition:
@@ -38,6 +36,20 @@ def seeing(model: Model, condition: Condition, images: Tensor) -> Condition:
     editor: Any = model
     found: Condition = editor.with_images(condition, images)
     return found
+
+
+def states_of(model: Model, images: Tensor) -> Tensor:
+    """Images (n, 3, h, w) in [0, 1] as clean states, (n, ...), which `with_latents` takes as sources.
+
+    Raises InputError where they have another size than the model's own images.
+    """
+    size: int = getattr(model, "resolution", images.shape[-1])
+    if tuple(images.shape[2:]) != (size, size):
+        raise InputError(
+            f"images of {images.shape[2]} x {images.shape[3]} pixels cannot be states of {model.name}, which draws "
+            f"{size} x {size}; resize them, or load the model at their resolution"
+        )
+    return model.encode_images(images.to(model.device))
 
 
 def quantised(images: Tensor) -> Tensor:

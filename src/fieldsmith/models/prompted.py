@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,3 +80,17 @@ class Prompted(Model):
                 raise InputError(
                     f"prompt '{prompt}' is longer than {self.text_length - 1} words, the limit of {self.name}"
                 )
+
+
+def flow_times(scheduler: Any, steps: int, mu: float) -> Tensor:
+    """The times at which diffusers' flow scheduler itself steps, whatever shift, stretch or spacing it is set to.
+
+    (steps + 1,), from 1 down to 0; `mu` is the dynamic shift, which static ones pass over. The scheduler stays as it
+    was. Raises InputError at a single step where the times are stretched, which needs two.
+    """
+    if steps < 2 and scheduler.config.get("shift_terminal"):
+        raise InputError(f"steps={steps}: this pipeline stretches its times to a last one above 0; use 2 steps or more")
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    times: Tensor = fresh.sigmas
+    return times

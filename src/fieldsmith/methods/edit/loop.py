@@ -19,7 +19,7 @@ from fieldsmith.methods.edit import credit
 from fieldsmith.methods.edit.config import EditConfig, check
 from fieldsmith.methods.edit.rollouts import Channel, Collection, Setting, Task, collect
 from fieldsmith.models.core import LoraSpec, Model, stack
-from fieldsmith.models.editing import check_editor, quantised, seeing, told
+from fieldsmith.models.editing import check_editor, quantised, states_of, told
 from fieldsmith.paths import noised
 from fieldsmith.runs import Run
 from fieldsmith.training import Optimisation, fit, generator
@@ -244,10 +244,7 @@ class Method:
         return int(torch.randint(2**31, (1,), generator=draws))
 
     def latents(self, images: Tensor) -> Tensor:
-        return torch.cat([
-            seeing(self.model, self.setting.nothing.repeat(len(part)), part).parts["source"]
-            for part in images.split(self.config.chunk)
-        ])  # fmt: skip
+        return torch.cat([states_of(self.model, part) for part in images.split(self.config.chunk)])
 
     def noisy(self, x_0: Tensor, draws: torch.Generator) -> Rows:
         """Each state noised at `renoise` of the sampler's times; nothing is said of them yet."""

@@ -20,7 +20,7 @@ from fieldsmith.methods.align.rollouts import Plan, Rows, roll
 from fieldsmith.methods.align.schedule import Schedule, schedule
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models.core import Condition, Model, stack
-from fieldsmith.models.editing import quantised, seeing, told
+from fieldsmith.models.editing import quantised, states_of, told
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.samplers import rollout
 from fieldsmith.training import generator
@@ -194,11 +194,12 @@ class _Turned:
 
 def _turn(setting: Setting, source: Tensor, condition: Condition, x: Tensor, draws: torch.Generator) -> _Turned:
     """One turn of n sessions: sources as latents, results, and GRPO's rows with `prompt` the edit's row."""
-    config, model = setting.config, setting.model
+    config = setting.config
+    model: Any = setting.model
     latents, ends, kept = [], [], []
     for at in torch.arange(len(x)).split(config.chunk):
-        seen = seeing(model, condition[at], source[at])
-        latents.append(seen.parts["source"])
+        latents.append(states_of(model, source[at]))
+        seen = model.with_latents(condition[at], latents[-1])  # as the update will see it
         if config.objective == "grpo":
             found = roll(
                 lambda state, t, row: model.predict(state, t, seen[row], config.guidance),  # noqa: B023

@@ -38,8 +38,12 @@ from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
 from fieldsmith.models.families import FAMILIES, FLUX_TEXT, VERBS, Family, named, supports
 from fieldsmith.models.flux import Flux
+from fieldsmith.models.flux2_klein import Flux2Klein
 from fieldsmith.models.flux_kontext import FluxKontext
+from fieldsmith.models.qwen_image import QwenImage
+from fieldsmith.models.qwen_image_edit import QwenImageEdit
 from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
+from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Named
@@ -51,6 +55,9 @@ NAMES = ("cat", "dog")
 MAKERS: dict[str, Callable[[], Model]] = {
     "flux": lambda: Flux(flux_pipeline(WORDS, **SMALL), "tiny"),
     "flux-kontext": lambda: FluxKontext(kontext_pipeline(WORDS, size=24, **SMALL), "tiny"),
+    "flux2-klein": lambda: Flux2Klein(flux2_klein_pipeline(WORDS), "tiny", 16),
+    "qwen-image": lambda: QwenImage(qwen_image_pipeline(WORDS), "tiny", 16),
+    "qwen-image-edit": lambda: QwenImageEdit(qwen_image_edit_pipeline(WORDS), "tiny", 16),
     "dit": lambda: DiT(dit_pipeline(classes=2, labels=dict(enumerate(NAMES))), "tiny"),
     "unet": lambda: UNet(unet_pipeline(size=8, widths=(16, 24), class_rows=3), "tiny", classes=NAMES),
 }

@@ -1,0 +1,148 @@
+"""Qwen-Image-Edit: Qwen-Image that sees source images, twice, over diffusers' QwenImageEditPipeline and EditPlus.
+
+The text encoder reads an instruction together with its image, so `encode` keeps the words as they are, and
+`with_images` reads both. The other sight is more tokens after the state's own. The pipelines first resize a source to
+an area of 1024 x 1024; here it is seen at its own size, so that both agree for sources of that area.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils.import_utils import is_torchvision_available
+
+from fieldsmith.errors import InputError
+from fieldsmith.models.core import Condition, stack
+from fieldsmith.models.qwen_image import QwenImage, masked
+from fieldsmith.models.sources import check_images, check_latents, check_rows, joined, several
+from fieldsmith.paths import Prediction
+
+Pictures = list[PIL.Image.Image]
+
+
+class QwenImageEdit(QwenImage):
+    family = "qwen-image-edit"
+
+    @classmethod
+    def components(cls, source: str, **options: Any) -> dict[str, Any]:
+        """The processor, where transformers lacks what its part for films needs."""
+        if is_torchvision_available():
+            return {}
+        images = Qwen2VLImageProcessorPil.from_pretrained(source, subfolder="processor", **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="processor", **options)
+        return {"processor": still_processor(images, tokenizer)}
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        """The words of each prompt, one row a prompt: "words" (n, bytes) in UTF-8; `with_images` reads them."""
+        self._check_words(self.pipeline.tokenizer, prompts)
+        rows = [torch.tensor([list(prompt.encode())], dtype=torch.uint8).to(self.device) for prompt in prompts]
+        return stack([Condition({"words": row}) for row in rows])
+
+    def with_images(self, condition: Condition, images: Tensor | Sequence[Tensor], grad: bool = False) -> Condition:
+        """The condition with source images (n, 3, height, width) in [0, 1], or several one after another (EditPlus).
+
+        Adds what the text encoder reads in words and images, at 8-bit levels: "embeds", "mask", and the same for the
+        negative prompt, "null_embeds" and "null_mask"; "source" (n, source tokens, channels), the packed latents, and
+        "source_size" (n, sources, 2) in tokens. `grad` lets a gradient through the latents, not through what is read.
+        Raises InputError where rows differ, and at images of a wrong number, shape or size.
+        """
+        sources = several(images)
+        if len(sources) > 1 and not self._plus:
+            raise InputError(
+                f"{self.name} takes one source image, not {len(sources)}; QwenImageEditPlusPipeline takes more"
+            )
+        for source in sources:
+            check_images(source, self.multiple, self.name)
+        check_rows(condition, *sources)  # before the work
+        latents = [self.encode_images(source.to(self.device), grad) for source in sources]
+        return self._with_source(condition, sources, latents)
+
+    def with_latents(self, condition: Condition, source: Tensor) -> Condition:
+        """As `with_images`, from latents that `encode_images` or a rollout gave: (n, tokens, channels), the states'.
+
+        The text encoder sees what the latents decode to.
+        """
+        check_latents(source, self.latent_shape, self.name)
+        check_rows(condition, source)
+        return self._with_source(condition, [self.decode(source.to(self.device))], [source.to(self.device)])
+
+    @property
+    def _plus(self) -> bool:
+        return isinstance(self.pipeline, QwenImageEditPlusPipeline)
+
+    def _with_source(self, condition: Condition, images: list[Tensor], latents: list[Tensor]) -> Condition:
+        rows = max(len(condition), *map(len, images))
+        pictures = [[_picture(image[row if len(image) > 1 else 0]) for image in images] for row in range(rows)]
+        words = [_words(row) for row in condition.repeat(rows).parts["words"]]
+        with torch.no_grad():
+            read = self._read([*words, *[self.negative] * rows], pictures * 2)
+        null = {f"null_{name}": part[rows:] for name, part in read.parts.items()}
+        sizes = torch.tensor([[[side // self.multiple for side in image.shape[2:]] for image in images]])
+        source = torch.cat([Condition({"": part}).repeat(rows).parts[""] for part in latents], dim=1)
+        return joined(
+            condition, read[:rows], Condition({**null, "source": source}),
+            Condition({"source_size": sizes.to(self.device)}),
+        )  # fmt: skip
+
+    def _read(self, prompts: list[str], pictures: list[Pictures]) -> Condition:
+        """The text encoder's word on each prompt with its pictures."""
+        pipe: Any = self.pipeline
+        if not self._plus:
+            return masked(*pipe.encode_prompt(prompts, image=[row[0] for row in pictures], device=self.device))
+        rows = []  # one at a time, as EditPlus's template has it
+        for prompt, row in zip(prompts, pictures, strict=True):
+            small = []
+            for picture in row:
+                shape = edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, picture.width / picture.height)
+                small.append(pipe.image_processor.resize(picture, shape[1], shape[0]))
+            rows.append(masked(*pipe.encode_prompt([prompt], image=small, device=self.device)))
+        return stack(rows)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
+        """What the network says at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
+        if "embeds" not in condition.parts:
+            raise InputError(
+                f"{self.name} reads its instructions together with images and draws nothing from words alone; "
+                "use the verb edit, or give it source images with `with_images`"
+            )
+        return super().predict(x_t, t, condition, guidance)
+
+    def _without_words(self, condition: Condition) -> Condition:
+        parts = condition.parts
+        return Condition({**parts, "embeds": parts["null_embeds"], "mask": parts["null_mask"]})
+
+
+def still_processor(images: Qwen2VLImageProcessorPil, tokenizer: Any) -> Qwen2VLProcessor:
+    """A Qwen2VLProcessor for pictures alone: transformers gives it a part for films, which needs torchvision.
+
+    In that part's place are the settings for pictures, so that it can be saved.
+    """
+    processor: Any = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
+    processor.image_processor, processor.tokenizer, processor.chat_template = images, tokenizer, None
+    processor.video_processor = copy.deepcopy(images)
+    processor.video_processor.video_processor_type = "Qwen2VLVideoProcessor"
+    for kind in ("image", "video"):
+        mark = f"<|{kind}_pad|>"
+        setattr(processor, f"{kind}_token", mark)
+        setattr(processor, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(mark))
+    found: Qwen2VLProcessor = processor
+    return found
+
+
+def _words(row: Tensor) -> str:
+    return bytes(row.tolist()).rstrip(b"\0").decode()
+
+
+def _picture(image: Tensor) -> PIL.Image.Image:
+    levels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return PIL.Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy()))
