@@ -94,19 +94,19 @@ ARMS: dict[str, Arm] = {
     "fieldsmith": Arm("fieldsmith", settings=(MAIN,)),
     "NFT, clean sources": Arm("clean-nft", settings=(MAIN, "independent")),
     "NFT, broadcast": Arm(settings=(MAIN, SHORT, "independent")),
-    "NFT, turn-local": Arm("turn-nft", settings=(MAIN, SHORT, "independent")),
+    "NFT, turn-local": Arm("turn-nft", settings=(MAIN, "independent")),
     "supervised, clean": Arm("supervised", settings=(MAIN,)),
     "GRPO, broadcast": Arm("mt-grpo", settings=(MAIN,)),
     "NFT, consistency 0-10": Arm(judge="steep"),
     "NFT, consistency 0-10, rewards summed": Arm(changes={"fusion": "reward"}, judge="steep"),
     "NFT, rewards summed": Arm(changes={"fusion": "reward"}),
+    "NFT, lenient judge": Arm(judge="lenient"),
+    "NFT, coarse judge": Arm(judge="coarse"),
     "supervised, own sources": Arm("self-supervised"),
     "identity alone": Arm("identity"),
     "NFT, reward to go": Arm("to-go-nft"),
     "NFT, last turn": Arm("last-nft"),
     "NFT, product": Arm(changes={"aggregate": "product"}),
-    "NFT, lenient judge": Arm(judge="lenient"),
-    "NFT, coarse judge": Arm(judge="coarse"),
 }
 
 
