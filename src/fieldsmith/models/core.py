@@ -74,7 +74,9 @@ class Model:
 
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
+    PART: ClassVar[str] = "transformer"  # the network's name in its pipeline, and so in the keys of its LoRA files
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
+    idle: tuple[str, ...] = ()  # the network's modules whose output reaches nothing, so that nothing trains them
     clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path
     kind: Kind  # what the network predicts
@@ -132,7 +134,8 @@ class Model:
                 f"known: {known} (and 'all' for training full weights)"
             )
         pattern = re.compile(self.SUBSETS[subset])
-        found = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)]
+        linear = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and n not in self.idle]
+        found = [n for n in linear if pattern.fullmatch(n)]
         if not found:
             raise InputError(f"layer subset '{subset}' matches no layer of {self.name}")
         return found
@@ -163,13 +166,13 @@ class Model:
             raise ValueError(f"{self.name} is being trained already; call remove_training() or load a fresh model")
 
     def unfreeze(self, subset: str) -> None:
-        """Train the full weights of a subset, or every weight with 'all'; the originals stay for `reference`.
+        """Train the full weights of a subset, or all but the idle ones with 'all'; the originals stay for `reference`.
 
         Raises InputError at an unknown subset, ValueError where training is under way already.
         """
         self._refuse_second_training()
         if subset == "all":
-            names = [name for name, _ in self.network.named_parameters()]
+            names = [n for n, _ in self.network.named_parameters() if n.rpartition(".")[0] not in self.idle]
         else:
             names = [
                 f"{name}.{key}"
@@ -269,10 +272,11 @@ class Model:
         `merged`: the whole pipeline, with the adapter's effect at its present scale inside the weights.
         """
         if self.spec and not merged and hasattr(self.pipeline, "save_lora_weights"):
-            self.pipeline.save_lora_weights(
-                folder, transformer_lora_layers=self.adapter_state(),
-                transformer_lora_adapter_metadata=self._adapter_metadata(),
-            )  # fmt: skip
+            lora: dict[str, Any] = {
+                f"{self.PART}_lora_layers": self.adapter_state(),
+                f"{self.PART}_lora_adapter_metadata": self._adapter_metadata(),
+            }
+            self.pipeline.save_lora_weights(folder, **lora)
             return
         with self._merged():
             self._save_pipeline(pathlib.Path(folder))
