@@ -38,7 +38,7 @@ MARKS = (
     ),
     ("flux", r"single_transformer_blocks|(double|single)_blocks"),
     ("sd3", r"transformer_blocks\.\d+\.attn2\.|joint_blocks"),
-    ("flux, sd3 or qwen-image", r"transformer_blocks\.\d+\.attn\.add_[qkv]_proj"),
+    ("flux, flux2-klein, sd3 or qwen-image", r"transformer_blocks\.\d+\.attn\.add_[qkv]_proj"),
 )
 
 
