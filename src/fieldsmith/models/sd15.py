@@ -51,6 +51,7 @@ class SD15(Prompted):
         if self.resolution % scale:
             raise InputError(f"resolution {self.resolution} is not a multiple of {scale} for {name}")
         self.text_length = pipeline.tokenizer.model_max_length
+        self.text_parts = ((pipeline.tokenizer, 0),)
         self.scheduler = _ddim(pipeline.scheduler)
         self.path = path_of(self.scheduler, name)
         self.kind = KINDS[self.scheduler.config.prediction_type]

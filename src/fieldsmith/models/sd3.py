@@ -51,6 +51,8 @@ class SD3(Prompted):
         self.tokens = (self.resolution // scale) ** 2
         t5 = pipeline.tokenizer_3 if pipeline.text_encoder_3 is not None else None
         self.text_length = TEXT_LENGTH if t5 is None else min(TEXT_LENGTH, t5.model_max_length)
+        clip = (pipeline.tokenizer, 0)
+        self.text_parts = (clip,) if t5 is None else (clip, (t5, pipeline.tokenizer_max_length))
         # nothing reads what the last block makes of the text, so nothing reads who asked for it
         last = f"transformer_blocks.{len(self.network.transformer_blocks) - 1}.attn"
         self.idle = (f"{last}.add_q_proj", f"{last}.norm_added_q")

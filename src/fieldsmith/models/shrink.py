@@ -75,6 +75,9 @@ def shrink(
     if init not in ("fresh", "copied"):
         raise InputError(f"init '{init}' is unknown; use 'fresh' or 'copied'")
     model._refuse_second_training()
+    if model.family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"{model.name} is of family {model.family}, of which no student is made here; known: {known}")
     family, scales = FAMILIES[model.family], None if guidance_scales is None else tuple(guidance_scales)
     rows = _rows(model, family, scales)
     fields = _fields(model) | rows
