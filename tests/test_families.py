@@ -104,6 +104,7 @@ def test_adapters_travel(folders: dict[str, pathlib.Path], tmp_path: pathlib.Pat
     check_adapter(FAMILIES[name], folders[name], tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @every
 def test_two_adapters_compose(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, name: str) -> None:
     check_two_adapters(FAMILIES[name], folders[name], tmp_path)
@@ -217,9 +218,9 @@ def with_scheduler(tmp_path: pathlib.Path, scheduler: Any) -> SD15:
 SHIPPED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-@pytest.mark.parametrize("steps", [4, 7])
 @pytest.mark.parametrize("kind", ["PNDM", "DDIM", "DPMSolverMultistep", "EulerDiscrete"])
-def test_other_schedulers_are_read_as_ddim(tmp_path: pathlib.Path, kind: str, steps: int) -> None:
+def test_other_schedulers_are_read_as_ddim(tmp_path: pathlib.Path, kind: str) -> None:
+    steps = 7
     ends = {"set_alpha_to_one": False} if kind in ("PNDM", "DDIM") else {"timestep_spacing": "linspace"}
     saved = getattr(diffusers, f"{kind}Scheduler")(**SHIPPED, **ends)
     model = with_scheduler(tmp_path, saved)
@@ -239,12 +240,12 @@ def test_the_last_alpha_is_seen(tmp_path: pathlib.Path) -> None:
     images = []
     for clean in (True, False):
         model = with_scheduler(tmp_path / str(clean), diffusers.DDIMScheduler(**few, set_alpha_to_one=clean))
-        images.append(ours(model, PROMPTS, 10))
-        same(images[-1], theirs(FAMILIES["sd15"], model.pipeline, PROMPTS, 16, steps=10))
+        images.append(ours(model, PROMPTS[:1], 10))
+        same(images[-1], theirs(FAMILIES["sd15"], model.pipeline, PROMPTS[:1], 16, steps=10))
     assert apart(*images) > 1e-3
-    same(ours(model, PROMPTS, 12), theirs(FAMILIES["sd15"], model.pipeline, PROMPTS, 16, steps=12))
+    same(ours(model, PROMPTS[:1], 12), theirs(FAMILIES["sd15"], model.pipeline, PROMPTS[:1], 16, steps=12))
     clean = with_scheduler(tmp_path / "dense", diffusers.DDIMScheduler(**few))
-    same(ours(clean, PROMPTS, 12), theirs(FAMILIES["sd15"], clean.pipeline, PROMPTS, 16, steps=12))
+    same(ours(clean, PROMPTS[:1], 12), theirs(FAMILIES["sd15"], clean.pipeline, PROMPTS[:1], 16, steps=12))
     with pytest.raises(InputError, match="steps=20 do not fit"):
         model.grid(20)
 
