@@ -57,6 +57,49 @@ def test_our_sampler_is_the_dit_pipelines(options: dict[str, bool], guidance: fl
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_other_resolutions_are_the_dit_pipelines(guidance: float, learned: bool) -> None:
+    model = DiT(dit_pipeline(learned_variance=learned), "tiny", resolution=24)
+    images = sampler(model, 4, guidance)(["7", "900"], 0)
+    model.network.register_to_config(sample_size=12)  # the plain pipeline's only way to another size
+    assert images.shape == (2, 3, 24, 24)
+    torch.testing.assert_close(images, theirs(model.pipeline, [7, 900], 4, guidance), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", [16, 24])
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("family", ["dit", "unet"])
+def test_gradients_are_the_networks(family: str, learned: bool, guidance: float | None, side: int) -> None:
+    model: Any = (
+        DiT(dit_pipeline(classes=4, learned_variance=learned), "tiny", resolution=side)
+        if family == "dit"
+        else UNet(unet_pipeline(class_rows=5, learned_variance=learned), "tiny", side, classes=list("abcd"))
+    )
+    model.unfreeze("attention")
+    x, goal = model.noise(2, seeded()), model.noise(2, seeded(1))
+    condition, index = model.encode(["1", "3"]), torch.tensor([200, 700])
+
+    def raw(at: Tensor, rows: Tensor) -> Tensor:
+        said: Tensor = model.network(at, index, class_labels=rows).sample
+        return said[:, : model.channels]
+
+    def through_network(at: Tensor) -> Tensor:
+        said, null = raw(at, torch.tensor([1, 3])), raw(at, torch.tensor([4, 4]))
+        return said if guidance is None else null + guidance * (said - null)
+
+    def gradients(field: Any) -> tuple[Tensor, ...]:
+        at = x.clone().requires_grad_()
+        return torch.autograd.grad((field(at) - goal).square().mean(), [at, *model.trainable().values()])
+
+    expected = gradients(through_network)
+    found = gradients(lambda at: model.predict(at, model.path.time(index), condition, guidance).value)
+    for one, two in zip(found, expected, strict=True):
+        assert two.abs().max() > 0
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-3)
+
+
 def test_parity_would_miss_no_guidance_and_no_class() -> None:
     pipe = dit_pipeline()
     plain = theirs(pipe, [7, 900], 6, 1.0)
@@ -195,6 +238,22 @@ def test_an_adapter_trains_its_subset_and_leaves_the_reference(subset: str) -> N
     assert (field(model) - base).abs().max() > 1e-3
     with model.reference():
         assert torch.equal(field(model), base)
+
+
+def test_a_merged_adapter_is_the_pipelines_image(tmp_path: pathlib.Path) -> None:
+    model = tiny_dit()
+    base = sampler(model, 4)(["7", "900"], 0)
+    model.adapt(LoraSpec(rank=2, alpha=3.0))
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(0.1 * torch.randn(p.shape, generator=seeded(1)))
+    images = sampler(model, 4)(["7", "900"], 0)
+    assert (images - base).abs().max() > 1e-3
+    model.save(tmp_path)
+    for made in (theirs(DiTPipeline.from_pretrained(tmp_path), [7, 900], 4, 1.0), sampler(model, 4)(["7", "900"], 0)):
+        torch.testing.assert_close(made, images, atol=1e-4, rtol=0)
+    model.scale_adapter(0.0)
+    assert torch.equal(sampler(model, 4)(["7", "900"], 0), base)
 
 
 def test_saving_and_loading_keep_the_field_and_the_words(tmp_path: pathlib.Path) -> None:

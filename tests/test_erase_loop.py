@@ -102,12 +102,12 @@ def test_esds_states_are_teacher_states_at_grid_times(model):
     assert len(seen) > 3 and 6 not in seen
 
 
-def test_kept_states_hold_the_references_velocities(model):
+def test_kept_states_hold_the_references_field(model):
     kept = states.kept_states(model, replace(QUICK, keep=("blue square", "")), seeded(5))
     assert len(kept.t) == 16 * 6
     with torch.no_grad():
         truth = model.predict(kept.x, kept.t, kept.condition).velocity
-    torch.testing.assert_close(kept.velocity, truth, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(kept.field, truth, atol=1e-4, rtol=1e-3)
 
 
 # budgets and costs
@@ -292,9 +292,18 @@ def test_a_model_that_was_refused_can_be_used_again(model):
     assert erase(model, QUICK).steps == 2
 
 
-def test_a_model_that_is_no_rectified_flow_is_refused(unet_folder):
-    with pytest.raises(InputError, match="not a rectified flow"):
-        erase(load(unet_folder), replace(QUICK, targets=("cat",), anchors=("dog",)))
+def test_methods_that_a_model_has_no_place_for_are_refused(unet_folder):
+    classes = replace(QUICK, targets=("cat",), anchors=("dog",), subset="attention")
+    wrong = {
+        "method 'eraseflow' needs a rectified flow": {"method": "eraseflow"},
+        "timestep_weight 'tb' needs a rectified flow": {"timestep_weight": "tb"},
+        "'uce' needs layers where single words enter": {"method": "uce", "full": True},
+        "'eraseanything' needs dual-stream attention": {"method": "eraseanything"},
+    }
+    for sentence, settings in wrong.items():
+        with pytest.raises(InputError, match=sentence):
+            erase(load(unet_folder), replace(classes, **settings))
+    assert erase(load(unet_folder), classes).steps == 2  # a class is a prompt
 
 
 # failures and stops

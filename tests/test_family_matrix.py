@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pathlib
 import subprocess
@@ -36,14 +37,18 @@ from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import export, shrink
 from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
-from fieldsmith.models.families import FAMILIES, FLUX_TEXT, VERBS, Family, named, supports
+from fieldsmith.models.families import FAMILIES, VERBS, Family, named, supports
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux2_klein import Flux2Klein
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.qwen_image import QwenImage
 from fieldsmith.models.qwen_image_edit import QwenImageEdit
+from fieldsmith.models.sd3 import SD3
+from fieldsmith.models.sd15 import SD15
+from fieldsmith.models.text_layers import check_text_layers
 from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
+from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Named
@@ -55,6 +60,8 @@ NAMES = ("cat", "dog")
 MAKERS: dict[str, Callable[[], Model]] = {
     "flux": lambda: Flux(flux_pipeline(WORDS, **SMALL), "tiny"),
     "flux-kontext": lambda: FluxKontext(kontext_pipeline(WORDS, size=24, **SMALL), "tiny"),
+    "sd15": lambda: SD15(sd15_pipeline(WORDS), "tiny"),
+    "sd3": lambda: SD3(sd3_pipeline(WORDS), "tiny"),
     "flux2-klein": lambda: Flux2Klein(flux2_klein_pipeline(WORDS), "tiny", 16),
     "qwen-image": lambda: QwenImage(qwen_image_pipeline(WORDS), "tiny", 16),
     "qwen-image-edit": lambda: QwenImageEdit(qwen_image_edit_pipeline(WORDS), "tiny", 16),
@@ -202,13 +209,16 @@ def test_an_unconditional_unet_is_no_teacher() -> None:
         distill(model, shrink.shrink(model, 2.0), source, config, quiet=True)
 
 
-@pytest.mark.parametrize("method", ["uce", "eraseanything"])
-def test_methods_inside_text_layers_say_where_they_work(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Flux, "family", "sd3")
-    assert "sd3" not in FLUX_TEXT
-    config = EraseConfig(targets=("red",), anchors=("blue",), method=method)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=f"'{method}' reaches into FLUX.1's text layers, which tiny .family sd3."):
-        erase(MAKERS["flux"](), config)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_where_words_enter_is_what_the_methods_find(family: Family) -> None:
+    model = tiny(family.name)
+    found = []
+    for method in ("uce", "eraseanything"):
+        with contextlib.suppress(InputError):
+            check_text_layers(model, method, attention=method == "eraseanything")
+            found.append(method)
+    methods = {"nowhere": [], "inputs": ["uce"], "attention": ["uce", "eraseanything"]}
+    assert found == methods[family.words_enter]
 
 
 def test_a_family_that_needs_sources_never_draws_alone() -> None:

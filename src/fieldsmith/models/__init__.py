@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
-from fieldsmith.models.families import FAMILIES, Family
+from fieldsmith.models.families import FAMILIES, Family, family_of_lora
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
                 use_safetensors=True,
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
+                **_absent(index),
                 **made_by.components(str(folder or name), local_files_only=folder is not None),
             )
             pipeline.to(processes.device())
@@ -83,30 +84,35 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
         return
     with _quiet():
         try:
-            state, *alphas, metadata = model.pipeline.lora_state_dict(
+            read = model.pipeline.lora_state_dict(
                 str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True,
                 return_alphas=True, return_lora_metadata=True,
             )  # fmt: skip
         except Exception as error:
-            raise InputError(f"'{file}' could not be read as a LoRA ({_first_line(error)})") from error
+            unread = f"'{file}' could not be read as a LoRA ({_first_line(error)})"
+            raise InputError(_of_another_family(model, file) or unread) from error
+        state, alphas, metadata = read if len(read) == 3 else (read[0], None, read[1])  # not all know of alphas
         layers = {n: m for n, m in model.network.named_modules() if isinstance(m, nn.Linear)}
         for key, weight in state.items():
-            module, _, half = key.removeprefix("transformer.").partition(".lora")
-            layer = layers.get(module) if key.startswith("transformer.") and half else None
+            module, _, half = key.removeprefix(f"{model.PART}.").partition(".lora")
+            layer = layers.get(module) if key.startswith(f"{model.PART}.") and half else None
             wide = half.startswith("_A") and layer is not None and weight.shape[1] != layer.in_features
             tall = half.startswith("_B") and layer is not None and weight.shape[0] != layer.out_features
             if layer is None or wide or tall:
                 raise InputError(
-                    f"the LoRA in '{source}' does not fit {model.name}: '{key}' {tuple(weight.shape)} has no layer "
+                    _of_another_family(model, file)
+                    or f"the LoRA in '{source}' does not fit {model.name}: '{key}' {tuple(weight.shape)} has no layer "
                     "of its size in the denoiser; load it on the model that it was trained on"
                 )
+        if not state:
+            raise InputError(_of_another_family(model, file) or f"the LoRA in '{source}' has no weights for any layer")
         with random.fork_rng():  # weights are drawn before they are overwritten
             model.network.load_lora_adapter(  # type: ignore[operator]
                 state,
-                network_alphas=alphas[0] if alphas else None,
+                network_alphas=alphas,
                 metadata=metadata,
                 adapter_name="default",
-                prefix="transformer",
+                prefix=model.PART,
             )
     config: Any = model.network.peft_config["default"]  # type: ignore[index]
     model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))
@@ -239,6 +245,11 @@ def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) ->
             raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
 
 
+def _absent(index: dict[str, Any]) -> dict[str, None]:
+    """The components that a pipeline was saved without, of which diffusers wants to be told again."""
+    return {part: None for part, made_by in index.items() if isinstance(made_by, list) and not any(made_by)}
+
+
 def lora_file(source: pathlib.Path) -> pathlib.Path:
     """The file of a LoRA folder, or the file itself. Raises InputError where there is none."""
     if source.is_file():
@@ -249,6 +260,23 @@ def lora_file(source: pathlib.Path) -> pathlib.Path:
     if len(files) != 1:
         raise InputError(f"'{source}' holds no LoRA: it has no pytorch_lora_weights.safetensors; name the file itself")
     return files[0]
+
+
+def _of_another_family(model: Model, file: pathlib.Path) -> str | None:
+    """What to say of a LoRA whose keys name layers of another family; None where they do not."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, "pt") as weights:  # type: ignore[no-untyped-call]
+            family = family_of_lora(weights.keys())
+    except Exception:  # safetensors has its own, and then there are no keys to tell from
+        return None
+    if family is None or any(f"{model.family}-".startswith(f"{name}-") for name in re.split(", | or ", family)):
+        return None  # an editing family takes the LoRAs of the one that it is made from
+    return (
+        f"the LoRA in '{file}' seems to be made for family {family}, not for {model.family} as {model.name} is; "
+        "load it on a model of its own family"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -76,6 +76,7 @@ class Model:
 
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
+    PART: ClassVar[str] = "transformer"  # the network's name in its pipeline, and so in the keys of its LoRA files
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
     clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path
@@ -299,10 +300,11 @@ class Model:
 
     def _write(self, folder: pathlib.Path, state: dict[str, Tensor], merged: bool) -> None:
         if self.spec and not merged and hasattr(self.pipeline, "save_lora_weights"):
-            self.pipeline.save_lora_weights(
-                folder, transformer_lora_layers=state,
-                transformer_lora_adapter_metadata=self._adapter_metadata(),
-            )  # fmt: skip
+            lora: dict[str, Any] = {
+                f"{self.PART}_lora_layers": state,
+                f"{self.PART}_lora_adapter_metadata": self._adapter_metadata(),
+            }
+            self.pipeline.save_lora_weights(folder, **lora)
             return
         if processes.sharded():
             raise InputError(

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Condition, Model
-from fieldsmith.paths import Kind, Prediction, VariancePreserving, expand, guide
-from fieldsmith.samplers import ddim_grid
+from fieldsmith.models.discrete import KINDS, network_index, path_of, scheduled_grid
+from fieldsmith.paths import Prediction, VariancePreserving, expand, guide
 
-KINDS: dict[str, Kind] = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v_prediction"}
 # beside model_index.json: a list of class names in the order of their embeddings, or
 # {"classes": [...], "guidance_scales": [...]} for a network that takes the guidance scale itself
 CLASSES_FILE = "classes.json"
@@ -58,10 +57,7 @@ class ClassDDPM(Model):
 
     def _read_scheduler(self) -> None:
         shape, scheduler = self.network.config, self.pipeline.scheduler.config
-        if bool((self.pipeline.scheduler.alphas_cumprod <= 0).any()):
-            raise InputError(f"the schedule of {self.name} ends without any signal, where eps says nothing of x_0; "
-                             "set rescale_betas_zero_snr=False in its scheduler")  # fmt: skip
-        self.path = VariancePreserving(self.pipeline.scheduler.alphas_cumprod)
+        self.path = path_of(self.pipeline.scheduler, self.name)
         self.kind = KINDS[scheduler.prediction_type]
         self.clip = float(scheduler.get("clip_sample_range", 1.0)) if scheduler.get("clip_sample", False) else None
         self.channels = shape.in_channels
@@ -92,17 +88,7 @@ class ClassDDPM(Model):
 
     def grid(self, steps: int) -> Tensor:
         """Times for `steps` steps in the scheduler's own spacing, from noise to clean data at 0; (steps + 1,)."""
-        config = self.pipeline.scheduler.config
-        if config.timestep_spacing == "linspace":
-            raise InputError(
-                f"the scheduler of {self.name} spaces its steps as 'linspace', where diffusers' own steps miss their "
-                "next time; set timestep_spacing to 'trailing' or 'leading'"
-            )
-        trailing = config.timestep_spacing == "trailing"
-        grid = ddim_grid(self.path, steps, trailing)
-        if not trailing:
-            grid[:-1] += config.get("steps_offset", 0) / self.path.length
-        return grid.to(self.device)
+        return scheduled_grid(self.path, self.pipeline.scheduler.config, steps, self.name).to(self.device)
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
         """One row a prompt: a class name, its number, or '' for no class.
@@ -184,10 +170,7 @@ class ClassDDPM(Model):
         return said, None
 
     def _index(self, t: Tensor) -> Tensor:
-        """The discrete index of t, in t's type; whole where t = (index + 1) / T only missed it by rounding."""
-        index = self.path.index(t)
-        off = (index.round() - index).detach()
-        return index + torch.where(off.abs() < 1e-3, off, torch.zeros_like(off))
+        return network_index(self.path, t)
 
     def _log_variance(self, raw: Tensor, t: Tensor) -> Tensor | None:
         """Log-variance of the reverse step from t to t - 1/T, as DDPMScheduler takes the network's second half.

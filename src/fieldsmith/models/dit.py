@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.ddpm import CLASSES_FILE, ClassDDPM
 
 
@@ -60,15 +60,7 @@ class DiT(ClassDDPM):
         return DiT(pipeline, self.name, None, self.classes, self.scales)
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images (batch, 3, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
-        vae: Any = self.pipeline.vae
-        with torch.set_grad_enabled(grad):
-            images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-            return (images / 2 + 0.5).clamp(0, 1).to(latents.dtype)
+        return decoded(self.pipeline.vae, latents, grad)
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (posterior means) of images (batch, 3, height, width) in [0, 1]."""
-        vae: Any = self.pipeline.vae
-        latents: Tensor = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
-        return latents.to(images.dtype) * vae.config.scaling_factor
+    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
+        return encoded(self.pipeline.vae, images, grad)

@@ -6,7 +6,8 @@ refuse models in this file's words, and a test runs every verb on every family t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,16 +32,23 @@ class Family:
     """Whether diffusers loads LoRA files for it; where not, an adapter ships merged into a whole pipeline."""
     exports: tuple[str, ...] = ()
     """Key formats beside diffusers' own in which other tools read its LoRAs."""
+    words_enter: Literal["nowhere", "inputs", "attention"] = "nowhere"
+    """Where erase's methods inside text layers find words: in no layer of their own, in some layers' inputs (uce), in
+    dual-stream attention too (eraseanything)."""
     shrinks: bool = False
     """Whether models/shrink.py can build a smaller network of its kind."""
 
 
 FAMILIES = (
-    Family("flux", ("FluxPipeline",), "flux:Flux", exports=("kohya", "comfyui"), shrinks=True),
+    Family("flux", ("FluxPipeline",), "flux:Flux", exports=("kohya", "comfyui"), words_enter="attention",
+           shrinks=True),
     Family(
         "flux-kontext", ("FluxKontextPipeline",), "flux_kontext:FluxKontext", sources="optional",
-        exports=("kohya", "comfyui"),
+        exports=("kohya", "comfyui"), words_enter="attention",
     ),
+    Family("sd15", ("StableDiffusionPipeline",), "sd15:SD15", path="variance-preserving", exports=("kohya", "comfyui"),
+           words_enter="inputs"),
+    Family("sd3", ("StableDiffusion3Pipeline",), "sd3:SD3", exports=("kohya", "comfyui"), words_enter="attention"),
     Family("flux2-klein", ("Flux2KleinPipeline",), "flux2_klein:Flux2Klein", sources="optional",
            exports=("kohya", "comfyui")),
     Family("qwen-image", ("QwenImagePipeline",), "qwen_image:QwenImage", exports=("kohya", "comfyui")),
@@ -53,18 +61,12 @@ FAMILIES = (
 )  # fmt: skip
 
 # what methods say of a model, after its name
-NO_FLOW = "is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev"
 NO_STEPS = "is on rectified flow; sharpen needs a DDPM schedule and its ancestral steps"
 NO_SOURCES = (
     "draws from words alone; edit needs an editing model such as zoo:scenes-kontext or a FLUX.1 Kontext pipeline"
 )
-NO_WORDS = "knows no words to erase; `erase` needs a model that draws from text, e.g. zoo:shapes-flux or FLUX.1-dev"
 NOTHING_SMALLER = "has no smaller network that fieldsmith can build; use one of family "
 NEVER_ALONE = "edits images and never draws from words alone, as {verb} would have it do; use `edit`, or another family"
-
-# erase's methods that reach into FLUX.1's own text layers, and who has those
-INSIDE_TEXT = ("uce", "eraseanything")
-FLUX_TEXT = ("flux", "flux-kontext")
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,13 @@ def _edit(family: Family) -> Support:
 
 
 def _erase(family: Family) -> Support:
-    if family.path != "flow":
-        return Support((), NO_FLOW)
-    if "words" not in family.condition:
-        return Support((), NO_WORDS)
     notes = ["without a source image"] if family.sources == "optional" else []
-    if family.name not in FLUX_TEXT:
-        notes.append(f"by every method but {' and '.join(INSIDE_TEXT)}, which reach into FLUX.1's text layers")
+    left_out = [] if family.path == "flow" else ["eraseflow"]
+    left_out += {"nowhere": ["uce", "eraseanything"], "inputs": ["eraseanything"], "attention": []}[family.words_enter]
+    if left_out:
+        notes.append(f"by every method but {' and '.join(left_out)}")
+    if "nothing" in family.condition:
+        notes.append("a model of classes")
     return Support(BOTH, "; ".join(notes))
 
 
@@ -147,3 +149,22 @@ _RULES: dict[str, Callable[[Family], Support]] = {
     "sharpen": _sharpen,
 }
 VERBS = tuple(_RULES)
+
+# words in the keys of LoRA files that only one family's layers have, most telling first; diffusers' and kohya's names
+MARKS = (
+    ("sd15", r"(unet\.|lora_unet_)(down_block|up_block|mid_block|input_block|output_block|middle_block)"),
+    ("qwen-image", r"(img|txt)_(mlp|mod)\b"),
+    (
+        "flux2-klein",
+        r"to_qkv_mlp_proj|(double|single)_stream_modulation|transformer_blocks\.\d+\.ff(_context)?\.linear_in",
+    ),
+    ("flux", r"single_transformer_blocks|(double|single)_blocks"),
+    ("sd3", r"transformer_blocks\.\d+\.attn2\.|joint_blocks"),
+    ("flux, flux2-klein, sd3 or qwen-image", r"transformer_blocks\.\d+\.attn\.add_[qkv]_proj"),
+)
+
+
+def family_of_lora(keys: Iterable[str]) -> str | None:
+    """The family, or families, whose layers the keys of a LoRA file name; None where they do not tell."""
+    words = "\n".join(keys)
+    return next((name for name, mark in MARKS if re.search(mark, words)), None)

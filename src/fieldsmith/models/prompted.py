@@ -21,6 +21,8 @@ class Prompted(Model):
     """A model of words. `negative` is what guidance goes away from: the empty prompt unless told otherwise."""
 
     text_length: int  # tokens that a prompt may have
+    # (tokenizer, place of its first token in the part "embeds"), where single words can be told there
+    text_parts: tuple[tuple[Any, int], ...] = ()
     _negative = ""
     _null: Condition | None = None
 

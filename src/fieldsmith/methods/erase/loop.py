@@ -17,8 +17,7 @@ from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
 from fieldsmith.methods.erase.config import EraseConfig, check, pairs
 from fieldsmith.models.core import Condition, LoraSpec, Model
-from fieldsmith.models.families import FLUX_TEXT, INSIDE_TEXT, NO_FLOW
-from fieldsmith.paths import Prediction, RectifiedFlow, noised
+from fieldsmith.paths import Kind, Prediction, RectifiedFlow, noised
 from fieldsmith.runs import Run
 from fieldsmith.samplers import flow_sde_step, gaussian_step
 from fieldsmith.training import Fit, Losses, Optimisation, fit, generator
@@ -53,13 +52,7 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     """
     check(config)
     processes.check_share(config.batch, "batch")
-    if not isinstance(model.path, RectifiedFlow):
-        raise InputError(f"{model.name} {NO_FLOW}")
-    if config.method in INSIDE_TEXT and model.family not in FLUX_TEXT:
-        raise InputError(
-            f"method '{config.method}' reaches into FLUX.1's text layers, which {model.name} (family {model.family}) "
-            "lacks; use gem, esd, concept-ablation, eraseflow or projection"
-        )
+    check_model(model, config)
     encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
     model.encode(config.keep or [""])  # unknown words are refused now
     spent = model.forwards
@@ -92,8 +85,8 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
         yield from losses(step, draws, log)
         if config.retain:
             some = kept[torch.randint(len(kept.t), (per_step // 4 or 1,), generator=draws)]
-            velocity = model.predict(some.x, some.t, some.condition, config.loss_guidance).velocity
-            apart = L.norm(velocity - some.velocity).mean()
+            said = model.predict(some.x, some.t, some.condition, config.loss_guidance)
+            apart = L.norm(S.field_of(said) - some.field).mean()
             log["retain"] = apart.item()
             yield config.retain * (config.gamma if config.method == "gem" else 1.0) * apart
         if step % 5 == 0:
@@ -128,6 +121,18 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     return Result(done.steps, done.seconds, cost, done.stopped)
 
 
+def check_model(model: Model, config: EraseConfig) -> None:
+    """Raises InputError where the method has no meaning on the model's path, or no place in its network."""
+    flow = isinstance(model.path, RectifiedFlow)
+    for setting, asked in (("method", config.method), ("timestep_weight", config.timestep_weight)):
+        if not flow and asked in ("eraseflow", "tb"):
+            raise InputError(f"{setting} '{asked}' needs a rectified flow, which {model.name} is not; choose another")
+    if config.method in ("uce", "eraseanything"):
+        from fieldsmith.models.text_layers import check_text_layers
+
+        check_text_layers(model, config.method, attention=config.method == "eraseanything")
+
+
 def _untrained(model: Model, config: EraseConfig, encoded: list[Pair], run: Run | None, probe: Probe | None) -> Result:
     """UCE and the projection: no steps, and no forwards of the network."""
     spent = model.forwards
@@ -150,13 +155,17 @@ def _states_per_step(config: EraseConfig) -> int:
 
 @torch.no_grad()
 def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> float:
-    """Mean relative velocity distance to the reference on kept prompts; not counted as cost."""
+    """Mean relative distance of the field to the reference's on kept prompts; not counted as cost."""
     counted = model.forwards
     some = kept[torch.arange(0, len(kept.t), every)]
-    velocity = model.predict(some.x, some.t, some.condition, config.loss_guidance).velocity
+    said = model.predict(some.x, some.t, some.condition, config.loss_guidance)
     model.forwards = counted
-    change = (velocity - some.velocity).flatten(1).norm(dim=1) / some.velocity.flatten(1).norm(dim=1)
+    change = (S.field_of(said) - some.field).flatten(1).norm(dim=1) / some.field.flatten(1).norm(dim=1)
     return change.mean().item()
+
+
+def _field(model: Model, x: Tensor, t: Tensor, condition: Condition, config: EraseConfig) -> Tensor:
+    return S.field_of(model.predict(x, t, condition, config.loss_guidance))
 
 
 def _probe_point(model: Model, config: EraseConfig) -> tuple[Tensor, Tensor]:
@@ -167,7 +176,7 @@ def _probe_point(model: Model, config: EraseConfig) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _separations(model: Model, config: EraseConfig, encoded: list[Pair]) -> list[preflight.Check]:
     x, t = _probe_point(model, config)
-    said = [[model.predict(x, t, c, config.loss_guidance).velocity for c in (p.anchor, p.target)] for p in encoded]
+    said = [[_field(model, x, t, c, config) for c in (p.anchor, p.target)] for p in encoded]
     checks = [preflight.separation(a, n, pair.name) for (a, n), pair in zip(said, encoded, strict=True)]
     preflight.require(checks, quiet=True)
     return checks
@@ -225,11 +234,11 @@ def gem(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses,
 
 
 def _contrast(model: Model, some: S.States, pair: Pair, config: EraseConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Student, anchor and target velocities at shared states."""
+    """Student, anchor and target fields at shared states."""
     with torch.no_grad(), model.reference():
-        p = model.predict(some.x, some.t, pair.anchor, config.loss_guidance).velocity
-        n = model.predict(some.x, some.t, pair.target, config.loss_guidance).velocity
-    return model.predict(some.x, some.t, pair.target, config.loss_guidance).velocity, p, n
+        p = _field(model, some.x, some.t, pair.anchor, config)
+        n = _field(model, some.x, some.t, pair.target, config)
+    return _field(model, some.x, some.t, pair.target, config), p, n
 
 
 def esd(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
@@ -258,14 +267,14 @@ def concept_ablation(model: Model, config: EraseConfig, encoded: list[Pair]) -> 
         x_0 = bank[id(pair)]
         x_0 = x_0[torch.randint(len(x_0), (config.batch,), generator=draws)]
         eps = torch.randn(x_0.shape, generator=draws).to(x_0)
-        t = torch.rand(len(x_0), generator=draws).to(x_0)
+        t = S.uniform_times(model, len(x_0), draws).to(x_0)
         x_t = noised(model.path, x_0, eps, t)
         with torch.no_grad():  # the moving target is the current network, as released
-            goal = model.predict(x_t, t, pair.anchor, config.loss_guidance).velocity
-        yield L.square_loss(model.predict(x_t, t, pair.target, config.loss_guidance).velocity, goal)
+            goal = _field(model, x_t, t, pair.anchor, config)
+        yield L.square_loss(_field(model, x_t, t, pair.target, config), goal)
         if config.prior:
-            said = model.predict(x_t, t, pair.anchor, config.loss_guidance).velocity
-            yield config.prior * L.square_loss(said, eps - x_0)
+            said = _field(model, x_t, t, pair.anchor, config)
+            yield config.prior * L.square_loss(said, eps - x_0 if isinstance(model.path, RectifiedFlow) else eps)
 
     return losses, {}
 
@@ -307,7 +316,7 @@ def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tup
     regresses the reference's velocity on kept prompts, the mean of flow matching on its images (on images of the
     concept, as released, it would teach the concept back). The keyword is the whole target prompt.
     """
-    from fieldsmith.models.flux_text import attention_maps, word_positions
+    from fieldsmith.models.text_layers import attention_maps, word_positions
 
     names = [target for target, _ in pairs(config)]
     kept = S.kept_states(model, config, generator(config.seed, 0, stream=3))
@@ -316,7 +325,7 @@ def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tup
     def column(prompt: str, states: S.States) -> tuple[Tensor, list[Tensor]]:
         words = word_positions(model, [prompt])[0] or [0]
         with attention_maps(model) as maps:
-            velocity = model.predict(states.x, states.t, model.encode([prompt]), config.loss_guidance).velocity
+            velocity = _field(model, states.x, states.t, model.encode([prompt]), config)
         return maps[0][:, 0, :, words].mean(-1), [velocity, maps[0]]
 
     def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
@@ -325,16 +334,16 @@ def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tup
         at = S.single(model, pair.target, config, draws)
         if step % 2 == 0:
             with torch.no_grad(), model.reference():
-                u = model.predict(at.x, at.t, pair.anchor, config.loss_guidance).velocity
-                n = model.predict(at.x, at.t, pair.target, config.loss_guidance).velocity
+                u = _field(model, at.x, at.t, pair.anchor, config)
+                n = _field(model, at.x, at.t, pair.target, config)
             _, (v, maps) = column(names[which], at)
             words = word_positions(model, [names[which]])[0]
             # the released negative guidance from the anchor sentence: u - eta (n - u)
             yield L.square_loss(v, u - config.eta * (n - u)) + config.attention_weight * L.attention_loss(maps, words)
         else:
             some = kept[torch.randint(len(kept.t), (config.batch,), generator=draws)]
-            said = model.predict(some.x, some.t, some.condition, config.loss_guidance).velocity
-            yield config.preserve_weight * L.square_loss(said, some.velocity)
+            said = _field(model, some.x, some.t, some.condition, config)
+            yield config.preserve_weight * L.square_loss(said, some.field)
             synonym = column((config.synonyms or (names[which],))[0], at)[0]
             others = torch.stack([column(word, at)[0] for word in irrelevant])
             yield config.preserve_weight * L.contrast_loss(synonym, column(names[which], at)[0], others)
@@ -353,7 +362,7 @@ LOSSES: dict[str, Callable[[Model, EraseConfig, list[Pair]], tuple[Losses, dict[
 
 def _closed_form(model: Model, config: EraseConfig) -> None:
     """UCE on the layers where text enters."""
-    from fieldsmith.models.flux_text import text_inputs
+    from fieldsmith.models.text_layers import text_inputs
 
     targets, anchors = (text_inputs(model, side) for side in zip(*pairs(config), strict=True))
     kept = text_inputs(model, config.keep or ("",))
@@ -365,7 +374,7 @@ def _closed_form(model: Model, config: EraseConfig) -> None:
 
 
 class Projected:
-    """The training-free baseline: a model whose velocity is projected off the concept's direction, at every prompt."""
+    """The training-free baseline: a model whose field is projected off the concept's direction, at every prompt."""
 
     def __init__(self, model: Model, config: EraseConfig):
         self.model, self.config = model, config
@@ -376,9 +385,10 @@ class Projected:
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
         said = self.model.predict(x_t, t, condition, guidance)
-        velocity = said.velocity
+        field = S.field_of(said)
         for target, anchor in self.pairs:
-            n = self.model.predict(x_t, t, target, guidance).velocity
-            p = self.model.predict(x_t, t, anchor, guidance).velocity
-            velocity = L.project(velocity, p, n)
-        return Prediction("velocity", velocity, x_t, said.t, said.path)
+            n = S.field_of(self.model.predict(x_t, t, target, guidance))
+            p = S.field_of(self.model.predict(x_t, t, anchor, guidance))
+            field = L.project(field, p, n)
+        kind: Kind = "velocity" if isinstance(said.path, RectifiedFlow) else "eps"
+        return Prediction(kind, field, x_t, said.t, said.path)

@@ -12,7 +12,21 @@ from torch import Tensor
 
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.models.core import Condition, Model
+from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving
 from fieldsmith.samplers import Trajectory, rollout
+
+
+def field_of(said: Prediction) -> Tensor:
+    """What the losses compare: velocities on rectified flow, eps on a variance-preserving path, as ESD has it."""
+    return said.velocity if isinstance(said.path, RectifiedFlow) else said.eps
+
+
+def uniform_times(model: Model, n: int, draws: torch.Generator) -> Tensor:
+    """Times in (0, 1), (n,); those that the network was trained at where they are discrete."""
+    t = torch.rand(n, generator=draws)
+    if isinstance(model.path, VariancePreserving):
+        t = model.path.time((t * model.path.length).floor())
+    return t
 
 
 @dataclass(frozen=True)
@@ -32,15 +46,15 @@ class States:
 
 @dataclass(frozen=True)
 class Kept:
-    """States of the reference under kept prompts, with the reference's velocity there."""
+    """States of the reference under kept prompts, with its field there (`field_of`)."""
 
     x: Tensor
     t: Tensor
-    velocity: Tensor
+    field: Tensor
     condition: Condition
 
     def __getitem__(self, rows: Tensor) -> Kept:
-        return Kept(self.x[rows], self.t[rows], self.velocity[rows], self.condition[rows])
+        return Kept(self.x[rows], self.t[rows], self.field[rows], self.condition[rows])
 
 
 @torch.no_grad()
@@ -84,20 +98,24 @@ def single(model: Model, condition: Condition, config: EraseConfig, generator: t
 
 @torch.no_grad()
 def kept_states(model: Model, config: EraseConfig, generator: torch.Generator) -> Kept:
-    """All states of reference rollouts under the kept prompts in turn; Euler's own differences are the velocities."""
+    """All states of reference rollouts under the kept prompts in turn, with what the reference says there."""
     prompts = config.keep or ("",)
     rollouts = max(16, len(prompts))
     condition = model.encode([prompts[i % len(prompts)] for i in range(rollouts)])
+    fields = []
+
+    def field(x: Tensor, t: Tensor) -> Prediction:
+        said = model.predict(x, t, condition, config.loss_guidance)
+        fields.append(field_of(said))
+        return said
+
     with model.reference():
-        field = lambda x, t: model.predict(x, t, condition, config.loss_guidance)  # noqa: E731
         path = rollout(field, model.noise(rollouts, generator), model.grid(config.steps))
-    steps = path.times.diff().reshape(-1, *[1] * (path.states.ndim - 1))
-    velocity = path.states.diff(dim=0) / steps
     every = [condition] * config.steps
     parts = {name: torch.cat([c.parts[name] for c in every]) for name in condition.parts}
     return Kept(
         path.states[:-1].flatten(0, 1),
         path.times[:-1].repeat_interleave(rollouts),
-        velocity.flatten(0, 1),
+        torch.cat(fields),
         Condition(parts),
     )

@@ -1,0 +1,112 @@
+"""Small real pipelines of the Stable Diffusion families, built from nothing: what the tests load.
+
+As in tiny.py: tokenizers are word lists, and every class is the one that full-size pipelines use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from fieldsmith.models.tiny import _vae, word_tokenizer
+
+VAE_CHANNELS = (8, 16)  # two levels: a latent is 2 pixels wide
+
+
+def _clip(words: Sequence[str], width: int, text_length: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words) + 5, hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=text_length,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+
+
+def sd15_pipeline(
+    words: Sequence[str],
+    *,
+    size: int = 16,
+    widths: Sequence[int] = (16, 32),
+    text_width: int = 32,
+    text_length: int = 8,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+) -> StableDiffusionPipeline:
+    """A StableDiffusionPipeline with random weights for images of `size` pixels, with DDIM's steps.
+
+    Its scheduler has SD 1.5's betas and offset, and ends at clean data. There is no safety checker.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # module constructors draw from the global generator
+        unet: Any = UNet2DConditionModel(
+            sample_size=size // 2, in_channels=4, out_channels=4, block_out_channels=tuple(widths), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * (len(widths) - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(widths) - 1),
+            cross_attention_dim=text_width, attention_head_dim=2, norm_num_groups=8,
+        )  # fmt: skip
+        vae: Any = _vae(VAE_CHANNELS, 4, size, scaling_factor=0.18215)
+        clip = CLIPTextModel(_clip(words, text_width, text_length))
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+        prediction_type=prediction_type,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae.eval(), text_encoder=clip.eval(), tokenizer=word_tokenizer(words, text_length, bos=True),
+        unet=unet.eval(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def sd3_pipeline(
+    words: Sequence[str],
+    *,
+    size: int = 16,
+    layers: int = 2,
+    heads: int = 2,
+    head_width: int = 16,
+    latent_channels: int = 4,
+    text_width: int = 64,
+    text_length: int = 8,
+    newer: bool = True,
+    t5: bool = True,
+    seed: int = 0,
+) -> StableDiffusion3Pipeline:
+    """A StableDiffusion3Pipeline with random weights for images of `size` pixels and up to four times as large.
+
+    `newer` as SD3.5-medium: normalised queries and keys, a second attention in the first block. Without `t5` the
+    pipeline has no third encoder. The scheduler's shift is SD3's, 3.
+    """
+    width, clips = heads * head_width, (text_width // 4, text_width // 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # module constructors draw from the global generator
+        transformer: Any = SD3Transformer2DModel(
+            sample_size=size // 2, patch_size=2, in_channels=latent_channels, out_channels=latent_channels,
+            num_layers=layers, attention_head_dim=head_width, num_attention_heads=heads,
+            joint_attention_dim=text_width, caption_projection_dim=width, pooled_projection_dim=sum(clips),
+            pos_embed_max_size=size, dual_attention_layers=(0,) if newer else (), qk_norm="rms_norm" if newer else None,
+        )  # fmt: skip
+        vae: Any = _vae(VAE_CHANNELS, latent_channels, size, scaling_factor=1.5305, shift_factor=0.0609)
+        encoders: list[Any] = [CLIPTextModelWithProjection(_clip(words, w, text_length)) for w in clips]
+        config = T5Config(  # type: ignore[call-arg]
+            vocab_size=len(words) + 5, d_model=text_width, d_kv=text_width // 4, d_ff=2 * text_width, num_layers=1,
+            num_heads=4, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
+        )  # fmt: skip
+        encoders.append(T5EncoderModel(config) if t5 else None)
+    tokenizers: list[Any] = [word_tokenizer(words, text_length, bos=bos) for bos in (True, True, False)]
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.eval(),
+        text_encoder=encoders[0].eval(), tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1].eval(), tokenizer_2=tokenizers[1],
+        text_encoder_3=encoders[2].eval() if t5 else None,  # type: ignore[arg-type]
+        tokenizer_3=tokenizers[2] if t5 else None,
+    )  # fmt: skip
