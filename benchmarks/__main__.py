@@ -1,0 +1,98 @@
+"""All benchmarks, on one thread: prints their ratios and writes results/bench (`make bench`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import torch
+from rich.console import Console
+
+from benchmarks import samplers, steps
+from fieldsmith.commands.plan_error import plan_error
+from fieldsmith.reproduce.claims import opening, table
+from fieldsmith.runs import write_atomically
+
+OUT = pathlib.Path("results/bench")
+COMMAND = "make bench"
+HELP = ("--help", "erase --help", "align --help", "edit --help", "distill --help", "sharpen --help")
+
+
+def help_seconds(words: str, rounds: int = 5) -> float:
+    """Wall time of the fastest of several starts."""
+    spans = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "fieldsmith", *words.split()], check=True, capture_output=True)
+        spans.append(time.perf_counter() - began)
+    return min(spans)
+
+
+def claim(name: str, statement: str, value: float, unit: str, good: bool) -> dict[str, Any]:
+    """A measurement has no seeds; its interval is itself."""
+    return {
+        "id": name, "statement": statement, "paper": "", "value": value, "low": value, "high": value, "unit": unit,
+        "verdict": "reproduced" if good else "not", "seeds": [], "command": COMMAND, "forward_equivalents": 0,
+    }  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    console = Console()
+    taken = []
+    for verb in steps.VERBS:
+        taken.append(steps.measure(verb))
+        console.print(f"{verb}: a step costs {taken[-1].ratio:.3f} times its networks' bare calls")
+    drawn = []
+    for family in samplers.FAMILIES:
+        drawn.append(samplers.measure(family))
+        console.print(f"{family}: diffusers' pipeline takes {drawn[-1].ratio:.2f} times our sampler's time")
+    started = {words: help_seconds(words) for words in HELP}
+    for words, seconds in started.items():
+        console.print(f"fieldsmith {words}: {seconds:.2f} s")
+    planned = plan_error()
+    console.print(f"plan: peak memory off by at most {100 * planned:.1f}%")
+
+    overhead, slowest = max(r.ratio for r in taken) - 1, min(r.ratio for r in drawn)
+    longest = max(started.values())
+    claims = [
+        claim("bench.worst_step_overhead", "a training step's CPU time over its networks' bare forwards and backwards, "
+              "less 1; the worst verb", overhead, "share", overhead <= 0.05),
+        claim("bench.sampler_ratio", "our sampler's throughput over the diffusers pipeline's, the worst family",
+              slowest, "ratio", slowest >= 1),
+        claim("bench.help_seconds", "time until --help is printed, the slowest verb", longest, "s", longest <= 0.5),
+        claim("bench.plan_memory_error", "peak memory as planned against as measured, the worst case", planned, "share",
+              planned <= 0.15),
+    ]  # fmt: skip
+    write_atomically(OUT / "summary.json", json.dumps({"claims": claims}, indent=1) + "\n")
+    found = {"steps": taken, "samplers": drawn}
+    rows = {name: [dataclasses.asdict(row) for row in part] for name, part in found.items()}
+    write_atomically(OUT / "rows.json", json.dumps({**rows, "help": started}, indent=1) + "\n")
+    write_atomically(OUT / "README.md", page(claims, taken, drawn, started))
+
+
+def page(claims: list[dict[str, Any]], taken: list[Any], drawn: list[Any], started: dict[str, float]) -> str:
+    lines = opening("make bench", claims, COMMAND)
+    lines[0] = "# What fieldsmith costs beside the networks that it asks"
+    lines[2] = f"Made by `{COMMAND}` on one thread, ratios of CPU time taken in one run; benchmarks/ says how."
+    lines += ["## A training step over its networks' bare calls", ""]
+    lines += table(("verb", "ratio", "ms a step", "network calls a step"),
+                   [(r.verb, f"{r.ratio:.3f}", f"{r.step_milliseconds:.0f}", f"{r.calls:.0f}") for r in taken])
+    lines += ["## The diffusers pipeline's time over our sampler's, tiny networks", ""]
+    lines += table(("family", "ratio", "ms for 2 images in 8 steps, ours"),
+                   [(r.family, f"{r.ratio:.2f}", f"{r.our_milliseconds:.0f}") for r in drawn])
+    lines += ["## Start-up", ""]
+    lines += table(("command", "s"), [(f"fieldsmith {words}", f"{s:.2f}") for words, s in started.items()])
+    return "\n".join(lines).rstrip() + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
