@@ -24,8 +24,9 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
 
 
 class Path(Protocol):
-    """alpha and sigma of t and their time derivatives, each of t's shape."""
+    """alpha and sigma of t (`levels`: both) and their time derivatives, each of t's shape."""
 
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
     def alpha(self, t: Tensor) -> Tensor: ...
     def sigma(self, t: Tensor) -> Tensor: ...
     def d_alpha(self, t: Tensor) -> Tensor: ...
@@ -35,6 +36,9 @@ class Path(Protocol):
 @dataclass(frozen=True)
 class RectifiedFlow:
     """alpha = 1 - t, sigma = t, velocity eps - x_0; diffusers calls this t sigma."""
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -92,11 +96,16 @@ class VariancePreserving:
         slope = table[left + 1] - table[left]
         return (table[left] + (place - left) * slope), slope * self.length
 
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma."""
+        log = self._log_and_slope(t)[0]
+        return (log / 2).exp().to(t.dtype), (-torch.expm1(log)).sqrt().to(t.dtype)
+
     def alpha(self, t: Tensor) -> Tensor:
-        return (self._log_and_slope(t)[0] / 2).exp().to(t.dtype)
+        return self.levels(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(self._log_and_slope(t)[0])).sqrt().to(t.dtype)
+        return self.levels(t)[1]
 
     def d_alpha(self, t: Tensor) -> Tensor:
         log, slope = self._log_and_slope(t)
@@ -137,7 +146,8 @@ class Prediction:
     fraction: Tensor | None = None
 
     def _coefficients(self) -> tuple[Tensor, Tensor]:
-        return expand(self.path.alpha(self.t), self.x_t), expand(self.path.sigma(self.t), self.x_t)
+        alpha, sigma = self.path.levels(self.t)
+        return expand(alpha, self.x_t), expand(sigma, self.x_t)
 
     def _slopes(self) -> tuple[Tensor, Tensor]:
         return expand(self.path.d_alpha(self.t), self.x_t), expand(self.path.d_sigma(self.t), self.x_t)

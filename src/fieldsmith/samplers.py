@@ -84,10 +84,12 @@ def ddim_step(said: Prediction, t_next: Tensor, eta: float, clip: float | None =
     what the network said, as diffusers' DDIMScheduler has it.
     """
     path, x = said.path, said.x_t
-    alpha, sigma = _dim(path.alpha(said.t), x), _dim(path.sigma(said.t), x)
-    alpha_next, sigma_next = _dim(path.alpha(t_next), x), _dim(path.sigma(t_next), x)
-    kept = alpha * sigma_next / (alpha_next * sigma)
-    deviation = eta * sigma_next * (1 - kept**2).clamp(min=0).sqrt()
+    alpha_next, sigma_next = (_dim(level, x) for level in path.levels(t_next))
+    deviation = torch.zeros_like(sigma_next)
+    if eta:
+        alpha, sigma = (_dim(level, x) for level in path.levels(said.t))
+        kept = alpha * sigma_next / (alpha_next * sigma)
+        deviation = eta * sigma_next * (1 - kept**2).clamp(min=0).sqrt()
     x_0 = said.x_0 if clip is None else said.x_0.clamp(-clip, clip)
     mean = alpha_next * x_0 + (sigma_next**2 - deviation**2).clamp(min=0).sqrt() * said.eps
     return Gaussian(mean, deviation)

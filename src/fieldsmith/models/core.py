@@ -138,6 +138,12 @@ class Model:
         first: Tensor = next(self.network.parameters())
         return first.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's frozen weights; diffusers' own property walks over all of them at every call."""
+        first: Tensor = next(self.network.parameters())
+        return first.dtype
+
     def _modules(self, subset: str) -> list[str]:
         if subset not in self.SUBSETS:
             known = ", ".join(self.SUBSETS)

@@ -160,7 +160,7 @@ class ClassDDPM(Model):
         raise InputError(f"{said} is no scale that {self.name} was made for; use one of {listed}")
 
     def _say(self, x_t: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        dtype = self.network.dtype
+        dtype = self.dtype
         said: Tensor = self.network(
             x_t.to(dtype), self._index(t), class_labels=rows if self.conditional else None, return_dict=False
         )[0].to(x_t.dtype)

@@ -86,7 +86,7 @@ class Flux(Prompted):
         return x_t, self.image_ids
 
     def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
-        dtype = self.network.dtype  # states stay in theirs: a bf16 network under exact float32 steps
+        dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         tokens, ids = self._image_tokens(x_t, condition)
         output: Tensor = self.network(
             hidden_states=tokens.to(dtype),

@@ -109,7 +109,7 @@ class Flux2Klein(Prompted):
         return joined(condition, Condition({"source": source}), Condition({"source_ids": ids}))
 
     def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
-        dtype = self.network.dtype  # states stay in theirs: a bf16 network under exact float32 steps
+        dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         tokens, ids, embeds = x_t, self.image_ids, condition.parts["embeds"]
         if "source" in condition.parts:
             tokens = torch.cat((x_t, condition.parts["source"].to(x_t)), dim=1)

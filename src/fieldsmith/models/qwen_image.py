@@ -84,7 +84,7 @@ class QwenImage(Prompted):
         return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
-        dtype = self.network.dtype  # states stay in theirs: a bf16 network under exact float32 steps
+        dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         tokens, sizes, mask = x_t, [(1, self.side, self.side)], condition.parts["mask"]
         if "source" in condition.parts:
             tokens = torch.cat((x_t, condition.parts["source"].to(x_t)), dim=1)

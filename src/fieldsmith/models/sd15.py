@@ -89,7 +89,7 @@ class SD15(Prompted):
         return Condition({"embeds": embeds})
 
     def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
-        dtype = self.network.dtype  # states stay in theirs: a half-precision network under exact float32 steps
+        dtype = self.dtype  # states stay in theirs: a half-precision network under exact float32 steps
         index = network_index(self.path, t)
         embeds = condition.parts["embeds"].to(dtype)
         said: Tensor = self.network(x_t.to(dtype), index, encoder_hidden_states=embeds, return_dict=False)[0]

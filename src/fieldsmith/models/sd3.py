@@ -96,7 +96,7 @@ class SD3(Prompted):
         return Condition({"embeds": embeds, "pooled": pooled})
 
     def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
-        dtype = self.network.dtype  # states stay in theirs: a bf16 network under exact float32 steps
+        dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         said: Tensor = self.network(
             hidden_states=x_t.to(dtype),
             timestep=t * TRAIN_TIMES,
