@@ -45,5 +45,5 @@ def scheduled_grid(path: VariancePreserving, config: Any, steps: int, name: str)
 def network_index(path: VariancePreserving, t: Tensor) -> Tensor:
     """The discrete index of t, in t's type; whole where t = (index + 1) / T only missed it by rounding."""
     index = path.index(t)
-    off = (index.round() - index).detach()
-    return index + torch.where(off.abs() < 1e-3, off, torch.zeros_like(off))
+    whole = index.detach().round()
+    return torch.where((index - whole).abs() < 1e-3, index + (whole - index).detach(), index)
