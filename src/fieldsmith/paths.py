@@ -99,10 +99,10 @@ class VariancePreserving:
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma."""
         place = t.double() * self.length
-        left = place.floor().clamp_(0, self.length - 1).long()
+        left = place.floor().clamp(0, self.length - 1).long()
         table = self._log.to(t.device)
         log = torch.lerp(table[left], table[left + 1], place - left)
-        return (log / 2).exp_().to(t.dtype), torch.expm1(log).neg_().sqrt_().to(t.dtype)
+        return (log / 2).exp().to(t.dtype), (-torch.expm1(log)).sqrt().to(t.dtype)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.levels(t)[0]
