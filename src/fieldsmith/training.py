@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fieldsmith.errors import RunError
+from fieldsmith.optimizers import adamw
 from fieldsmith.runs import Run
 
 Losses = Callable[[int, torch.Generator, dict[str, float]], Iterator[Tensor]]
@@ -77,7 +78,7 @@ def fit(
     """
     accelerator = Accelerator()
     params = list(parameters.values())
-    optimizer = torch.optim.AdamW(params, lr=optimisation.lr, weight_decay=optimisation.weight_decay)
+    optimizer = adamw(params, optimisation.lr, optimisation.weight_decay)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
     first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
     began, done, whole = time.monotonic(), first, True
