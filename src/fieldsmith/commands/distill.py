@@ -106,11 +106,7 @@ def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     teacher = memory.loaded(fits, config.teacher)
-    teacher.encode([""])  # a teacher without a null class is refused in its own words
-    try:
-        teacher.grid(config.sampler_steps)
-    except ValueError as error:
-        raise InputError(f"sampler_steps={config.sampler_steps}: {error}") from error
+    check_sampled(teacher, config.sampler_steps)
     student = student_for(teacher, config)
     student.network.float()
     data = data_for(teacher, config)
@@ -148,6 +144,15 @@ def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     directory.finish(metrics)
     console.print(f"page: {directory.folder / 'report.html'}")
     return directory
+
+
+def check_sampled(model: Model, steps: int) -> None:
+    """Raises InputError where the model has no null prompt, in its own words, or cannot be sampled in these steps."""
+    model.encode([""])
+    try:
+        model.grid(steps)
+    except ValueError as error:
+        raise InputError(f"sampler_steps={steps}: {error}") from error
 
 
 def data_for(teacher: Model, config: DistillConfig) -> Classes:
@@ -192,9 +197,22 @@ def student_for(teacher: Model, config: DistillConfig) -> Model:
     """An untrained student. Raises InputError at a file that is no config, or a config that is no smaller network."""
     from fieldsmith.models.shrink import shrink
 
-    scales = config.guidance_scales if config.objective == "w-conditioned" else None
+    fields = student_fields(config)
+    ratio = config.shrink if fields is None else None
+    return shrink(
+        teacher, ratio, fields, init=config.init, guidance_scales=student_scales(config), seed=config.seed
+    )  # fmt: skip
+
+
+def student_scales(config: DistillConfig) -> tuple[float, ...] | None:
+    """The guidance scales that the student takes itself."""
+    return config.guidance_scales if config.objective == "w-conditioned" else None
+
+
+def student_fields(config: DistillConfig) -> dict[str, Any] | None:
+    """The config fields of the file that the settings name, if they do. Raises InputError where it is no such file."""
     if config.student is None:
-        return shrink(teacher, config.shrink, init=config.init, guidance_scales=scales, seed=config.seed)
+        return None
     try:
         fields = json.loads(config.student.read_text(encoding="utf-8"))
     except OSError as error:
@@ -203,4 +221,4 @@ def student_for(teacher: Model, config: DistillConfig) -> Model:
         raise InputError(f"student config '{config.student}' is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"student config '{config.student}' is no mapping of config fields to values")
-    return shrink(teacher, config=fields, init=config.init, guidance_scales=scales, seed=config.seed)
+    return fields

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments, memory
+from fieldsmith.commands.distill import check_sampled
 from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.sharpen.config import METHODS, NEEDS_HEAD, PRESETS, SharpenConfig, check, preset
@@ -76,11 +77,7 @@ def run(config: SharpenConfig, fits: Memory = memory.DEFAULT) -> Run:
         torch.set_num_threads(config.threads)
     model = memory.loaded(fits, config.model)
     loop.check_path(model)
-    try:
-        model.grid(config.sampler_steps)
-    except ValueError as error:
-        raise InputError(f"sampler_steps={config.sampler_steps}: {error}") from error
-    model.encode([""])  # a model without an unconditional branch is refused in its own words
+    check_sampled(model, config.sampler_steps)
     world = world_for(model, config)
     if config.method in NEEDS_HEAD and config.add_head and not getattr(model, "learns_variance", False):
         from fieldsmith.models.variance_head import with_variance_head

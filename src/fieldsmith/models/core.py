@@ -117,6 +117,10 @@ class Model:
     def grid(self, steps: int) -> Tensor:
         raise NotImplementedError
 
+    def blank(self) -> Condition:
+        """One row of what `encode` gives, in shape alone: for planning, where no text encoder has weights."""
+        raise NotImplementedError
+
     # training
 
     @property

@@ -35,6 +35,12 @@ class Result:
     stopped: str
 
 
+def check_path(model: Model) -> None:
+    """Raises InputError where the model is on another path."""
+    if not isinstance(model.path, RectifiedFlow):
+        raise InputError(f"{model.name} is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev")
+
+
 @dataclass(frozen=True)
 class Pair:
     """A target and its anchor, encoded."""
@@ -51,8 +57,7 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     Raises InputError before anything is trained (settings, prompts, preflight), RunError if training breaks.
     """
     check(config)
-    if not isinstance(model.path, RectifiedFlow):
-        raise InputError(f"{model.name} is not a rectified flow; `erase` needs one, e.g. zoo:shapes-flux or FLUX.1-dev")
+    check_path(model)
     encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
     model.encode(config.keep or [""])  # unknown words are refused now
     spent = model.forwards
