@@ -135,7 +135,7 @@ def test_sample_runs_a_session_from_an_image(model, sessions, tmp_path):
         (["--turns", "9"], "1 to 8 turns"),
         (["--judge", "me"], "use exact, or remote:"),
         (["--preset", "mt-nf"], "did you mean 'mt-nft'"),
-        (["--objective", "none", "--identity", "0"], "trains nothing"),
+        (["--objective", "none", "--identity", "0", "--steady", "0"], "trains nothing"),
         (["--credit", "turn", "--scoring", "last"], "needs every turn's score"),
         (["--dependency", "1.5"], "is no share"),
         (["--old", "slow", "--objective", "grpo"], "is NFT's"),

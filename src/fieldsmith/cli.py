@@ -17,6 +17,7 @@ VERBS = {
     "erase": "Make a forbidden prompt give what an anchor prompt gives (GEM and six baselines).",
     "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
+    "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
     "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
     "diagnose": "Measure what guidance a student kept, how sharp a score is along its paths, how an editor bears its "
     "own results, or how far to trust a judge of edits.",

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fieldsmith import processes
 from fieldsmith.errors import RunError
+from fieldsmith.optimizers import adamw
 from fieldsmith.runs import Run
 
 Losses = Callable[[int, torch.Generator, dict[str, float]], Iterator[Tensor]]
@@ -78,7 +79,7 @@ def fit(
     Raises RunError at a loss or gradient that is not finite: parameters and checkpoints stay at the last good step.
     """
     params = list(parameters.values())
-    optimizer = torch.optim.AdamW(params, lr=optimisation.lr, weight_decay=optimisation.weight_decay)
+    optimizer = adamw(params, optimisation.lr, optimisation.weight_decay)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
     first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
     began, done, whole = time.monotonic(), first, True

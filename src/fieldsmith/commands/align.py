@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fieldsmith.commands import arguments
+from fieldsmith.commands import arguments, memory
+from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import RECIPES, AlignConfig, check, preset, scale_for
 
@@ -33,32 +34,38 @@ MOST = 64  # prompts that the page judges
 
 
 def align(words: Sequence[str]) -> None:
-    run(configure(list(words)))
+    run(*settings(list(words)))
 
 
 def configure(words: list[str]) -> AlignConfig:
+    """The settings without those of its memory."""
+    return settings(words)[0]
+
+
+def settings(words: list[str]) -> tuple[AlignConfig, Memory]:
     """Preset, then file, then flags."""
     name, path = arguments.take(words, "--preset"), arguments.take(words, "--config")
     scale = arguments.take(words, "--scale")
-    file = arguments.from_file(path, AlignConfig, "align") if path else {}
+    file = arguments.from_file(path, AlignConfig, "align", Memory) if path else {}
+    fits = memory.taken(file)
     model = arguments.peek(words, "--model") or file.get("model", AlignConfig.model)
     name = name or file.get("preset") or "flow-grpo"
     scale = scale or scale_for(name, model)
     if scale not in ("laptop", "paper"):
         raise InputError(f"scale '{scale}' is unknown; use laptop or paper")
     base = preset(name, "paper" if scale == "paper" else "laptop")
-    return arguments.parse(dataclasses.replace(base, **file), words, "align", NOTES)
+    return arguments.parse_with(dataclasses.replace(base, **file), fits, words, "align", NOTES)
 
 
-def run(config: AlignConfig) -> Run:
+def run(config: AlignConfig, fits: Memory = memory.DEFAULT) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
+    memory.check(fits, not config.full, "--full")
     from rich.console import Console
 
     from fieldsmith.diagnose.concepts import sampler
     from fieldsmith.methods.align import loop
     from fieldsmith.methods.align.setting import named_prompts
-    from fieldsmith.models import load
     from fieldsmith.rewards import checked
     from fieldsmith.rewards import load as load_reward
     from fieldsmith.worlds.model_cards import world_of
@@ -73,12 +80,13 @@ def run(config: AlignConfig) -> Run:
         watched[name] = checked(load_reward(name, world))
     if world:
         watched["valid"] = checked(load_reward("valid", world))
-    directory = arguments.directory_of(config, "align")
+    directory = arguments.directory_of(config, "align", fits)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
-    model = load(config.model, config.resolution)
-    result = loop.align(model, config, reward, directory)
+    model = memory.loaded(fits, config.model, config.resolution)
+    with memory.trained(fits, model):
+        result = loop.align(model, config, reward, directory)
     shipped = "adapter" if model.spec else "model"
     model.save(directory.folder / shipped)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; judging what changed")

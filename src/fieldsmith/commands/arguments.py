@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from fieldsmith.commands.memory import DEFAULT, Memory, said
 from fieldsmith.errors import InputError, check_word
 
 if TYPE_CHECKING:
@@ -64,6 +65,16 @@ def parse(default: C, words: Sequence[str], verb: str, notes: str = "") -> C:
         raise InputError(f"{_first_of_box(said.getvalue())}; see `fieldsmith {verb} --help`") from end
 
 
+def parse_with(config: C, memory: Memory, words: Sequence[str], verb: str, notes: str = "") -> tuple[C, Memory]:
+    """As `parse`, for a verb's settings and those of its memory, which share one command line."""
+    kinds = (Memory, type(config))
+    names = {"__doc__": type(config).__doc__}
+    both = dataclasses.make_dataclass(type(config).__name__, [], bases=kinds, namespace=names, frozen=True)
+    given = parse(both(**vars(config), **vars(memory)), words, verb, notes)
+    found = [kind(**{f.name: getattr(given, f.name) for f in dataclasses.fields(kind)}) for kind in kinds]  # type: ignore[arg-type]
+    return found[1], found[0]  # type: ignore[return-value]
+
+
 def _first_of_box(text: str) -> str:
     """tyro's own sentence, out of the box that it draws: what stands between the title and the next rule."""
     lines = [line.strip("│| ") for line in text.strip().splitlines()[1:]]
@@ -92,14 +103,14 @@ def check_out(out: pathlib.Path, folder: bool) -> None:
         raise InputError(f"out '{out}' cannot be made, '{above}' is not a folder that you may write to; name another")
 
 
-def directory_of(config: Any, verb: str) -> Run:
+def directory_of(config: Any, verb: str, memory: Memory = DEFAULT) -> Run:
     """The run directory that `config.out` names, nothing written yet. Raises InputError where it cannot be one."""
     from fieldsmith.runs import Run
 
     if config.out is None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{verb}")
     check_out(config.out, folder=True)
-    return Run(config.out, verb, config)
+    return Run(config.out, verb, {**vars(config), **said(memory)})
 
 
 def repeat_and_load(verb: str, config: Any, directory: Run, adapter: bool) -> list[str]:
@@ -115,8 +126,11 @@ def repeat_and_load(verb: str, config: Any, directory: Run, adapter: bool) -> li
     return lines
 
 
-def from_file(path: str, kind: type[Any], verb: str) -> dict[str, Any]:
-    """Fields of a TOML file, e.g. a run's config.toml. Raises InputError at unknown keys, another verb, bad TOML."""
+def from_file(path: str, kind: type[Any], verb: str, beside: type[Any] | None = None) -> dict[str, Any]:
+    """Fields of a TOML file, e.g. a run's config.toml, of `kind` and of what stands `beside` it.
+
+    Raises InputError at unknown keys, another verb, bad TOML.
+    """
     try:
         settings = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -125,10 +139,11 @@ def from_file(path: str, kind: type[Any], verb: str) -> dict[str, Any]:
         raise InputError(f"config file '{path}' is not TOML: {error}") from error
     if settings.pop("verb", verb) != verb:
         raise InputError(f"config file '{path}' is of another verb; this is `fieldsmith {verb}`")
-    known = {field.name: field for field in dataclasses.fields(kind)}
+    kinds = [kind] if beside is None else [kind, beside]
+    known = {field.name: field for each in kinds for field in dataclasses.fields(each)}
     if settings.pop("versions", None):  # a run's own record, which leaves out what was None
         settings = {name: None for name, field in known.items() if field.default is None} | settings
-    hints = get_type_hints(kind)
+    hints = {name: hint for each in kinds for name, hint in get_type_hints(each).items()}
     for key, value in settings.items():
         check_word(key, tuple(known), f"{verb}'s settings (in '{path}')")
         if value is not None and not _fits(value, hints[key]):

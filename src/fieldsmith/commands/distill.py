@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fieldsmith.commands import arguments
+from fieldsmith.commands import arguments, memory
+from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill.config import OBJECTIVES, PRESETS, DistillConfig, check, preset
 
@@ -31,22 +32,28 @@ def distill(words: Sequence[str]) -> None:
     if "--identifiability" in words:
         print_identifiability([word for word in words if word != "--identifiability"])
         return
-    run(configure(list(words)))
+    run(*settings(list(words)))
 
 
 def configure(words: list[str]) -> DistillConfig:
+    """The settings without those of its memory."""
+    return settings(words)[0]
+
+
+def settings(words: list[str]) -> tuple[DistillConfig, Memory]:
     """Preset, then file, then flags."""
     name, path = arguments.take(words, "--preset"), arguments.take(words, "--config")
     objective = arguments.peek(words, "--objective")
     name = name or (objective if objective in PRESETS and not path else "fieldsmith")
     scale = arguments.take(words, "--scale")
-    file = arguments.from_file(path, DistillConfig, "distill") if path else {}
+    file = arguments.from_file(path, DistillConfig, "distill", Memory) if path else {}
+    fits = memory.taken(file)
     teacher = str(arguments.peek(words, "--teacher") or file.get("teacher", DistillConfig.teacher))
     scale = scale or ("laptop" if path or teacher.startswith("zoo:") else "paper")
     if scale not in ("laptop", "paper"):
         raise InputError(f"scale '{scale}' is unknown; use laptop or paper")
     base = dataclasses.replace(preset(name, scale), **file)
-    return arguments.parse(base, words, "distill", NOTES)
+    return arguments.parse_with(base, fits, words, "distill", NOTES)
 
 
 def print_identifiability(words: list[str]) -> None:
@@ -75,9 +82,10 @@ def print_identifiability(words: list[str]) -> None:
     Console().print(table)
 
 
-def run(config: DistillConfig) -> Run:
+def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
+    memory.check(fits, True, "")
     import torch
     from rich.console import Console
 
@@ -87,27 +95,24 @@ def run(config: DistillConfig) -> Run:
     from fieldsmith.methods.distill import loop
     from fieldsmith.methods.distill.bank import Source
     from fieldsmith.methods.distill.objectives import identifiability, objective_of
-    from fieldsmith.models import load
     from fieldsmith.training import generator
 
     console = Console(stderr=True)
     objective = objective_of(config)
-    directory = arguments.directory_of(config, "distill")
+    directory = arguments.directory_of(config, "distill", fits)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
     if config.threads:
         torch.set_num_threads(config.threads)
-    teacher = load(config.teacher)
-    teacher.encode([""])  # a teacher without a null class is refused in its own words
-    try:
-        teacher.grid(config.sampler_steps)
-    except ValueError as error:
-        raise InputError(f"sampler_steps={config.sampler_steps}: {error}") from error
+    teacher = memory.loaded(fits, config.teacher)
+    check_sampled(teacher, config.sampler_steps)
     student = student_for(teacher, config)
+    student.network.float()
     data = data_for(teacher, config)
     source = Source(teacher.encode_images(data.images), data.labels, data.names)
-    result = loop.distill(teacher, student, source, config, directory, data.name)
+    with memory.trained(fits, student):
+        result = loop.distill(teacher, student, source, config, directory, data.name)
     student.save(directory.folder / "model")
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; measuring what the student kept")
     sweep = Sweep(data, teacher, config.evaluate, config.sampler_steps, config.seed)
@@ -139,6 +144,15 @@ def run(config: DistillConfig) -> Run:
     directory.finish(metrics)
     console.print(f"page: {directory.folder / 'report.html'}")
     return directory
+
+
+def check_sampled(model: Model, steps: int) -> None:
+    """Raises InputError where the model has no null prompt, in its own words, or cannot be sampled in these steps."""
+    model.encode([""])
+    try:
+        model.grid(steps)
+    except ValueError as error:
+        raise InputError(f"sampler_steps={steps}: {error}") from error
 
 
 def data_for(teacher: Model, config: DistillConfig) -> Classes:
@@ -183,9 +197,22 @@ def student_for(teacher: Model, config: DistillConfig) -> Model:
     """An untrained student. Raises InputError at a file that is no config, or a config that is no smaller network."""
     from fieldsmith.models.shrink import shrink
 
-    scales = config.guidance_scales if config.objective == "w-conditioned" else None
+    fields = student_fields(config)
+    ratio = config.shrink if fields is None else None
+    return shrink(
+        teacher, ratio, fields, init=config.init, guidance_scales=student_scales(config), seed=config.seed
+    )  # fmt: skip
+
+
+def student_scales(config: DistillConfig) -> tuple[float, ...] | None:
+    """The guidance scales that the student takes itself."""
+    return config.guidance_scales if config.objective == "w-conditioned" else None
+
+
+def student_fields(config: DistillConfig) -> dict[str, Any] | None:
+    """The config fields of the file that the settings name, if they do. Raises InputError where it is no such file."""
     if config.student is None:
-        return shrink(teacher, config.shrink, init=config.init, guidance_scales=scales, seed=config.seed)
+        return None
     try:
         fields = json.loads(config.student.read_text(encoding="utf-8"))
     except OSError as error:
@@ -194,4 +221,4 @@ def student_for(teacher: Model, config: DistillConfig) -> Model:
         raise InputError(f"student config '{config.student}' is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"student config '{config.student}' is no mapping of config fields to values")
-    return shrink(teacher, config=fields, init=config.init, guidance_scales=scales, seed=config.seed)
+    return fields

@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith import processes
-from fieldsmith.commands import arguments
+from fieldsmith.commands import arguments, memory
+from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.edit.config import PRESETS, EditConfig, check, preset
 
@@ -31,45 +32,52 @@ HELD_OUT = 1_000_003  # added to the seed of sessions that are only measured
 
 
 def edit(words: Sequence[str]) -> None:
-    run(configure(list(words)))
+    run(*settings(list(words)))
 
 
 def configure(words: list[str]) -> EditConfig:
+    """The settings without those of its memory."""
+    return settings(words)[0]
+
+
+def settings(words: list[str]) -> tuple[EditConfig, Memory]:
     """Preset, then file, then flags."""
     name, path = arguments.take(words, "--preset"), arguments.take(words, "--config")
     size = arguments.take(words, "--scale")
-    file = arguments.from_file(path, EditConfig, "edit") if path else {}
+    file = arguments.from_file(path, EditConfig, "edit", Memory) if path else {}
+    fits = memory.taken(file)
     model = str(arguments.peek(words, "--model") or file.get("model", EditConfig.model))
     size = size or ("laptop" if path or model.startswith("zoo:") else "paper")
     if size not in ("laptop", "paper"):
         raise InputError(f"scale '{size}' is unknown; use laptop or paper")
     base = dataclasses.replace(preset(name or "fieldsmith", size), **file)
-    return arguments.parse(base, words, "edit", NOTES)
+    return arguments.parse_with(base, fits, words, "edit", NOTES)
 
 
-def run(config: EditConfig) -> Run:
+def run(config: EditConfig, fits: Memory = memory.DEFAULT) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
+    memory.check(fits, not config.full, "--full")
     import torch
     from rich.console import Console
 
     from fieldsmith.methods.edit import loop
-    from fieldsmith.models import load
     from fieldsmith.models.editing import check_editor
     from fieldsmith.worlds.scenes_judge import Channel
 
     console = Console(stderr=True)
-    directory = arguments.directory_of(config, "edit")
+    directory = arguments.directory_of(config, "edit", fits)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
     if config.threads:
         torch.set_num_threads(config.threads)
     task = task_of(config)
-    model = load(config.model, config.resolution)
+    model = memory.loaded(fits, config.model, config.resolution)
     check_editor(model)
     channel = Channel(config.contrast, config.blur, config.noise)
-    result = loop.edit(model, config, task, channel, directory)
+    with memory.trained(fits, model):
+        result = loop.edit(model, config, task, channel, directory)
     shipped = "adapter" if model.spec else "model"
     model.save(directory.folder / shipped)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s ({result.stopped}); running held-out sessions")

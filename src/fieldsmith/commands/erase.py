@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fieldsmith.commands import arguments
+from fieldsmith.commands import arguments, memory
+from fieldsmith.commands.memory import Memory
 from fieldsmith.methods.erase.config import EraseConfig, check, preset
 
 if TYPE_CHECKING:
@@ -24,34 +25,41 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
 
 
 def erase(words: Sequence[str]) -> None:
-    run(configure(list(words)))
+    run(*settings(list(words)))
 
 
 def configure(words: list[str]) -> EraseConfig:
+    """The settings without those of its memory."""
+    return settings(words)[0]
+
+
+def settings(words: list[str]) -> tuple[EraseConfig, Memory]:
     """Preset, then file, then flags."""
     name, path = arguments.take(words, "--preset"), arguments.take(words, "--config")
-    file = arguments.from_file(path, EraseConfig, "erase") if path else {}
+    file = arguments.from_file(path, EraseConfig, "erase", Memory) if path else {}
+    fits = memory.taken(file)
     model = arguments.peek(words, "--model") or file.get("model", EraseConfig.model)
     method = arguments.peek(words, "--method") or file.get("method", EraseConfig.method)
     base = preset(name or ("tiny" if model.startswith("zoo:") else "paper"), method)
-    return arguments.parse(dataclasses.replace(base, **file), words, "erase", NOTES)
+    return arguments.parse_with(dataclasses.replace(base, **file), fits, words, "erase", NOTES)
 
 
-def run(config: EraseConfig) -> Run:
+def run(config: EraseConfig, fits: Memory = memory.DEFAULT) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
-    directory = arguments.directory_of(config, "erase")
+    memory.check(fits, not config.full, "--full")
+    directory = arguments.directory_of(config, "erase", fits)
     from rich.console import Console
 
     from fieldsmith.methods.erase import loop
-    from fieldsmith.models import load
 
     console = Console(stderr=True)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
-    model = load(config.model, config.resolution)
-    result = loop.erase(model, config, directory)
+    model = memory.loaded(fits, config.model, config.resolution)
+    with memory.trained(fits, model):
+        result = loop.erase(model, config, directory)
     shipped = _ship(model, config, directory)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; judging what changed")
 

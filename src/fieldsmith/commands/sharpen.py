@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fieldsmith.commands import arguments
+from fieldsmith.commands import arguments, memory
+from fieldsmith.commands.distill import check_sampled
+from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.sharpen.config import METHODS, NEEDS_HEAD, PRESETS, SharpenConfig, check, preset
 
@@ -30,50 +32,52 @@ OF_METHOD = {"variance-penalty": "vsm", "variance-learning": "improved-ddpm", "c
 
 
 def sharpen(words: Sequence[str]) -> None:
-    run(configure(list(words)))
+    run(*settings(list(words)))
 
 
 def configure(words: list[str]) -> SharpenConfig:
+    """The settings without those of its memory."""
+    return settings(words)[0]
+
+
+def settings(words: list[str]) -> tuple[SharpenConfig, Memory]:
     """Preset, then file, then flags."""
     name, path = arguments.take(words, "--preset"), arguments.take(words, "--config")
     method = arguments.peek(words, "--method")
     if name is None and method in METHODS and not path:
         name = OF_METHOD.get(method, method)
     size = arguments.take(words, "--scale")
-    file = arguments.from_file(path, SharpenConfig, "sharpen") if path else {}
+    file = arguments.from_file(path, SharpenConfig, "sharpen", Memory) if path else {}
+    fits = memory.taken(file)
     model = str(arguments.peek(words, "--model") or file.get("model", SharpenConfig.model))
     size = size or ("laptop" if path or model.startswith("zoo:") else "paper")
     if size not in ("laptop", "paper"):
         raise InputError(f"scale '{size}' is unknown; use laptop or paper")
     base = dataclasses.replace(preset(name or "guide", size), **file)
-    return arguments.parse(base, words, "sharpen", NOTES)
+    return arguments.parse_with(base, fits, words, "sharpen", NOTES)
 
 
-def run(config: SharpenConfig) -> Run:
+def run(config: SharpenConfig, fits: Memory = memory.DEFAULT) -> Run:
     """The whole verb; the finished run directory. Raises InputError before anything is written."""
     check(config)
+    check_memory(config, fits)
     import torch
     from rich.console import Console
 
     from fieldsmith.commands.sharpen_page import page_of
     from fieldsmith.methods.sharpen import loop
     from fieldsmith.methods.sharpen.sampling import draw
-    from fieldsmith.models import load
 
     console = Console(stderr=True)
-    directory = arguments.directory_of(config, "sharpen")
+    directory = arguments.directory_of(config, "sharpen", fits)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
     if config.threads:
         torch.set_num_threads(config.threads)
-    model = load(config.model)
+    model = memory.loaded(fits, config.model)
     loop.check_path(model)
-    try:
-        model.grid(config.sampler_steps)
-    except ValueError as error:
-        raise InputError(f"sampler_steps={config.sampler_steps}: {error}") from error
-    model.encode([""])  # a model without an unconditional branch is refused in its own words
+    check_sampled(model, config.sampler_steps)
     world = world_for(model, config)
     if config.method in NEEDS_HEAD and config.add_head and not getattr(model, "learns_variance", False):
         from fieldsmith.models.variance_head import with_variance_head
@@ -87,11 +91,14 @@ def run(config: SharpenConfig) -> Run:
     judged_before = world.judge(before)  # a judge that fails does so before anything is trained or written
     if config.method == "guide":
         guide = guide_of(model, config)
-        result = loop.sharpen(guide, states, dataclasses.replace(config, method="plain"), directory)
+        guide.network.float()
+        with memory.trained(fits, guide):
+            result = loop.sharpen(guide, states, dataclasses.replace(config, method="plain"), directory)
         guide.save(directory.folder / "guide")
         field: Field | None = _steered(model, guide, config.guidance)
     else:
-        result = loop.sharpen(model, states, config, directory)
+        with memory.trained(fits, model):
+            result = loop.sharpen(model, states, config, directory)
         model.save(directory.folder / "model")
         field = None
     for warning in result.warnings:
@@ -111,6 +118,16 @@ def run(config: SharpenConfig) -> Run:
     directory.finish(metrics)
     console.print(f"page: {directory.folder / 'report.html'}")
     return directory
+
+
+def check_memory(config: SharpenConfig, fits: Memory) -> None:
+    """Raises InputError where a method cannot be made to fit in that way."""
+    memory.check(fits, config.method == "guide", f"method '{config.method}'")
+    if fits.checkpointing and config.method in ("jacobian-floor", "jacobian-match"):
+        raise InputError(
+            f"method '{config.method}' asks for the Jacobian, whose graph cannot be run again; leave out "
+            "--checkpointing, or lower --batch or --probes"
+        )
 
 
 def guide_of(model: Model, config: SharpenConfig) -> Model:

@@ -131,6 +131,13 @@ class Model:
     def grid(self, steps: int) -> Tensor:
         raise NotImplementedError
 
+    def blank(self) -> Condition:
+        """One row of what `encode` gives, in shape alone: for planning, where no text encoder has weights.
+
+        Raises InputError where that depends on more than words.
+        """
+        raise InputError(f"what prompts of family {self.family} become is not known without its weights; no plan")
+
     # training
 
     @property
@@ -180,6 +187,8 @@ class Model:
     def _adapter_attached(self, spec: LoraSpec) -> None:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_("lora_" in name)
+            if "lora_" in name:
+                parameter.data = parameter.data.float()  # peft gives an adapter its layer's type, such as bf16
         self.network.eval()
         self.spec, self._scale = spec, 1.0
         if processes.sharded():
@@ -247,22 +256,29 @@ class Model:
 
         Graphs built before, inside and after each keep their own weights, so a backward may run anywhere.
         """
-        if self._off:
+        with self._turned(off=True):
+            yield
+
+    @contextlib.contextmanager
+    def _turned(self, off: bool) -> Iterator[None]:
+        """What was trained off or on, inside `with`, whatever it is outside; for a forward that is run again too."""
+        if self._off == off:
             yield
             return
         layers = list(self._tuners().values())
-        trained = self._swap(self._base)
-        # peft's enable_adapters would switch requires_grad too, and so lose the gradients of a backward in here
-        for layer in layers:
-            layer._disable_adapters = True
-        self._off = True
+
+        def turn(off: bool) -> None:
+            self._base = self._swap(self._base)  # which holds the trained weights while the originals are in place
+            # peft's enable_adapters would switch requires_grad too, and so lose the gradients of a backward in here
+            for layer in layers:
+                layer._disable_adapters = off
+            self._off = off
+
+        turn(off)
         try:
             yield
         finally:
-            for layer in layers:
-                layer._disable_adapters = False
-            self._swap(trained)
-            self._off = False
+            turn(not off)
 
     def scale_adapter(self, scale: float) -> None:
         """Multiply the adapter's effect: 0 is the base model, 1 what was trained."""

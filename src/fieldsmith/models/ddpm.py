@@ -97,6 +97,9 @@ class ClassDDPM(Model):
         """
         return Condition({"label": torch.tensor([self._label(p) for p in prompts], device=self.device)})
 
+    def blank(self) -> Condition:
+        return self.condition(torch.zeros(1, dtype=torch.long))
+
     def condition(self, labels: Tensor) -> Condition:
         """Class numbers (n,) as a condition; `null_class` is that of no class."""
         return Condition({"label": labels.to(self.device)})

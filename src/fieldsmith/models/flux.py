@@ -77,6 +77,11 @@ class Flux(Prompted):
             )
         return Condition({"embeds": embeds, "pooled": pooled})
 
+    def blank(self) -> Condition:
+        shape = self.network.config
+        embeds = torch.zeros(1, self.text_length, shape.joint_attention_dim)
+        return Condition({"embeds": embeds, "pooled": torch.zeros(1, shape.pooled_projection_dim)})
+
     @property
     def embedded_guidance(self) -> bool:
         return bool(self.network.config.guidance_embeds)

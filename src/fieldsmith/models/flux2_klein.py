@@ -72,6 +72,9 @@ class Flux2Klein(Prompted):
             )
         return Condition({"embeds": embeds})
 
+    def blank(self) -> Condition:
+        return Condition({"embeds": torch.zeros(1, self.text_length, self.network.config.joint_attention_dim)})
+
     @property
     def embedded_guidance(self) -> bool:
         return bool(self.pipeline.config.is_distilled)

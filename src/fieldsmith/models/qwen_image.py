@@ -79,6 +79,10 @@ class QwenImage(Prompted):
             )
         return masked(embeds, mask)
 
+    def blank(self) -> Condition:
+        """As long as a prompt may be."""
+        return masked(torch.zeros(1, self.text_length, self.network.config.joint_attention_dim), None)
+
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         guided = guide(conditional, unconditional, scale)
         return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

@@ -22,7 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils.import_utils import is_torchvision_available
 
 from fieldsmith.errors import InputError
-from fieldsmith.models.core import Condition, stack
+from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.models.qwen_image import QwenImage, masked
 from fieldsmith.models.sources import check_images, check_latents, check_rows, joined, several
 from fieldsmith.paths import Prediction
@@ -47,6 +47,9 @@ class QwenImageEdit(QwenImage):
         self._check_words(self.pipeline.tokenizer, prompts)
         rows = [torch.tensor([list(prompt.encode())], dtype=torch.uint8).to(self.device) for prompt in prompts]
         return stack([Condition({"words": row}) for row in rows])
+
+    def blank(self) -> Condition:
+        return Model.blank(self)  # words are read together with images
 
     def with_images(self, condition: Condition, images: Tensor | Sequence[Tensor], grad: bool = False) -> Condition:
         """The condition with source images (n, 3, height, width) in [0, 1], or several one after another (EditPlus).

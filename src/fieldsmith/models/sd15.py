@@ -88,6 +88,9 @@ class SD15(Prompted):
             embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return Condition({"embeds": embeds})
 
+    def blank(self) -> Condition:
+        return Condition({"embeds": torch.zeros(1, self.text_length, self.network.config.cross_attention_dim)})
+
     def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a half-precision network under exact float32 steps
         index = network_index(self.path, t)

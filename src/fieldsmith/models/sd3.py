@@ -95,6 +95,11 @@ class SD3(Prompted):
             )  # fmt: skip
         return Condition({"embeds": embeds, "pooled": pooled})
 
+    def blank(self) -> Condition:
+        shape, tokens = self.network.config, self.pipeline.tokenizer_max_length + self.text_length
+        embeds = torch.zeros(1, tokens, shape.joint_attention_dim)
+        return Condition({"embeds": embeds, "pooled": torch.zeros(1, shape.pooled_projection_dim)})
+
     def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         said: Tensor = self.network(

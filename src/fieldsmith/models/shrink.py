@@ -71,20 +71,11 @@ def shrink(
     Raises InputError at a family of which nothing smaller is known and at a ratio or config that makes no smaller
     network for the same states and classes, ValueError where the model is being trained.
     """
-    if (ratio is None) == (config is None):
-        raise InputError(f"a student needs either a ratio or a config, not {'neither' if ratio is None else 'both'}")
     if init not in ("fresh", "copied"):
         raise InputError(f"init '{init}' is unknown; use 'fresh' or 'copied'")
-    model._refuse_second_training()
-    if model.family not in FAMILIES:
-        raise InputError(f"{model.name} {nothing_smaller()}")
-    family, scales = FAMILIES[model.family], None if guidance_scales is None else tuple(guidance_scales)
-    rows = _rows(model, family, scales)
-    fields = _fields(model) | rows
+    scales = None if guidance_scales is None else tuple(guidance_scales)
+    fields = fields_for(model, ratio, config, scales)
     with torch.random.fork_rng():
-        fields |= _search(model, family, fields, ratio) if ratio is not None else _checked(model, family, config or {})
-        fields |= rows
-        _try(model, fields)
         torch.manual_seed(seed)  # module constructors draw from the global generator
         network = type(model.network)(**fields)
     if init == "copied":
@@ -92,7 +83,26 @@ def shrink(
     network.to(model.device)
     if network.dtype != model.network.dtype:  # diffusers warns of a change of type even where there is none
         network.to(model.network.dtype)
-    return _student(model, family, network, scales)
+    return student_of(model, network, scales)
+
+
+def fields_for(
+    model: Model, ratio: float | None, config: Mapping[str, Any] | None, scales: tuple[float, ...] | None
+) -> Fields:
+    """The config of a student's network. Raises as `shrink`."""
+    if (ratio is None) == (config is None):
+        raise InputError(f"a student needs either a ratio or a config, not {'neither' if ratio is None else 'both'}")
+    model._refuse_second_training()
+    if model.family not in FAMILIES:
+        raise InputError(f"{model.name} {nothing_smaller()}")
+    family = FAMILIES[model.family]
+    rows = _rows(model, family, scales)
+    fields = _fields(model) | rows
+    with torch.random.fork_rng():
+        fields |= _search(model, family, fields, ratio) if ratio is not None else _checked(model, family, config or {})
+        fields |= rows
+        _try(model, fields)
+    return fields
 
 
 def parameters(network: Any) -> int:
@@ -263,9 +273,9 @@ def _widths(model: Model, fields: Fields) -> Iterator[tuple[Fields, list[float]]
                 yield {"block_out_channels": level}, [a / b for a, b in zip(level, widths, strict=True)]
 
 
-def _student(model: Model, family: Family, network: Any, scales: tuple[float, ...] | None) -> Model:
+def student_of(model: Model, network: Any, scales: tuple[float, ...] | None) -> Model:
     """The network in a pipeline of the teacher's class, with the teacher's other parts."""
-    pipeline = type(model.pipeline)(**{**model.pipeline.components, family.part: network})
+    pipeline = type(model.pipeline)(**{**model.pipeline.components, FAMILIES[model.family].part: network})
     name, kind = f"a student of {model.name}", type(model)
     if not isinstance(model, ClassDDPM):
         return kind(pipeline, name, model.resolution)  # type: ignore[attr-defined, arg-type]

@@ -41,12 +41,13 @@ def with_variance_head(model: Model) -> ClassDDPM:
     network.to(model.device).eval()
     if network.dtype != model.network.dtype:  # diffusers warns of a change of type even where there is none
         network.to(model.network.dtype)
-    found = model.of(_pipeline(model, network))
+    found = model.of(pipeline_with(model, network))
     found.size = model.size
     return found
 
 
-def _pipeline(model: ClassDDPM, network: Any) -> Any:
+def pipeline_with(model: ClassDDPM, network: Any) -> Any:
+    """The model's pipeline around a network that learns variances."""
     pipeline: Any = model.pipeline
     config = pipeline.scheduler.config
     if model.family == "unet":

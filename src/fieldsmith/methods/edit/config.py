@@ -213,7 +213,7 @@ def check(config: EditConfig) -> None:
     if config.ema is not None and not 0 <= config.ema < 1:
         raise InputError(f"ema={config.ema} must be at least 0 and below 1; 0.99 is a good start")
     if config.objective == "none" and not config.identity and not config.steady:
-        raise InputError("objective 'none' with identity=0 trains nothing; add --identity 1, or choose nft or grpo")
+        raise InputError("objective 'none' with no branch trains nothing; add --identity 1, or choose nft or grpo")
     lossy = config.contrast != 1 or config.blur or config.noise
     if config.objective == "none" and not config.identity and not lossy:
         raise InputError(
