@@ -84,11 +84,15 @@ def page(claims: list[dict[str, Any]], taken: list[Any], drawn: list[Any], start
     lines[0] = "# What fieldsmith costs beside the networks that it asks"
     lines[2] = f"Made by `{COMMAND}` on one thread, ratios of CPU time taken in one run; benchmarks/ says how."
     lines += ["## A training step over its networks' bare calls", ""]
-    lines += table(("verb", "ratio", "ms a step", "network calls a step"),
-                   [(r.verb, f"{r.ratio:.3f}", f"{r.step_milliseconds:.0f}", f"{r.calls:.0f}") for r in taken])
+    lines += table(
+        ("verb", "ratio", "ms a step", "network calls a step"),
+        [(r.verb, f"{r.ratio:.3f}", f"{r.step_milliseconds:.0f}", f"{r.calls:.0f}") for r in taken],
+    )
     lines += ["## The diffusers pipeline's time over our sampler's, tiny networks", ""]
-    lines += table(("family", "ratio", "ms for 2 images in 8 steps, ours"),
-                   [(r.family, f"{r.ratio:.2f}", f"{r.our_milliseconds:.0f}") for r in drawn])
+    lines += table(
+        ("family", "ratio", "ms for 2 images in 8 steps, ours"),
+        [(r.family, f"{r.ratio:.2f}", f"{r.our_milliseconds:.0f}") for r in drawn],
+    )
     lines += ["## Start-up", ""]
     lines += table(("command", "s"), [(f"fieldsmith {words}", f"{s:.2f}") for words, s in started.items()])
     return "\n".join(lines).rstrip() + "\n"  # fmt: skip

@@ -42,7 +42,6 @@ from fieldsmith.rewards import Named
 from fieldsmith.worlds.scenes_judge import Channel
 
 WORDS = ("a", "red", "blue", "square", "circle")
-TEXT = 512  # tokens of T5
 GEM_SECONDS, GEM_GIGABYTES = 300, 48  # the aim, on one H100
 
 
@@ -51,6 +50,7 @@ class Size:
     """How large everything is: the whole of what `--tiny` changes."""
 
     side: int
+    text: int  # tokens of T5
     flux: dict[str, Any]
     sd3: dict[str, Any]
     dtype: torch.dtype
@@ -63,9 +63,10 @@ SD35_MEDIUM = {
     "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }  # fmt: skip
-FULL = Size(512, FLUX_1, SD35_MEDIUM, torch.bfloat16)
+FULL = Size(512, 512, FLUX_1, SD35_MEDIUM, torch.bfloat16)
 TINY = Size(
     32,
+    8,
     FLUX_1 | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32,
               "pooled_projection_dim": 32},
     SD35_MEDIUM | {"sample_size": 8, "num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 32,
@@ -75,7 +76,7 @@ TINY = Size(
 )  # fmt: skip
 
 
-def embedded(kind: type[Any]) -> type[Any]:
+def embedded(kind: type[Any], text: int) -> type[Any]:
     """The family, with random embeddings for words."""
 
     class Embedded(kind):  # type: ignore[misc]
@@ -84,7 +85,7 @@ def embedded(kind: type[Any]) -> type[Any]:
             rows = []
             for prompt in prompts:
                 draws = torch.Generator().manual_seed(sum(map(ord, prompt)))
-                rows.append((torch.randn(TEXT, shape.joint_attention_dim, generator=draws),
+                rows.append((torch.randn(text, shape.joint_attention_dim, generator=draws),
                              torch.randn(shape.pooled_projection_dim, generator=draws)))  # fmt: skip
             embeds, pooled = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
             return Condition({"embeds": embeds, "pooled": pooled})
@@ -111,7 +112,7 @@ def built(name: str, size: Size, device: str) -> Model:
     pipeline = pipe(WORDS, **vae)
     pipeline.transformer = network.eval()
     pipeline.vae.to(device)
-    model: Model = embedded(kind)(pipeline, name, size.side)
+    model: Model = embedded(kind, size.text)(pipeline, name, size.side)
     return model
 
 
