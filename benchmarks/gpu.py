@@ -104,14 +104,13 @@ def built(name: str, size: Size, device: str) -> Model:
             )
     finally:
         torch.set_default_dtype(before)
-    vae = {"vae_channels": (8, 8, 8, 8), "latent_channels": 16}  # an eighth of the side, as the real one
     make: dict[str, tuple[Callable[..., Any], type[Any]]] = {
         "flux": (flux_pipeline, Flux), "kontext": (kontext_pipeline, FluxKontext), "sd3.5-medium": (sd3_pipeline, SD3),
     }  # fmt: skip
     pipe, kind = make[name]
-    pipeline = pipe(WORDS, **vae)
-    pipeline.transformer = network.eval()
-    pipeline.vae.to(device)
+    small = pipe(WORDS)
+    vae = flux_pipeline(WORDS, vae_channels=(8, 8, 8, 8), latent_channels=16).vae  # an eighth of the side, as real ones
+    pipeline = type(small)(**{**small.components, "transformer": network.eval(), "vae": vae.to(device)})
     model: Model = embedded(kind, size.text)(pipeline, name, size.side)
     return model
 
@@ -240,13 +239,12 @@ def measured(case: int, variant: str, size: Size, device: str, most: float) -> R
     model = built(name, size, device)
     parameters = sum(p.numel() for p in model.network.parameters())
     settings = varied(model, variant, changes)
-    with FlopCounterMode(display=False) as counter:
-        run(model, 1, **settings)
-    model.remove_training()
-    with FlopCounterMode(display=False) as twice:
-        run(model, 2, **settings)
-    model.remove_training()
-    an_update = twice.get_total_flops() - counter.get_total_flops()
+    operations = []
+    for steps in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            run(model, steps, **settings)
+        model.remove_training()
+        operations.append(counter.get_total_flops())
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     spans = []
@@ -259,7 +257,9 @@ def measured(case: int, variant: str, size: Size, device: str, most: float) -> R
         model.remove_training()
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
     each = (spans[1] - spans[0]) / updates
-    return Row(name, parameters, verb, variant, updates, spans[1], each, peak, an_update / each / most)
+    return Row(
+        name, parameters, verb, variant, updates, spans[1], each, peak, (operations[1] - operations[0]) / each / most
+    )
 
 
 def table(rows: Sequence[Row], device: str) -> str:

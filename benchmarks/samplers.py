@@ -1,8 +1,8 @@
 """Our sampler against the diffusers pipeline's own, images a second, on the same prompts, steps and batch.
 
 Both encode the prompts and decode the images. CPU time of this process on one thread; rounds of both alternate, and the
-ratio is theirs over ours, each the fastest of the rounds: above 1, we are faster. Networks have random weights and are wide
-enough to cost what a network costs; the zoo's are its own.
+ratio is theirs over ours, each the fastest of the rounds: above 1, we are faster. Networks are tiny and random, so that
+what lies around them counts as much as it ever will.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fieldsmith.errors import InputError
 
@@ -44,7 +45,9 @@ def adamw(params: Sequence[Tensor], lr: float, weight_decay: float) -> torch.opt
     kind = _kind.get()
     check(kind)
     if kind == "adamw":
-        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+        # in one pass over each parameter; FSDP's parts have no such kernel
+        fused = all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in params)
+        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=fused)
     return _eight_bit(params, lr, weight_decay)
 
 
