@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fieldsmith.commands import arguments, memory
+from fieldsmith.commands import memory
 from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError, check_word
 
