@@ -42,6 +42,8 @@ class Cost:
 
 def forwards_of_one(model: Model, guidance: float | None) -> int:
     """Forwards that a prediction at one state takes: two where guidance has two branches."""
+    if guidance in (None, 1.0) and not getattr(model, "scales", None):
+        return 1
     spent, one = model.forwards, asked(model, 1)
     with torch.no_grad():
         model.predict(one.x, one.t, one.condition, guidance)

@@ -28,15 +28,16 @@ from fieldsmith.models.footprint import measured
 from fieldsmith.models.memory import checkpoint_activations
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
+from fieldsmith.worlds.scenes import VOCABULARY
 
 WORDS = ("a", "red", "blue", "square", "circle")
 PLAIN, FRUGAL = Memory(), Memory(checkpointing=True)
 _ERASE = EraseConfig(
-    targets=("red circle",), anchors=("blue circle",), steps=6, window=(1, 4), budget=24, rollout_guidance=1.0, rank=4,
-    dropout=0.1, batch=2, chunk=8, subset="attention",
+    targets=("red circle",), anchors=("blue circle",), steps=4, window=(1, 3), budget=24, rollout_guidance=1.0, rank=4,
+    dropout=0.1, batch=4, chunk=12, subset="attention",
 )  # fmt: skip
 _ALIGN = replace(
-    align_preset("flow-grpo"), prompts=("red circle", "blue square"), reward="brightness", steps=4, epochs=1,
+    align_preset("flow-grpo"), prompts=("red circle", "blue square"), reward="brightness", steps=3, epochs=1,
     prompts_per_epoch=2, rollouts=8, chunk=16, rank=4,
 )  # fmt: skip
 _EDIT = EditConfig(epochs=1, groups=2, rollouts=4, turns=2, steps=3, chunk=8, rank=4, updates=2)
@@ -58,8 +59,8 @@ class Setting:
 SETTINGS = (
     Setting("erase", "flux", "erase", _ERASE),
     Setting("erase, mid-size", "flux-mid", "erase", _ERASE),
-    Setting("erase, mid-size, checkpointing", "flux-mid", "erase", _ERASE, FRUGAL),
-    Setting("erase, full weights, chunks", "flux", "erase", replace(_ERASE, full=True, chunk=3)),
+    Setting("erase, checkpointing", "flux", "erase", _ERASE, FRUGAL),
+    Setting("erase, full weights, chunks", "flux", "erase", replace(_ERASE, full=True, chunk=5)),
     Setting("align", "flux", "align", _ALIGN),
     Setting("edit", "kontext", "edit", _EDIT),
     Setting("distill", "unet", "distill", _DISTILL),
@@ -99,27 +100,27 @@ def error_of(setting: Setting, folder: pathlib.Path) -> Error:
     return Error(setting.name, plan.rehearsal(case, setting.memory).peak, found)
 
 
+def _saved(pipeline: Any, folder: pathlib.Path) -> None:
+    pipeline.save_pretrained(folder)
+
+
 def _unet(folder: pathlib.Path) -> None:
     UNet(unet_pipeline(class_rows=4), "tiny", classes=("cat", "dog", "owl")).save(folder)
 
 
 PIPELINES: dict[str, Callable[[pathlib.Path], object]] = {
-    "flux": lambda folder: flux_pipeline(WORDS).save_pretrained(folder),
-    "flux-mid": lambda folder: flux_pipeline(
-        WORDS, layers=3, single_layers=6, heads=8, text_width=128, text_length=16
-    ).save_pretrained(folder),
-    "kontext": lambda folder: kontext_pipeline(
-        WORDS_OF_SCENES(), vae_channels=(8, 8, 8), latent_channels=4, layers=1, single_layers=1, heads=2,
-        text_length=10, size=24,
-    ).save_pretrained(folder),
+    "flux": lambda folder: _saved(flux_pipeline(WORDS, layers=1, single_layers=1, heads=2), folder),
+    "flux-mid": lambda folder: _saved(
+        flux_pipeline(WORDS, layers=2, single_layers=3, heads=12, text_width=128, text_length=16), folder
+    ),
+    "kontext": lambda folder: _saved(
+        kontext_pipeline(
+            VOCABULARY, vae_channels=(8, 8, 8), latent_channels=4, layers=1, single_layers=1, heads=2, text_length=10,
+            size=24,
+        ), folder,
+    ),
     "unet": _unet,
 }  # fmt: skip
-
-
-def WORDS_OF_SCENES() -> tuple[str, ...]:
-    from fieldsmith.worlds.scenes import VOCABULARY
-
-    return tuple(VOCABULARY)
 
 
 Run = Callable[[], object]

@@ -102,11 +102,12 @@ def erase(model: Model, config: EraseConfig) -> Update:
     kept, state = starts * K, state_bytes(model)
     # kept states with the reference's word at each, and the prompt of each beside them
     stored = kept * (2 * state + row_bytes(model.blank())) + 2 * B * (K + 1) * state
-    together = max(starts, -(-kept // 15))  # where kept states start, and where their drift is measured
-    plain = [_said(model, together, config.loss_guidance)]
+    drifted = -(-kept // 15)  # states at which the drift on kept prompts is measured
+    plain = [_said(model, drifted, config.loss_guidance)]
     rolled, compared = (costs.forwards_of_one(model, w) for w in (config.rollout_guidance, config.loss_guidance))
-    if B * rolled > together * compared:
+    if B * rolled > drifted * compared:
         plain = [_said(model, B, config.rollout_guidance)]
+    starting = [_said(model, starts, config.loss_guidance)] if starts > drifted else []
     references = {"gem": 2, "esd": 2, "eraseanything": 2}.get(config.method, 1)
     graph = _regressed(model, chunk, config.loss_guidance, references)
     if config.method == "eraseflow":
@@ -114,7 +115,7 @@ def erase(model: Model, config: EraseConfig) -> Update:
     retained = max(1, rows // 4) if config.retain else 0
     if retained > chunk:
         graph = _regressed(model, retained, config.loss_guidance, 1)
-    return Update(plain, graph, rows > chunk or bool(retained), stored)
+    return Update(plain, graph, rows > chunk or bool(retained), stored, starting)
 
 
 def align(model: Model, config: AlignConfig) -> Update:

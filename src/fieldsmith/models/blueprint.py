@@ -1,7 +1,7 @@
 """A model from its JSON configs alone: whole in shape and type, without one weight.
 
-In: what `models.load` takes. Out: a `Model` whose weights are fake tensors, which cost nothing; of a hub id only JSON is
-fetched. It predicts and decodes fake states of the right shapes; prompts become `Model.blank`, as there are no words.
+In: what `models.load` takes. Out: a `Model` whose weights are fake tensors, which cost nothing; of a hub id only JSON
+is fetched. It predicts and decodes fake states of the right shapes; prompts become `Model.blank`, as it has no words.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def _fetched(name: str) -> pathlib.Path:
 def _parts(folder: pathlib.Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], int]:
     """Every component by name, and the bytes of their weights on the hub."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # schedulers and tables of ids are real
-    found, downloads = {}, 0
+    found: dict[str, Any] = {}
+    downloads = 0
     for name, made_by in index.items():
         if name.startswith("_") or not isinstance(made_by, list):
             continue
@@ -157,7 +158,7 @@ def _replace(part: nn.Module, by: Callable[[Tensor], Tensor]) -> None:
                 if id(old) not in done:
                     new = by(old.detach())
                     done[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if kind else new
-                table[key] = done[id(old)]  # type: ignore[index]
+                table[key] = done[id(old)]  # type: ignore[assignment]
 
 
 def _on_the_hub(folder: pathlib.Path, config: dict[str, Any], part: Any) -> int:

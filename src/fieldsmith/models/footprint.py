@@ -129,14 +129,15 @@ def _bytes(tensor: Tensor) -> int:
 class Update:
     """What an update does. `plain`: forwards without a graph, one at a time. `graph`: the loss of its largest chunk.
 
-    `waiting`: gradients of other chunks wait meanwhile. `stored`: bytes of states, targets and conditions that a run
-    keeps beside the network.
+    `first`: forwards before the first update, when there are no moments and nothing is stored. `waiting`: gradients of
+    other chunks wait meanwhile. `stored`: bytes of states, targets and conditions that a run keeps beside the network.
     """
 
     plain: Sequence[Callable[[], object]]
     graph: Callable[[], Tensor]
     waiting: bool = False
     stored: int = 0
+    first: Sequence[Callable[[], object]] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,10 @@ def footprint(
                     live.hold(_tensors(part), f"frozen weights: {_named(name, model is teacher, teacher)}")
         live.hold(learner._base.values(), REFERENCE)
         live.hold(parameters, TRAINABLE)
+        live.restart()
+        with torch.no_grad():
+            for forward in update.first:
+                forward()
         averages = [p.detach().clone() for p in parameters] if ema else []
         live.hold(averages, EMA)
         with mode or torch.device("cpu"):
@@ -183,7 +188,6 @@ def footprint(
         live.hold([stored], STORED)
         optimizer, moments = _moments(parameters, eight_bit)
         live.hold(moments, MOMENTS)
-        live.restart()
         with torch.no_grad():
             for forward in update.plain:
                 forward()
