@@ -62,7 +62,12 @@ def blueprint(name: str | pathlib.Path, resolution: int | None = None, dtype: to
     model: Model = made_by.of_folder(pipeline, name, resolution, inside)
     if isinstance(model, Prompted):
         mode = next(model.network.parameters()).fake_mode
-        row = Condition({key: mode.from_tensor(part) for key, part in model.blank().parts.items()})
+        row = Condition(
+            {
+                key: mode.from_tensor(part) if part.is_floating_point() else part
+                for key, part in model.blank().parts.items()
+            }
+        )
         model.blank = lambda: row  # type: ignore[method-assign]
         model.encode = lambda prompts, grad=False: stack([row] * len(prompts))  # type: ignore[method-assign]
     return Blueprint(model, 0 if folder else downloads)
@@ -151,6 +156,9 @@ def _replace(part: nn.Module, by: Callable[[Tensor], Tensor]) -> None:
     """Every weight and buffer replaced; shared ones stay shared."""
     done: dict[int, Tensor] = {}
     for module in part.modules():
+        for key, loose in list(vars(module).items()):  # tables that are no buffers, such as Qwen-Image's of angles
+            if isinstance(loose, Tensor) and loose.device.type == "meta" and not isinstance(loose, FakeTensor):
+                setattr(module, key, by(loose))
         for table, kind in ((module._parameters, True), (module._buffers, False)):
             for key, old in table.items():
                 if old is None or (old.device.type != "meta" and not isinstance(old, FakeTensor)):

@@ -275,7 +275,7 @@ def asked(model: Model, n: int) -> Asked:
         return Asked(torch.zeros(n, *shape), torch.full((n,), 0.5), blank.repeat(n))
     with mode:
         x, t = torch.zeros(n, *shape), torch.full((n,), 0.5)
-    parts = {name: mode.from_tensor(part) for name, part in blank.parts.items()}
+    parts = {name: mode.from_tensor(part) if part.is_floating_point() else part for name, part in blank.parts.items()}
     return Asked(x, t, Condition(parts).repeat(n))
 
 
