@@ -207,6 +207,7 @@ def readme(runs: Runs, listed: Sequence[dict[str, Any]], command: str) -> str:
     ]
     for setting, words in WORDS.items():
         rows = []
+        control = CLEAN if (CLEAN, setting) in runs.arms else PAPERS
         for arm in runs.of(setting):
             found = runs.arms[arm, setting]
             trained = "training" in found[0]
@@ -215,8 +216,8 @@ def readme(runs: Runs, listed: Sequence[dict[str, Any]], command: str) -> str:
                     arm,
                     *(f"{_mean(found, 'overall', t):.1f}" for t in (0, 1, 2, turns - 1)),
                     _cell(runs.difference("overall", arm, BASE, setting=setting)) if trained else "",
-                    _cell(runs.difference("overall", arm, CLEAN, setting=setting))
-                    if trained and arm != CLEAN and (CLEAN, setting) in runs.arms
+                    _cell(runs.difference("overall", arm, control, setting=setting))
+                    if trained and arm != control
                     else "",
                     f"{_mean(found, 'following', 0):.1f}",
                     f"{_mean(found, 'following', TURN):.1f}",
@@ -244,7 +245,7 @@ def readme(runs: Runs, listed: Sequence[dict[str, Any]], command: str) -> str:
                     "O3",
                     f"O{turns}",
                     "O3 less base",
-                    "O3 less clean control",
+                    f"O3 less '{control}'",
                     "IF1",
                     "IF3",
                     "CC3",
