@@ -97,8 +97,9 @@ ARMS: dict[str, Arm] = {
     "NFT, turn-local": Arm("turn-nft", settings=(MAIN, "independent")),
     "supervised, clean": Arm("supervised", settings=(MAIN,)),
     "GRPO, broadcast": Arm("mt-grpo", settings=(MAIN,)),
-    "NFT, consistency 0-10": Arm(judge="steep"),
-    "NFT, consistency 0-10, rewards summed": Arm(changes={"fusion": "reward"}, judge="steep"),
+    # whose scores lie above those that the filter of easy groups is for
+    "NFT, consistency 0-10": Arm(changes={"max_mean": 1.0}, judge="steep"),
+    "NFT, consistency 0-10, rewards summed": Arm(changes={"fusion": "reward", "max_mean": 1.0}, judge="steep"),
     "NFT, rewards summed": Arm(changes={"fusion": "reward"}),
     "NFT, lenient judge": Arm(judge="lenient"),
     "NFT, coarse judge": Arm(judge="coarse"),
