@@ -8,9 +8,12 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read once, when torch is imported; 
 
 import pathlib
 
+import hypothesis
 import pytest
 import torch
 
+hypothesis.settings.register_profile("busy", deadline=None)  # an example takes as long as the machine lets it
+hypothesis.settings.load_profile("busy")
 WORDS = ("a", "red", "blue", "square", "circle")
 
 

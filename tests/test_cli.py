@@ -156,8 +156,8 @@ def test_folders_that_hold_no_pipeline_of_ours(capsys, tmp_path, flux_folder):
 
     broken.mkdir()
     refuses("is not a diffusers pipeline folder: it has no model_index.json")
-    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    refuses("StableDiffusionPipeline, which is not supported; supported: FluxPipeline")
+    (broken / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    refuses("WanPipeline, which is not supported; supported: FluxPipeline")
     shutil.rmtree(broken)
     shutil.copytree(flux_folder, broken)
     weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"

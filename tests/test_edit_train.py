@@ -284,10 +284,10 @@ TWELVE = replace(SHORT, epochs=12)
 def breaking(at: int, error: BaseException) -> Callable[..., Collection]:
     """A collection that breaks off at an epoch."""
 
-    def broken(setting: Setting, epoch: int, process: int = 0) -> Collection:
+    def broken(setting: Setting, epoch: int) -> Collection:
         if epoch == at:
             raise error
-        return collect(setting, epoch, process)
+        return collect(setting, epoch)
 
     return broken
 
