@@ -121,7 +121,7 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str = "scenes-konte
     return model
 
 
-def write_card(model: FluxKontext, config: ScenesKontext, folder: pathlib.Path, name: str, n: int = 400) -> None:
+def write_card(model: FluxKontext, config: ScenesKontext, folder: pathlib.Path, name: str, n: int = 1600) -> None:
     """card.json (which world judges it, what made it, what it scores) and the same in words, README.md."""
     found = exposure(model, ScenesWorld(config.size).sessions(n, 3, 99, 0.7), 8, seed=1)
     scored = scores(found.sessions)
