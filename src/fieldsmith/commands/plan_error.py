@@ -111,7 +111,7 @@ def _unet(folder: pathlib.Path) -> None:
 PIPELINES: dict[str, Callable[[pathlib.Path], object]] = {
     "flux": lambda folder: _saved(flux_pipeline(WORDS, layers=1, single_layers=1, heads=2), folder),
     "flux-mid": lambda folder: _saved(
-        flux_pipeline(WORDS, layers=2, single_layers=3, heads=12, text_width=128, text_length=16), folder
+        flux_pipeline(WORDS, layers=1, single_layers=3, heads=12, text_width=128, text_length=16), folder
     ),
     "kontext": lambda folder: _saved(
         kontext_pipeline(

@@ -78,9 +78,9 @@ class Flux(Prompted):
         return Condition({"embeds": embeds, "pooled": pooled})
 
     def blank(self) -> Condition:
-        shape = self.network.config
-        embeds = torch.zeros(1, self.text_length, shape.joint_attention_dim)
-        return Condition({"embeds": embeds, "pooled": torch.zeros(1, shape.pooled_projection_dim)})
+        shape, dtype = self.network.config, self.network.dtype
+        embeds = torch.zeros(1, self.text_length, shape.joint_attention_dim, dtype=dtype)
+        return Condition({"embeds": embeds, "pooled": torch.zeros(1, shape.pooled_projection_dim, dtype=dtype)})
 
     @property
     def embedded_guidance(self) -> bool:
