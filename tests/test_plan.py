@@ -345,7 +345,10 @@ def test_a_network_that_trains_beside_another_is_planned_too(capsys):
         (["erase", *PAIR, "--model", "zoo:shape-flux"], "is not in the zoo"),
         (["erase", *PAIR, "--model", "HALF"], "is not whole: 'vae' has no weights; download"),
         (["erase", *PAIR, "--model", "BROKEN"], "could not be read, is it whole?"),
-        (["erase", *PAIR, "--model", "zoo:digits-unet", "--preset", "tiny"], "is not a rectified flow"),
+        (
+            ["erase", *PAIR, "--model", "zoo:digits-unet", "--preset", "tiny"],
+            "'text-inputs' is unknown for family unet",
+        ),
         (["erase", *PAIR, "--subset", "heads"], "'heads' is unknown"),
         (["erase", *PAIR, "--resolution", "33"], "resolution 33 is not a multiple"),
         (["erase", *PAIR, "--method", "uce"], "trains nothing, so there is nothing to plan"),
