@@ -58,6 +58,8 @@ class ReproduceEdit:
     """Where runs in progress lie, for an interrupted command."""
     part: tuple[int, int] = (0, 1)
     """This process takes runs K, K + N, ...: `--part 0 2` and `--part 1 2` share the work."""
+    partial: bool = False
+    """Run nothing: summarise the arms of which every seed is there, and name the others."""
 
 
 @dataclass(frozen=True)
@@ -219,12 +221,14 @@ def main(config: ReproduceEdit) -> None:
     torch.set_num_threads(1)
     for name in config.arms:
         check_word(name, tuple(ARMS), "the arms of this study")
-    missing = work_through(jobs(config), config.part)
+    missing = 0 if config.partial else work_through(jobs(config), config.part)
     if missing or config.arms:
         print(f"{missing} runs are still missing; the summary is written when all are there")
         return
     from fieldsmith.reproduce.edit_summary import summarise
 
-    summarise(
-        [job.path for group in jobs(config) for job in group], config.out, config.seeds, "fieldsmith reproduce edit"
-    )
+    paths = [job.path for group in jobs(config) for job in group]
+    arms = [paths[i : i + len(config.seeds)] for i in range(0, len(paths), len(config.seeds))]
+    whole = [path for arm in arms if all(one.is_file() for one in arm) for path in arm]
+    left = [arm[0].stem.rpartition("_")[0] for arm in arms if not all(one.is_file() for one in arm)]
+    summarise(whole, config.out, config.seeds, "fieldsmith reproduce edit", left)

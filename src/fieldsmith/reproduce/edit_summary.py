@@ -70,13 +70,15 @@ def gap(run: Record) -> float:
     return float(run["gap"][1] + run["gap"][TURN]) / 2
 
 
-def summarise(files: Sequence[Path], folder: Path, seeds: Sequence[int], command: str) -> None:
-    """Write summary.json, README.md and edit.png."""
+def summarise(
+    files: Sequence[Path], folder: Path, seeds: Sequence[int], command: str, left: Sequence[str] = ()
+) -> None:
+    """Write summary.json, README.md and edit.png; `left` are arms that were not run to their end."""
     runs = Runs(files)
     listed = claims(runs, seeds, command)
     write_atomically(folder / "summary.json", json.dumps({"claims": listed, "best": runs.best()}, indent=1) + "\n")
     figures(runs, folder)
-    write_atomically(folder / "README.md", readme(runs, listed, command))
+    write_atomically(folder / "README.md", readme(runs, listed, command, left))
 
 
 def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
@@ -173,7 +175,7 @@ def _mean(found: Sequence[Record], key: str, turn: int) -> float:
     return 100 * sum(float(run[key][turn]) for run in found) / len(found)
 
 
-def readme(runs: Runs, listed: Sequence[dict[str, Any]], command: str) -> str:
+def readme(runs: Runs, listed: Sequence[dict[str, Any]], command: str, left: Sequence[str] = ()) -> str:
     base = runs.arms[BASE, MAIN]
     turns = len(base[0]["following"])
     lines = opening("edit", listed, command)
@@ -257,6 +259,8 @@ def readme(runs: Runs, listed: Sequence[dict[str, Any]], command: str) -> str:
                 rows,
             ),
         ]
+    if left:
+        lines += [f"Not run to their end, so not here: {', '.join(left)}.", ""]
     lines += ["![overall by turn, and drift](edit.png)", ""]
     return "\n".join(lines)
 
