@@ -199,7 +199,8 @@ class Prediction:
 
 def noised(path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha(t) x_0 + sigma(t) eps."""
-    return expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps
+    alpha, sigma = path.levels(t)
+    return expand(alpha, x_0) * x_0 + expand(sigma, x_0) * eps
 
 
 def truth(kind: Kind, path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
