@@ -84,9 +84,9 @@ def embedded(kind: type[Any], text: int) -> type[Any]:
             shape = self.network.config
             rows = []
             for prompt in prompts:
-                draws = torch.Generator().manual_seed(sum(map(ord, prompt)))
-                rows.append((torch.randn(text, shape.joint_attention_dim, generator=draws),
-                             torch.randn(shape.pooled_projection_dim, generator=draws)))  # fmt: skip
+                generator = torch.Generator().manual_seed(sum(map(ord, prompt)))
+                rows.append((torch.randn(text, shape.joint_attention_dim, generator=generator),
+                             torch.randn(shape.pooled_projection_dim, generator=generator)))  # fmt: skip
             embeds, pooled = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
             return Condition({"embeds": embeds, "pooled": pooled})
 

@@ -63,11 +63,11 @@ def theirs(
 ) -> Tensor:  # fmt: skip
     """Images (n, 3, side, side) by the diffusers pipeline itself."""
     pipe.set_progress_bar_config(disable=True)
-    said: Tensor = pipe(
+    output: Tensor = pipe(
         prompt=prompts, height=side, width=side, num_inference_steps=steps, generator=seeded(), output_type="pt",
         **tiny.call(guidance, [negative] * len(prompts)),
     ).images  # fmt: skip
-    return said
+    return output
 
 
 def plain(folder: pathlib.Path) -> Any:
@@ -171,8 +171,8 @@ def check_gradient(tiny: Tiny, folder: pathlib.Path, guidance: float | None) -> 
         return torch.autograd.grad(mse_loss(field(at), goal), [at, *weights])
 
     def raw(at: Tensor) -> Tensor:
-        said = tiny.raw(model, at, t, condition)
-        return said if guidance is None else guide(said, tiny.raw(model, at, t, null), guidance)
+        output = tiny.raw(model, at, t, condition)
+        return output if guidance is None else guide(output, tiny.raw(model, at, t, null), guidance)
 
     expected = gradients(raw)
     found = gradients(lambda at: model.predict(at, t, condition, guidance).value)

@@ -30,8 +30,8 @@ BRIGHT = Named("brightness", True, lambda images, prompts: images.mean((1, 2, 3)
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, says: str) -> None:
     assert main(["align", *words]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(says, said), said
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(says, text), text
 
 
 def fits(name: str, flow: bool) -> bool:

@@ -38,7 +38,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draws(*shape: int, seed: int = 0) -> Tensor:
+def generator(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
@@ -74,7 +74,7 @@ def go(path, kind: str, children: tuple[int, ...] = (), roots: int = 3, field=No
     s = steps_of(path)
     sde, level = ("flow-sde", 0.7) if path is FLOW else ("ddim", 1.0)
     store, drawn = kw.get("store"), kw.get("drawn")
-    x, prompt = draws(roots, 2, seed=2), torch.arange(roots) % 2
+    x, prompt = generator(roots, 2, seed=2), torch.arange(roots) % 2
     given_ = plan(kind, s, children, drawn)
     return roll(field or Counting(path), x, prompt, s, given_, sde, level, seeded(seed), store)
 
@@ -132,13 +132,13 @@ def test_rows_are_transitions_of_the_sampler(path, kind, children):
     rows = found.rows
     for k in range(K):
         at = rows.step == k
-        said = Counting(path)(rows.x[at], s.times[k], rows.prompt[at])
-        torch.testing.assert_close(said.value, rows.said[at])
+        output = Counting(path)(rows.x[at], s.times[k], rows.prompt[at])
+        torch.testing.assert_close(output.value, rows.output_old[at])
         if kind == "ode":
-            torch.testing.assert_close(rows.after[at], euler(said, s.times[k + 1]))
+            torch.testing.assert_close(rows.after[at], euler(output, s.times[k + 1]))
             assert not rows.noise[at].any()
         else:
-            step = gaussian_step(sde, said, s.times[k + 1], level, s.times[1])
+            step = gaussian_step(sde, output, s.times[k + 1], level, s.times[1])
             torch.testing.assert_close(rows.after[at], step.mean + s.sigma[k] * rows.noise[at])
     if kind != "ode":
         assert rows.noise.unique(dim=0).shape == rows.noise.shape  # every row has its own draw
@@ -212,7 +212,7 @@ def test_steps_that_are_not_drawn_follow_the_ode():
     s, found = steps_of(FLOW), go(FLOW, "sde", drawn=drawn)
     rows = found.rows
     assert rows.step.tolist() == [1, 1, 1, 2, 2, 2]
-    x, prompt = draws(3, 2, seed=2), torch.arange(3) % 2
+    x, prompt = generator(3, 2, seed=2), torch.arange(3) % 2
     torch.testing.assert_close(rows.x[:3], euler(Counting(FLOW)(x, s.times[0], prompt), s.times[1]))
     x = rows.after[3:]
     for k in (3, 4, 5):
@@ -263,7 +263,7 @@ def test_rows_can_be_picked():
 @SHAPED
 def test_values_of_endpoints_are_averaged_over_those_that_a_row_leads_to(path, kind, children):
     found = go(path, kind, children)
-    values = draws(len(found.x_0), 3, seed=8)
+    values = generator(len(found.x_0), 3, seed=8)
     for given_ in (values, values[:, 0]):
         ours = found.mean_over_endpoints(given_)
         for row in range(len(found.rows)):
@@ -282,7 +282,7 @@ def test_the_first_rows_of_a_tree_are_means_over_their_leaves():
 @pytest.mark.parametrize("kind, children", [("sde", ()), ("tree", (2, 1, 3))])
 def test_soft_returns_take_off_the_later_log_ratios_and_not_the_rows_own(path, kind, children):
     found = go(path, kind, children)
-    rewards, log_rho = draws(len(found.x_0), seed=9), draws(len(found.rows), seed=10)
+    rewards, log_rho = generator(len(found.x_0), seed=9), generator(len(found.rows), seed=10)
     ours = soft_returns(found, rewards, log_rho)
     for row in range(len(found.rows)):
         truth = []
@@ -406,8 +406,8 @@ def test_the_lean_adjoint_is_the_gradient_through_the_reference_chain(path):
         y = x
         for later in range(k + 1, K):
             t = s.times[later].to(y)
-            said = one.predict(y, t, torch.zeros(5).long())
-            step = gaussian_step("ddim", said, s.times[later + 1].to(y), 1.0, s.times[1].to(y))
+            pred = one.predict(y, t, torch.zeros(5).long())
+            step = gaussian_step("ddim", pred, s.times[later + 1].to(y), 1.0, s.times[1].to(y))
             at = lineage[:, later]
             y = step.mean + (float(s.sigma[later]) * rows.noise[at] if s.noisy[later] else 0)
         (truth,) = torch.autograd.grad((3 - y[:, 0] / 2).sum() / 0.5, x)
@@ -472,7 +472,7 @@ def test_renoised_rows_lie_on_the_path_at_the_samplers_own_times(name):
     torch.testing.assert_close(rows.x, noised(FLOW, rows.after, rows.noise, t))
     torch.testing.assert_close(rows.after, batch.rollout.x_0.repeat_interleave(4, 0))
     assert all(len(set(some.tolist())) == 4 for some in rows.step.reshape(5, 4))  # of one endpoint, no time twice
-    torch.testing.assert_close(rows.said, one.output(rows.x, rows.step, rows.prompt))
+    torch.testing.assert_close(rows.output_old, one.output(rows.x, rows.step, rows.prompt))
     assert bool((batch.advantage.reshape(5, 4) == batch.advantage.reshape(5, 4)[:, :1]).all())
 
 
@@ -511,9 +511,9 @@ def test_soft_collections_are_soft_returns_of_the_reference():
         one.model.network.last.bias += 0.3
     batch = collect(one, None, 0, {})
     rows, s = batch.rollout.rows, one.s
-    shift = torch.full_like(rows.said, 0.3)  # f - f_ref
+    shift = torch.full_like(rows.output_old, 0.3)  # f - f_ref
     log_rho = (
-        L.log_ratio(rows.said, rows.said - shift, rows.noise, s.w[rows.step])
+        L.log_ratio(rows.output_old, rows.output_old - shift, rows.noise, s.w[rows.step])
         + L.square(shift) * s.w[rows.step].to(shift).square()
     )
     truth = soft_returns(batch.rollout, batch.rewards / 0.5, log_rho)

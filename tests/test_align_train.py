@@ -101,8 +101,8 @@ def chain(model: Exact, setting: Setting) -> list[tuple[Tensor, Tensor, float]]:
     condition, grid, steps = model.encode([""] * 3), model.grid_times, []
     for t, t_next in zip(grid[:-1], grid[1:], strict=True):
         with torch.no_grad():
-            said = model.predict(x, t, condition)
-            step = gaussian_step(setting.sde, said, t_next, setting.noise_level, grid[1])
+            pred = model.predict(x, t, condition)
+            step = gaussian_step(setting.sde, pred, t_next, setting.noise_level, grid[1])
         mean = step.mean.double()
         steps.append(((mean[1:] - mean[0]).T, mean[0], float(step.deviation.flatten()[0])))
     return steps
@@ -258,7 +258,7 @@ def measured(model: Exact) -> dict[str, float | list[float]]:
     base = torch.cat(
         [triangle().eps(rows.x[at].double(), times[at], TOY) for at in torch.arange(len(times)).split(20_000)]
     )
-    kl = L.gaussian_kl(rows.said.double(), base, setting.s.w[rows.step]).sum() / 4000
+    kl = L.gaussian_kl(rows.output_old.double(), base, setting.s.w[rows.step]).sum() / 4000
     return {"reward": float(REWARD(x, []).mean()), "modes": triangle().fractions(x).tolist(), "kl": float(kl)}
 
 

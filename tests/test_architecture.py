@@ -126,8 +126,8 @@ def test_what_help_needs_does_not_import_torch():
     )
     lines = [f"import fieldsmith{module}" for module in modules]
     script = "\n".join([*lines, "import sys", "print({'torch', 'diffusers', 'numpy'} & set(sys.modules) or 'light')"])
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert said.stdout.strip() == "light", said.stdout + said.stderr
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert output.stdout.strip() == "light", output.stdout + output.stderr
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -204,8 +204,8 @@ def test_the_jackknifes_error_is_that_of_repeated_draws():
     upper = 0.5 * lower + 0.3 * torch.randn(500, 20, generator=g, dtype=torch.float64)
     found = [ratio(u, w) for u, w in zip(upper, lower, strict=True)]
     seen = torch.tensor([value for value, _ in found]).std()
-    said = torch.tensor([error for _, error in found]).mean()
-    assert float(said / seen) == pytest.approx(1, abs=0.15)
+    output = torch.tensor([error for _, error in found]).mean()
+    assert float(output / seen) == pytest.approx(1, abs=0.15)
 
 
 def test_a_row_says_what_it_can_tell():

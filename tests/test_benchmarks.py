@@ -22,8 +22,8 @@ def test_the_gpu_script_runs_without_one(tmp_path: pathlib.Path) -> None:
 def test_its_models_predict_and_decode(name: str) -> None:
     model = gpu.built(name, gpu.TINY, "cpu")
     x = model.noise(2, torch.Generator().manual_seed(0))
-    said = model.predict(x, torch.tensor(0.5), model.encode(["a", "b"]))
-    assert said.value.shape == x.shape and model.decode(x).shape == (2, 3, 32, 32)
+    pred = model.predict(x, torch.tensor(0.5), model.encode(["a", "b"]))
+    assert pred.value.shape == x.shape and model.decode(x).shape == (2, 3, 32, 32)
 
 
 def test_variants_are_on() -> None:

@@ -46,17 +46,19 @@ def refused(capsys: Any, *words: str, says: str) -> None:
 
 def test_help_is_quick_and_does_not_import_torch():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run([sys.executable, "-X", "importtime", "-m", "fieldsmith", "--help"], capture_output=True,
+    output = subprocess.run([sys.executable, "-X", "importtime", "-m", "fieldsmith", "--help"], capture_output=True,
                           text=True, check=True)  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5
-    assert all(verb in said.stdout for verb in VERBS)
-    assert not re.search(r"\| +(torch|numpy|diffusers|tyro)$", said.stderr, re.M)
+    assert all(verb in output.stdout for verb in VERBS)
+    assert not re.search(r"\| +(torch|numpy|diffusers|tyro)$", output.stderr, re.M)
 
 
 def test_version_of_the_module():
-    said = subprocess.run([sys.executable, "-m", "fieldsmith", "--version"], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == __version__
+    output = subprocess.run(
+        [sys.executable, "-m", "fieldsmith", "--version"], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == __version__
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["help"], *[[verb, "--help"] for verb in VERBS],
@@ -253,8 +255,8 @@ def test_nan_in_training_is_code_3_and_the_last_checkpoint_stays(capsys, tmp_pat
     monkeypatch.setattr(losses, "erase_loss", breaking)
     out = tmp_path / "run"
     assert main([*TINY, "--model", str(flux_folder), "--out", str(out)]) == 3
-    said = capsys.readouterr().err
-    assert "fieldsmith: the loss became nan at step 12; lower the learning rate" in said and "Traceback" not in said
+    text = capsys.readouterr().err
+    assert "fieldsmith: the loss became nan at step 12; lower the learning rate" in text and "Traceback" not in text
     (last,) = (out / "checkpoints").iterdir()
     assert last.name == "step-00000012"
     assert all(torch.isfinite(p).all() for p in load_file(last / "weights.safetensors").values())

@@ -88,7 +88,7 @@ def test_a_student_that_learned_neither_branch_is_told_to_train_longer():
     assert found.verdict == "blow-up" and "train longer" in found.words and "--objective" not in found.words
 
 
-def test_a_gap_that_turned_is_distorted_and_no_recalibration_mends_it():
+def test_a_gap_that_turned_is_distorted_and_no_recalibration_fixes_it():
     turned = of_gap(torch.roll(TEACHER.gap, 1, dims=1))
     assert asked(turned).verdict == "distorted" and asked(turned).pooled.residual > 0.9
 
@@ -230,8 +230,8 @@ def test_flow_states_lie_inside_the_path(flux_folder):
     assert ((tuples.t * 10).floor().long()).tolist() == list(range(10)) and float(tuples.t.min()) > 0
     with pytest.raises(InputError, match="knows no classes"):
         noised_tuples(model, torch.rand(2, 3, 32, 32), torch.arange(2), 10, seeded())
-    said = ask(model, path_tuples(model, ["red circle"], 3, 2.0, seeded(), 5), batch=2)
-    assert said.gap.shape == (5, 16, 32) and model.forwards == 0
+    output = ask(model, path_tuples(model, ["red circle"], 3, 2.0, seeded(), 5), batch=2)
+    assert output.gap.shape == (5, 16, 32) and model.forwards == 0
 
 
 def test_path_states_follow_the_models_guided_steps(tiny):

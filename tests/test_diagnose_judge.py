@@ -158,7 +158,7 @@ def test_a_biased_judge_needs_one_reply(tmp_path, server, capsys):
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.toml", "metrics.json", "report.html"}
     assert (found["method"], found["instrument"], found["judge"]) == ("diagnose", "judge of edits", "remote:eye")
     assert found["replies"] == 4 and found["refused"] == {}
-    assert found["recommended"]["4"]["mode"] == "direct" and found["recommended"]["4"]["n"] == 1
+    assert found["recomfixed"]["4"]["mode"] == "direct" and found["recomfixed"]["4"]["n"] == 1
     one = found["modes"]["direct"]["following"]
     assert one["bias_at"]["0.0"]["value"] == pytest.approx(0.4, abs=0.06)
     assert one["bias_at"]["1.0"]["value"] == pytest.approx(-0.1, abs=0.01)
@@ -166,8 +166,8 @@ def test_a_biased_judge_needs_one_reply(tmp_path, server, capsys):
     assert one["correlation_within"]["value"] > 0.99 and one["replies_needed"] == 1
     assert found["kinds"]["following"]["unchanged"] == {"truth": 0, "direct": pytest.approx(0.4)}
     assert list(found["kinds"]["consistency"]) == list(KINDS)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "96 questions, 4 replies to each, in mode direct" in said and "Use mode=direct and n=1: direct with" in said
+    text = " ".join(capsys.readouterr().err.split())
+    assert "96 questions, 4 replies to each, in mode direct" in text and "Use mode=direct and n=1: direct with" in text
     page = (tmp_path / "run" / "report.html").read_text()
     assert "To be trusted" in page and page.count("data:image/png") == 4 * (1 + len(KINDS))
     (command,) = re.findall(r"fieldsmith edit --judge &#34;(.+?)&#34;", page)
@@ -180,10 +180,10 @@ def test_a_noisy_judge_needs_several(tmp_path, server):
     server.say = noisy(0.4)
     found = measured(server, tmp_path / "run", "mode=reasoning&n=6")
     one = found["modes"]["reasoning"]["both"]
-    assert found["recommended"]["4"] == {**found["recommended"]["4"], "mode": "reasoning", "n": 4}
-    assert found["recommended"]["16"]["n"] == one["replies_needed"] > 4
+    assert found["recomfixed"]["4"] == {**found["recomfixed"]["4"], "mode": "reasoning", "n": 4}
+    assert found["recomfixed"]["16"]["n"] == one["replies_needed"] > 4
     assert one["variance"]["value"] > 0.03 and one["correlation_within"]["value"] < 0.9
-    reached = [found["recommended"][calls]["correlation_within"] for calls in ("1", "4", "16")]
+    reached = [found["recomfixed"][calls]["correlation_within"] for calls in ("1", "4", "16")]
     for name in ("following", "consistency", "both"):
         assert [part[name] for part in reached] == sorted(part[name] for part in reached)
     assert reached[1]["following"] > reached[1]["consistency"] and "By question that is" in found["words"]
@@ -192,14 +192,14 @@ def test_a_noisy_judge_needs_several(tmp_path, server):
 @pytest.mark.parametrize(("worse", "good"), [(0.8, True), (0.5, None), (0.2, False), (-0.3, False)])
 def test_the_question_that_a_judge_answers_worse_decides(worse, good):
     advice = {"mode": "direct", "n": 2, "correlation_within": {"both": 0.9, "following": 0.95, "consistency": worse}}
-    assert verdict_of({"recommended": {4: advice}})[0] is good
+    assert verdict_of({"recomfixed": {4: advice}})[0] is good
 
 
 def test_of_two_modes_the_one_that_ranks_better_for_its_cost_is_named(tmp_path, server, capsys):
     random_reply = noisy(0.5)
     server.say = lambda truth, mode: random_reply(truth, mode) if mode == "reasoning" else 0.4 + 0.5 * truth
     found = measured(server, tmp_path / "run", "mode=reasoning&mode=expected&mode=direct&n=2")
-    assert list(found["modes"]) == ["reasoning", "direct"] and found["recommended"]["4"]["mode"] == "direct"
+    assert list(found["modes"]) == ["reasoning", "direct"] and found["recomfixed"]["4"]["mode"] == "direct"
     # a server without log-probabilities is measured in its other modes
     assert list(found["refused"]) == ["expected"] and "gave no log-probabilities" in found["refused"]["expected"]
     assert "mode expected failed" in " ".join(capsys.readouterr().err.split())
@@ -209,8 +209,8 @@ def test_of_two_modes_the_one_that_ranks_better_for_its_cost_is_named(tmp_path, 
 def test_a_judge_that_says_one_thing_is_not_to_be_trusted(tmp_path, server):
     server.say = lambda truth, mode: 0.7
     found = measured(server, tmp_path / "run", "mode=direct&n=2")
-    assert found["recommended"] == {}
-    assert found["words"] == words_of({**found, "recommended": {4: None}})
+    assert found["recomfixed"] == {}
+    assert found["words"] == words_of({**found, "recomfixed": {4: None}})
     assert "no better than chance in mode direct; take another model" in found["words"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Not to be trusted" in page and "fieldsmith edit --judge" not in page
@@ -220,8 +220,8 @@ def test_all_modes_are_asked_where_none_is_named(tmp_path, server, capsys):
     server.down_after = 0
     words = ["diagnose", "--judge-of-edits", server.address("n=2"), "--samples", "2", "--out", str(tmp_path / "run")]
     assert main(words) == 3  # it was there when the run began
-    said = " ".join(capsys.readouterr().err.split())
-    assert "in mode direct, reasoning, expected, checklist" in said and "failed after 2 attempts: status 500" in said
+    text = " ".join(capsys.readouterr().err.split())
+    assert "in mode direct, reasoning, expected, checklist" in text and "failed after 2 attempts: status 500" in text
     assert not (tmp_path / "run").exists()
 
 

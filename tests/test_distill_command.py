@@ -33,8 +33,8 @@ QUICK = ["--steps", "12", "--batch", "8", "--bank", "1", "--evaluate", "20", "--
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, says: str) -> None:
     assert main(["distill", *words]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(says, said), said
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(says, text), text
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,8 +151,8 @@ def test_identifiability_is_told_without_a_run(capsys):
     assert main(["distill", "--identifiability", "--objective", "composite", "--composite-scales", "1", "4"]) == 0
     assert "131" in capsys.readouterr().out
     assert main(["distill", "--identifiability"]) == 0
-    said = capsys.readouterr().out
-    assert all(name[:10] in said for name in OBJECTIVES) and "inf" in said
+    text = capsys.readouterr().out
+    assert all(name[:10] in text for name in OBJECTIVES) and "inf" in text
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draws(*shape: int, seed: int = 0) -> Tensor:
+def generator(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
@@ -211,7 +211,7 @@ def scales_of(objective: Objective) -> Tensor:
     ],
 )  # fmt: skip
 def test_the_pair_loss_is_its_quadratic_form(objective):
-    e_c, e_u, t_c, t_u, noise = draws(5, 3, 2, 4, 4)
+    e_c, e_u, t_c, t_u, noise = generator(5, 3, 2, 4, 4)
     w = scales_of(objective)
     found = torch.stack(
         [
@@ -227,7 +227,7 @@ def test_the_pair_loss_is_its_quadratic_form(objective):
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9])
 def test_rows_of_one_branch_have_the_pairs_expectation_whatever_their_share(share):
-    s_c, s_u, t_c, t_u, noise = draws(5, 6, 3)
+    s_c, s_u, t_c, t_u, noise = generator(5, 6, 3)
     weights = {"imitation": 0.8, "unconditional": 1.7, "anchor": 0.3}
     no, yes = torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
     kept = row_loss(s_c, t_c, noise, no, **weights, share=share)
@@ -239,13 +239,13 @@ def test_rows_of_one_branch_have_the_pairs_expectation_whatever_their_share(shar
 
 def test_imitation_and_anchor_are_one_target():
     """im |s - tau|^2 + an |s - eps|^2 = (im + an) |s - target|^2 + what no network changes (3.1)."""
-    tau, noise = draws(2, 4, 5)
+    tau, noise = generator(2, 4, 5)
     im, an = 1.0, 0.1
     target = anchored_target(tau, noise, im, an)
     torch.testing.assert_close(target, (tau + 0.1 * noise) / 1.1)
     slopes, gaps = [], []
     for seed in (1, 2):
-        s = draws(4, 5, seed=seed).requires_grad_(True)
+        s = generator(4, 5, seed=seed).requires_grad_(True)
         both = pair_loss((s, s), (tau, tau), noise, imitation=im, unconditional=0, anchor=an)
         one = (im + an) * square(s, target)
         gaps.append((both - one).detach())
@@ -257,7 +257,10 @@ def test_imitation_and_anchor_are_one_target():
 
 
 def test_features_are_summed_over_places():
-    a, b = [draws(2, 3, 4, 4), draws(2, 5, 2, 2, seed=1)], [draws(2, 3, 4, 4, seed=2), draws(2, 5, 2, 2, seed=3)]
+    a, b = (
+        [generator(2, 3, 4, 4), generator(2, 5, 2, 2, seed=1)],
+        [generator(2, 3, 4, 4, seed=2), generator(2, 5, 2, 2, seed=3)],
+    )
     torch.testing.assert_close(feature_loss(a, b), (a[0] - b[0]).square().mean() + (a[1] - b[1]).square().mean())
 
 
@@ -295,7 +298,7 @@ class Sample:
         self.of_c = torch.cat((alike, torch.nn.functional.one_hot(self.k, K + 1).double()), 1)  # and an offset a class
         self.of_u = torch.cat((alike, torch.zeros(n, K).double(), one), 1)  # and one for null
 
-    def said(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         return self.of_c @ theta, self.of_u @ theta
 
     def optimum(self, objective: Objective) -> Tensor:
@@ -319,7 +322,7 @@ class Sample:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            s_c, s_u = self.said(theta)
+            s_c, s_u = self.output_old(theta)
             total = torch.stack(
                 [
                     pair_loss((s_c, s_u), (self.c, self.u), self.noise, **terms(objective), scale=w.expand(len(s_c)))
@@ -333,7 +336,7 @@ class Sample:
         return theta.detach()
 
 
-START, OTHER = draws(K + 4, 2, seed=7), draws(K + 4, 2, seed=8)
+START, OTHER = generator(K + 4, 2, seed=7), generator(K + 4, 2, seed=8)
 
 
 @PATHS
@@ -347,9 +350,9 @@ START, OTHER = draws(K + 4, 2, seed=7), draws(K + 4, 2, seed=8)
 )  # fmt: skip
 def test_full_rank_objectives_reach_one_optimum_from_anywhere(path, objective):
     sample = Sample(path)
-    best = sample.said(sample.optimum(objective))
+    best = sample.output_old(sample.optimum(objective))
     for start in (START, OTHER):
-        for found, wanted in zip(sample.said(sample.trained(objective, start)), best, strict=True):
+        for found, wanted in zip(sample.output_old(sample.trained(objective, start)), best, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
@@ -358,7 +361,7 @@ def test_full_rank_objectives_differ_where_the_student_cannot_fit_both():
     sample = Sample(FLOW)
 
     def errors(objective: Objective, w: float) -> float:
-        s_c, s_u = sample.said(sample.optimum(objective))
+        s_c, s_u = sample.output_old(sample.optimum(objective))
         return float(square(guide(s_c, s_u, w), guide(sample.c, sample.u, w)).mean())
 
     dash, multi = of("dash", anchor=0.0), of("composite", composite_scales=PICKED)
@@ -370,8 +373,8 @@ def test_full_rank_objectives_differ_where_the_student_cannot_fit_both():
 def test_a_composite_leaves_the_null_branch_where_it_started(path):
     """The composite at w0 is one; what two starts keep is e_u = d, e_c = (1 - 1 / w0) d: seen at every other scale."""
     sample, objective, w0 = Sample(path), of("composite"), 4.0
-    best = guide(*sample.said(sample.optimum(objective)), w0)
-    (c1, u1), (c2, u2) = (sample.said(sample.trained(objective, start)) for start in (START, OTHER))
+    best = guide(*sample.output_old(sample.optimum(objective)), w0)
+    (c1, u1), (c2, u2) = (sample.output_old(sample.trained(objective, start)) for start in (START, OTHER))
     for c, u in ((c1, u1), (c2, u2)):
         torch.testing.assert_close(guide(c, u, w0), best, atol=1e-4, rtol=0)
     drift = u2 - u1
@@ -386,8 +389,8 @@ def test_a_composite_leaves_the_null_branch_where_it_started(path):
 @PATHS
 def test_a_gap_alone_leaves_a_drift_that_both_branches_share(path):
     sample, objective = Sample(path), of("gap")
-    c, u = sample.said(sample.optimum(objective))
-    runs = [sample.said(sample.trained(objective, start)) for start in (START, OTHER)]
+    c, u = sample.output_old(sample.optimum(objective))
+    runs = [sample.output_old(sample.trained(objective, start)) for start in (START, OTHER)]
     for s_c, s_u in runs:
         torch.testing.assert_close(s_c - s_u, c - u, atol=1e-4, rtol=0)
         assert float(square(s_u, sample.u).mean()) > 0.5  # perfect gaps, useless branches
@@ -399,10 +402,10 @@ def test_a_gap_alone_leaves_a_drift_that_both_branches_share(path):
 @PATHS
 def test_conditional_alone_never_moves_the_null_offset(path):
     sample, objective = Sample(path), of("conditional")
-    best = sample.said(sample.optimum(objective))[0]
+    best = sample.output_old(sample.optimum(objective))[0]
     for start in (START, OTHER):
         theta = sample.trained(objective, start)
-        torch.testing.assert_close(sample.said(theta)[0], best, atol=1e-4, rtol=0)
+        torch.testing.assert_close(sample.output_old(theta)[0], best, atol=1e-4, rtol=0)
         assert torch.equal(theta[-1], start[-1])
 
 
@@ -412,7 +415,7 @@ def test_conditional_alone_never_moves_the_null_offset(path):
 @PATHS
 @pytest.mark.parametrize("t", [0.05, 0.45, 0.9])
 def test_the_posterior_mean_of_conditional_branches_is_the_marginal_branch(path, t):
-    t, x_t = f64(t)[0], 2 * draws(50, 2, seed=4)
+    t, x_t = f64(t)[0], 2 * generator(50, 2, seed=4)
     of_class = WORLD.posterior(x_t, t, path).reshape(50, K, 2).sum(2)
     conditional = torch.stack([one_class(k).eps(x_t, t, path) for k in range(K)], 1)
     mean = torch.einsum("nk,nkd->nd", of_class, conditional)
@@ -424,7 +427,7 @@ def test_the_posterior_mean_of_conditional_branches_is_the_marginal_branch(path,
 @PATHS
 def test_dropping_the_students_label_alone_has_its_optimum_at_the_marginal(path):
     """Free values at some states, conditional targets of classes drawn from their posterior there."""
-    x_t = 2 * draws(12, 2, seed=5)
+    x_t = 2 * generator(12, 2, seed=5)
     of_class = WORLD.posterior(x_t, T, path).reshape(12, K, 2).sum(2)
     target = torch.stack([one_class(k).eps(x_t, T, path) for k in range(K)], 1).flatten(0, 1)
     null, noise = torch.ones(12 * K, dtype=torch.bool), torch.zeros(12 * K, 2).double()
@@ -489,7 +492,7 @@ def test_tirts_shape_starves_high_noise_by_the_notes_numbers():
 
 @pytest.mark.parametrize("name", ["uniform", "tirt", "sigmoid", "min-snr", "min-snr-x0", "p2", "edm2"])
 def test_weights_have_mean_one_over_all_times(name):
-    numbers = draws(1000, seed=2) if name in ("tirt", "sigmoid", "edm2") else None
+    numbers = generator(1000, seed=2) if name in ("tirt", "sigmoid", "edm2") else None
     weights = Curriculum(name, COSINE, numbers=numbers)
     t = times_of(COSINE).float()
     assert float(weights(t).mean()) == pytest.approx(1, abs=1e-5)
@@ -513,7 +516,7 @@ def test_the_batch_normaliser_is_the_weighted_mean_of_losses():
 
 def test_tirts_own_gradient_raises_the_weight_of_easy_times():
     """d loss / d lambda_i = omega_i (1 - sigmoid(lambda_i)) (l_i - mean) / sum(omega): descent moves away from hard."""
-    importance, losses = draws(40, seed=6), draws(40, seed=7).square().float()
+    importance, losses = generator(40, seed=6), generator(40, seed=7).square().float()
     weights = Curriculum("tirt", SHORT, numbers=importance, learned=True)
     mean = weighted(losses, weights(times_of(SHORT).float(), True), True)
     mean.backward()
@@ -548,7 +551,7 @@ def test_with_min_snrs_shape_the_weights_pile_up_in_the_middle():
 
 def test_at_edm2s_optimum_every_time_counts_alike():
     """loss / e^u + u is least at e^u = loss, so that weighted losses are 1 at every time."""
-    losses = 0.1 + draws(40, seed=9).square().float()
+    losses = 0.1 + generator(40, seed=9).square().float()
     weights, t = Curriculum("edm2", SHORT, learned=True), times_of(SHORT).float()
     optimiser = torch.optim.LBFGS([weights.numbers], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=0)
 
@@ -570,7 +573,7 @@ def test_a_smooth_profile_is_recovered_from_noisy_losses(path):
     def profile(t: Tensor) -> Tensor:
         return -3 + 2.5 * torch.sigmoid(8 * (0.4 - t)) + 0.3 * t
 
-    noisy = profile(t.double()).exp() * draws(20_000, 6, seed=1).square().mean(1)
+    noisy = profile(t.double()).exp() * generator(20_000, 6, seed=1).square().mean(1)
     found = log_losses(t, noisy, path)
     assert found.shape == (1000,)
     torch.testing.assert_close(found, profile(times_of(path)), atol=0.08, rtol=0)
@@ -587,13 +590,13 @@ def test_branch_errors_reach_the_sample_by_the_notes_formula():
     conditional, marginal = Mixture(f64(1.0, -1.0)[None], S_c, f64(1.0)), Mixture(f64(0.0, 0.3)[None], S_u, f64(1.0))
 
     def field(error_c: Tensor, error_u: Tensor):
-        def said(x_t: Tensor, t: Tensor) -> Prediction:
+        def outputs(x_t: Tensor, t: Tensor) -> Prediction:
             both = conditional.eps(x_t, t, SHORT) + error_c, marginal.eps(x_t, t, SHORT) + error_u
             return Prediction("eps", guide(*both, w), x_t, t, SHORT)
 
-        return said
+        return outputs
 
-    start, none = draws(3, 2), f64(0.0, 0.0)
+    start, none = generator(3, 2), f64(0.0, 0.0)
     wrong, right = rollout(field(e_c, e_u), start, grid), rollout(field(none, none), start, grid)
     ratio = SHORT.sigma(grid) / SHORT.alpha(grid)
     steps = ratio.diff()
@@ -618,7 +621,7 @@ def test_high_noise_steps_carry_nearly_all_of_ddims_length():
 
 
 def test_the_error_of_guidance_is_a_parabola_of_three_moments():
-    e_c, e_u = draws(2, 500, 3)
+    e_c, e_u = generator(2, 500, 3)
     e_c = e_c + 0.8 * e_u
     gap = e_c - e_u
     for w in (0.0, 1.0, 2.5, 4.0):
@@ -649,11 +652,11 @@ def test_recalibrated_guidance_takes_the_bin_of_the_time():
 @PATHS
 @pytest.mark.parametrize("kind", ["eps", "x_0", "velocity", "v_prediction"])
 def test_the_truth_converts_to_what_it_was_made_of(path, kind):
-    x_0, eps = draws(2, 4, 3, 2)
+    x_0, eps = generator(2, 4, 3, 2)
     t = f64(0.1, 0.4, 0.7, 0.95)
     x_t = noised(path, x_0, eps, t)
-    said = Prediction(kind, truth(kind, path, x_0, eps, t), x_t, t, path)
-    for found, wanted in ((said.x_0, x_0), (said.eps, eps), (noised(path, said.x_0, said.eps, t), x_t)):
+    output = Prediction(kind, truth(kind, path, x_0, eps, t), x_t, t, path)
+    for found, wanted in ((output.x_0, x_0), (output.eps, eps), (noised(path, output.x_0, output.eps, t), x_t)):
         torch.testing.assert_close(found, wanted, atol=1e-8, rtol=1e-8)
     slopes = path.d_alpha(t)[:, None, None] * x_0 + path.d_sigma(t)[:, None, None] * eps
-    torch.testing.assert_close(said.velocity, slopes, atol=1e-6, rtol=1e-8)
+    torch.testing.assert_close(output.velocity, slopes, atol=1e-6, rtol=1e-8)

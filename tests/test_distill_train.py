@@ -29,7 +29,7 @@ from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import noised
 from fieldsmith.runs import Run
-from fieldsmith.training import Optimisation, fit, generator
+from fieldsmith.training import Optimisation, fit, step_generator
 from fieldsmith.worlds.classes import digits
 
 DATA = digits()
@@ -54,14 +54,14 @@ def teacher() -> UNet:
     model = tiny()
     model.network.requires_grad_(True)
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        rows = torch.randint(len(SOURCE.states), (48,), generator=draws)
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        rows = torch.randint(len(SOURCE.states), (48,), generator=generator)
         label = SOURCE.prompt[rows].clone()
-        label[torch.rand(48, generator=draws) < 0.2] = model.null_class
-        t = model.path.time(torch.randint(model.path.length, (48,), generator=draws))
-        eps = torch.randn(48, 1, 8, 8, generator=draws)
-        said = model.predict(noised(model.path, SOURCE.states[rows], eps, t), t, model.condition(label))
-        yield (said.eps - eps).square().mean()
+        label[torch.rand(48, generator=generator) < 0.2] = model.null_class
+        t = model.path.time(torch.randint(model.path.length, (48,), generator=generator))
+        eps = torch.randn(48, 1, 8, 8, generator=generator)
+        pred = model.predict(noised(model.path, SOURCE.states[rows], eps, t), t, model.condition(label))
+        yield (pred.eps - eps).square().mean()
 
     fit(model.trainable(), losses, Optimisation(120, 4e-3, 0.0, 10, cosine=True, clip=1.0, ema=0.99))
     model.network.requires_grad_(False)
@@ -134,7 +134,7 @@ def forgetful(teacher, monkeypatch) -> UNet:
     student = tiny()
     student.network.load_state_dict(teacher.network.state_dict())
     with torch.no_grad():
-        student.network.class_embedding.weight.normal_(0, 3, generator=generator(1, 0))
+        student.network.class_embedding.weight.normal_(0, 3, generator=step_generator(1, 0))
     return student
 
 
@@ -246,13 +246,13 @@ def test_what_a_bank_kept_is_what_the_teacher_says(teacher, tmp_path, small_shar
     """To fp16 of each branch, and of the gap on its own: a difference of rounded branches would lose what is small."""
     rows = Bank(tmp_path / "bank", teacher, SOURCE, "digits").window(0, 4)
     assert bool((rows.t.diff() >= 0).all()) and len(rows) == 256
-    said = branches(teacher, rows.x_t, rows.t, teacher.encode(SOURCE.prompts)[rows.prompt])
+    output = branches(teacher, rows.x_t, rows.t, teacher.encode(SOURCE.prompts)[rows.prompt])
     half = 2**-11 + 1e-5  # relative rounding of fp16
-    assert bool(((rows.conditional - said.conditional).abs() <= half * said.conditional.abs() + 2e-6).all())
-    assert bool(((rows.gap - said.gap).abs() <= half * said.gap.abs() + 2e-6).all())
-    torch.testing.assert_close(rows.teacher.unconditional, said.unconditional, atol=2e-3, rtol=1e-3)
-    subtracted = said.conditional.half() - said.unconditional.half()
-    kept, lost = ((gap.float() - said.gap).square().mean() for gap in (rows.gap, subtracted))
+    assert bool(((rows.conditional - output.conditional).abs() <= half * output.conditional.abs() + 2e-6).all())
+    assert bool(((rows.gap - output.gap).abs() <= half * output.gap.abs() + 2e-6).all())
+    torch.testing.assert_close(rows.teacher.unconditional, output.unconditional, atol=2e-3, rtol=1e-3)
+    subtracted = output.conditional.half() - output.unconditional.half()
+    kept, lost = ((gap.float() - output.gap).square().mean() for gap in (rows.gap, subtracted))
     assert float(kept) < 0.05 * float(lost)
 
 
@@ -345,20 +345,20 @@ def feed_of(teacher: UNet, **settings) -> Feed:
 
 def test_the_null_share_is_exact_in_every_batch_and_even_over_rows(teacher):
     feed = feed_of(teacher, **SPLIT, batch=40)
-    marks = torch.stack([feed._null(40, generator(0, step)) for step in range(400)])
+    marks = torch.stack([feed._null(40, step_generator(0, step)) for step in range(400)])
     assert set(marks.sum(1).tolist()) == {10}
     torch.testing.assert_close(marks.double().mean(0), torch.full((40,), 0.25).double(), atol=0.08, rtol=0)
     assert marks[:, :20].sum(1).tolist() == [5] * 400  # so early and late times have their share alike
-    assert not feed_of(teacher)._null(8, generator(0, 0)).any()
-    assert not feed_of(teacher, objective="conditional")._null(8, generator(0, 0)).any()
+    assert not feed_of(teacher)._null(8, step_generator(0, 0)).any()
+    assert not feed_of(teacher, objective="conditional")._null(8, step_generator(0, 0)).any()
 
 
 @pytest.mark.parametrize("objective", ["matched-dropout", "student-dropout"])
 def test_rows_of_one_branch_ask_the_teacher_for_that_one(teacher, objective):
-    rows, null = feed_of(teacher, objective=objective, **OWN_SPLIT)(0, generator(0, 0))
-    said = branches(teacher, rows.x_t, rows.t, teacher.encode(SOURCE.prompts)[rows.prompt])
+    rows, null = feed_of(teacher, objective=objective, **OWN_SPLIT)(0, step_generator(0, 0))
+    output = branches(teacher, rows.x_t, rows.t, teacher.encode(SOURCE.prompts)[rows.prompt])
     dropped = null if objective == "matched-dropout" else torch.zeros_like(null)
-    wanted = torch.where(dropped[:, None, None, None], said.unconditional, said.conditional)
+    wanted = torch.where(dropped[:, None, None, None], output.unconditional, output.conditional)
     torch.testing.assert_close(rows.conditional, wanted, atol=1e-5, rtol=1e-5)
     assert null.any() and not rows.gap.any()
 
@@ -372,9 +372,9 @@ def test_a_bank_and_the_teacher_itself_give_one_loss(teacher, banked):
         step = Step(
             student_of(teacher, config), feed, config, objective, weights_of.Curriculum("uniform", teacher.path)
         )
-        rows, null = feed(0, generator(0, 0))
+        rows, null = feed(0, step_generator(0, 0))
         asked = feed._ask(rows.x_t, rows.t, rows.prompt, rows.noise, null)
-        losses = [float(step(some, null, generator(0, 1), {})) for some in (rows, asked)]
+        losses = [float(step(some, null, step_generator(0, 1), {})) for some in (rows, asked)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -426,17 +426,17 @@ def test_a_student_that_takes_the_scale_answers_guided_in_one_forward(teacher, b
     student = taught(teacher, config)[0]
     student.save(tmp_path / "student")
     loaded = load(tmp_path / "student")
-    x_t, t = student.noise(60, generator(0, 0)), torch.rand(60, generator=generator(0, 1))
+    x_t, t = student.noise(60, step_generator(0, 0)), torch.rand(60, generator=step_generator(0, 1))
     prompts = teacher.encode(SOURCE.prompts * 6)
     with torch.no_grad():
         for w in (1.0, 2.0, 4.0):
             truth = teacher.predict(x_t, t, prompts, guidance=w).value
             before = student.forwards
-            said = student.predict(x_t, t, prompts, guidance=w).value
+            pred = student.predict(x_t, t, prompts, guidance=w).value
             assert student.forwards - before == 60
-            assert torch.equal(loaded.predict(x_t, t, prompts, guidance=w).value, said)
+            assert torch.equal(loaded.predict(x_t, t, prompts, guidance=w).value, pred)
             far = (fresh.predict(x_t, t, prompts, guidance=w).value - truth).square().mean()
-            assert float((said - truth).square().mean()) < 0.5 * float(far)
+            assert float((pred - truth).square().mean()) < 0.5 * float(far)
         with pytest.raises(InputError, match="guidance=3 is no scale"):
             student.predict(x_t, t, prompts, guidance=3.0)
 
@@ -457,7 +457,7 @@ def test_features_are_matched_through_regressors_that_are_not_shipped(teacher, t
     assert late < 0.8 * early
     assert set(student.network.state_dict()) == plain
     student.save(tmp_path / "student")
-    x_t, t = student.noise(3, generator(0, 0)), torch.full((3,), 0.4)
+    x_t, t = student.noise(3, step_generator(0, 0)), torch.full((3,), 0.4)
     prompts = student.encode(("3", "", "7"))
     with torch.no_grad():
         loaded = load(tmp_path / "student")

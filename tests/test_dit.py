@@ -82,12 +82,12 @@ def test_gradients_are_the_networks(family: str, learned: bool, guidance: float 
     condition, index = model.encode(["1", "3"]), torch.tensor([200, 700])
 
     def raw(at: Tensor, rows: Tensor) -> Tensor:
-        said: Tensor = model.network(at, index, class_labels=rows).sample
-        return said[:, : model.channels]
+        output: Tensor = model.network(at, index, class_labels=rows).sample
+        return output[:, : model.channels]
 
     def through_network(at: Tensor) -> Tensor:
-        said, null = raw(at, torch.tensor([1, 3])), raw(at, torch.tensor([4, 4]))
-        return said if guidance is None else null + guidance * (said - null)
+        output, null = raw(at, torch.tensor([1, 3])), raw(at, torch.tensor([4, 4]))
+        return output if guidance is None else null + guidance * (output - null)
 
     def gradients(field: Any) -> tuple[Tensor, ...]:
         at = x.clone().requires_grad_()
@@ -112,8 +112,8 @@ def test_a_learned_variance_is_read_where_the_scheduler_knows_how() -> None:
     pipe = dit_pipeline(learned_variance=True)
     assert DiT(pipe, "tiny").predict(torch.zeros(1, 4, 8, 8), torch.tensor(0.5), _one()).log_variance is None
     pipe.scheduler.register_to_config(variance_type="learned_range")
-    said = DiT(pipe, "tiny").predict(torch.zeros(1, 4, 8, 8), torch.tensor(0.5), _one())
-    assert said.log_variance is not None and said.log_variance.shape == said.value.shape
+    pred = DiT(pipe, "tiny").predict(torch.zeros(1, 4, 8, 8), torch.tensor(0.5), _one())
+    assert pred.log_variance is not None and pred.log_variance.shape == pred.value.shape
 
 
 def _one() -> Any:
@@ -145,10 +145,10 @@ def test_a_clipped_step_with_noise_is_the_schedulers() -> None:
     model, pipe = clipped_unet()
     pipe.scheduler.set_timesteps(10)
     x = 3 * model.noise(2, seeded())
-    said = model.predict(x, model.path.time(torch.tensor(40)), model.encode([""]))
-    assert said.x_0.abs().max() > 1.5
-    step = ddim_step(said, model.path.time(torch.tensor(30)), 1.0, clip=1.0)
-    theirs = pipe.scheduler.step(said.value, 40, x, eta=1.0, variance_noise=torch.ones_like(x)).prev_sample
+    pred = model.predict(x, model.path.time(torch.tensor(40)), model.encode([""]))
+    assert pred.x_0.abs().max() > 1.5
+    step = ddim_step(pred, model.path.time(torch.tensor(30)), 1.0, clip=1.0)
+    theirs = pipe.scheduler.step(pred.value, 40, x, eta=1.0, variance_noise=torch.ones_like(x)).prev_sample
     torch.testing.assert_close(step.mean + step.deviation, theirs, atol=1e-4, rtol=0)
     path = rollout(lambda x, t: model.predict(x, t, model.encode([""])), x, model.grid(4), sde="ddim",
                    noise_level=1.0, generator=seeded(), clip=1.0)  # fmt: skip
@@ -158,9 +158,9 @@ def test_a_clipped_step_with_noise_is_the_schedulers() -> None:
 @torch.no_grad()
 def test_clipping_is_refused_where_no_step_clips() -> None:
     flow = Flux(flux_pipeline(("a",)), "tiny")
-    said = flow.predict(flow.noise(1, seeded()), torch.tensor(0.5), flow.encode([""]))
+    pred = flow.predict(flow.noise(1, seeded()), torch.tensor(0.5), flow.encode([""]))
     with pytest.raises(ValueError, match="rectified flow"):
-        euler(said, torch.tensor(0.4), clip=1.0)
+        euler(pred, torch.tensor(0.4), clip=1.0)
     model = clipped_unet()[0]
     for options in ({"solver": "heun"}, {"sde": "ddim-uniform", "generator": seeded()}):
         with pytest.raises(ValueError, match="DDIM steps only"):

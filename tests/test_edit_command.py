@@ -128,7 +128,7 @@ def test_sample_runs_a_session_from_an_image(model, sessions, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["--rollouts", "1"], "use at least 2"),
         (["--turns", "0"], "turns=0 must be at least 1"),
@@ -147,14 +147,14 @@ def test_sample_runs_a_session_from_an_image(model, sessions, tmp_path):
         (["--judge", "remote:http://127.0.0.1:9/v1"], "does not answer"),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(words, said, model, sessions, server, tmp_path, capsys):
+def test_bad_input_is_one_sentence_and_nothing_is_written(words, output, model, sessions, server, tmp_path, capsys):
     given = {"SESSIONS": str(sessions), "SERVER": server}
     out = tmp_path / "run"
     flags = [given.get(word, word) for word in words]
     named = [] if "--model" in flags else ["--model", model]
     assert main(["edit", *named, "--resolution", "24", *SHORT, *flags, "--out", str(out)]) == 2
     err = capsys.readouterr().err
-    assert said in " ".join(err.split()) and not out.exists()
+    assert output in " ".join(err.split()) and not out.exists()
 
 
 def test_a_model_that_takes_no_images_is_refused(sessions, server, tmp_path, capsys):

@@ -417,11 +417,11 @@ def test_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(editing, "DRAWS", 150)
     held: dict[str, list[bool]] = {}
     for seed in range(25):
-        draws = seeded(seed)
-        skill = torch.rand(80, 1, generator=draws)  # P(done) is 0.4 + 0.5 skill at each turn, of each session
-        done = torch.rand(80, 2, generator=draws) < 0.4 + 0.5 * skill
-        clean = done | (torch.rand(80, 2, generator=draws) < 0.3)
-        kept = 0.6 + 0.4 * torch.rand(80, 2, generator=draws)
+        generator = seeded(seed)
+        skill = torch.rand(80, 1, generator=generator)  # P(done) is 0.4 + 0.5 skill at each turn, of each session
+        done = torch.rand(80, 2, generator=generator) < 0.4 + 0.5 * skill
+        clean = done | (torch.rand(80, 2, generator=generator) < 0.3)
+        kept = 0.6 + 0.4 * torch.rand(80, 2, generator=generator)
         both = 0.4**2 + 0.4 * 0.5 + 0.25 / 3
         truth = {
             "following": (0.65, both), "marginal": (0.65, 0.65), "conditional": (0.65, both / 0.65),

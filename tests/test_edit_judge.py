@@ -314,23 +314,23 @@ def test_a_judge_that_tells_edits_apart_is_left_alone():
 
 
 def test_a_judge_that_disagrees_with_itself_is_named_with_numbers():
-    said = disagreement(scores([0.4, 0.6], 0.3), 4)  # .02 < .09 / 4: nothing but noise
-    assert said == (
+    output = disagreement(scores([0.4, 0.6], 0.3), 4)  # .02 < .09 / 4: nothing but noise
+    assert output == (
         "the judge's 4 replies on one edit differ by 0.30 in instruction following, its scores of 2 edits by 0.14, so "
         "it ranks them by chance; more replies than n=4 will not mend it: lower the temperature, set mode=expected or "
         "take another model"
     )
     # .0841 - .09 / 4 = .0616 of variance is left for the edits: 10 * .09 / .0616 = 14.6
     far = 0.29 / math.sqrt(2)
-    said = disagreement(scores([0.5 - far, 0.5 + far], 0.3), 4)
-    assert said is not None and said.endswith("so it ranks them by chance; set n=15 (now 4)")
+    output = disagreement(scores([0.5 - far, 0.5 + far], 0.3), 4)
+    assert output is not None and output.endswith("so it ranks them by chance; set n=15 (now 4)")
     both = disagreement(scores([0.4, 0.6], 0.3, [0.9, 0.9]), 4)
     assert both is not None and "in content consistency, its scores of 2 edits by 0.00" in both
 
 
 def test_a_judge_of_pure_noise_is_found(server):
-    draws = torch.Generator().manual_seed(0)
-    server.answer = lambda question, n: completion(*map(str, torch.randint(11, (n,), generator=draws).tolist()))
+    generator = torch.Generator().manual_seed(0)
+    server.answer = lambda question, n: completion(*map(str, torch.randint(11, (n,), generator=generator).tolist()))
     found = server.judge("n=4&temperature=1")(torch.rand(12, 3, 2, 2), torch.rand(12, 3, 2, 2), ["a"] * 12)
-    said = disagreement(found, 4)
-    assert said is not None and "instruction following" in said and "content consistency" in said
+    output = disagreement(found, 4)
+    assert output is not None and "instruction following" in output and "content consistency" in output

@@ -18,7 +18,7 @@ from fieldsmith.methods.edit import loop, rollouts
 from fieldsmith.methods.edit.config import EditConfig, check
 from fieldsmith.methods.edit.rollouts import Collection, Setting, Task, collect
 from fieldsmith.models.editing import edit as edited
-from fieldsmith.models.editing import quantised, told
+from fieldsmith.models.editing import encode_unique, quantised
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
@@ -255,10 +255,10 @@ def test_grpo_rows_are_the_steps_of_their_own_edit(monkeypatch: pytest.MonkeyPat
     setting = Setting.of(seen.model, config, task_of(config), Channel())
     with torch.no_grad():
         at = rows.prompt
-        said = setting.output(rows.x, rows.step, seen.found.condition(at), seen.found.source[at])
+        output = setting.output(rows.x, rows.step, seen.found.condition(at), seen.found.source[at])
         astray = setting.output(rows.x, rows.step, seen.found.condition(at), seen.found.source[at.roll(3)])
-    torch.testing.assert_close(said, rows.said, atol=1e-5, rtol=0)
-    assert (astray - rows.said).abs().max() > 1e-3
+    torch.testing.assert_close(output, rows.output_old, atol=1e-5, rtol=0)
+    assert (astray - rows.output_old).abs().max() > 1e-3
 
 
 def test_the_exact_judge_reads_a_collection() -> None:
@@ -457,18 +457,18 @@ def too_few(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tens
 BAD = [(dead, "does not answer"), (not_a_number, "NaN or infinity for consistency"), (too_few, "must give one each")]
 
 
-@pytest.mark.parametrize(("judge", "said"), BAD)
-def test_a_judge_that_fails_at_once_leaves_the_model_as_it_was(judge: Any, said: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("judge", "text"), BAD)
+def test_a_judge_that_fails_at_once_leaves_the_model_as_it_was(judge: Any, text: str, tmp_path: Any) -> None:
     model, run = editor(), Run(tmp_path / "run", "edit", SHORT)
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(RunError, match=text):
         loop.edit(model, SHORT, task_of(SHORT, judge), Channel(), run)
     assert not run.folder.exists() and model.spec is None
 
 
-@pytest.mark.parametrize(("judge", "said"), BAD[:2])
-def test_a_judge_that_fails_later_leaves_a_checkpoint_to_go_on_from(judge: Any, said: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("judge", "text"), BAD[:2])
+def test_a_judge_that_fails_later_leaves_a_checkpoint_to_go_on_from(judge: Any, text: str, tmp_path: Any) -> None:
     config = replace(SHORT, epochs=13)
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(RunError, match=text):
         trained(config, Changing(calls(11, config) + 1, judge), Run(tmp_path / "run", "edit", config))
     (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert kept.name == "step-00000011"
@@ -508,7 +508,7 @@ def test_sessions_without_planned_images_cannot_supervise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "output"),
     [
         ({"turns": 0}, "turns=0"), ({"rollouts": 1}, "use at least 2"), ({"evaluate": 1}, "evaluate=1"),
         ({"steps": 1}, "steps=1"), ({"identity": -1.0}, "identity=-1.0"),
@@ -522,8 +522,8 @@ def test_sessions_without_planned_images_cannot_supervise() -> None:
         ({"objective": "grpo", "window": (3, 6), "sources": "clean"}, "window=3 6"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_learn_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_settings_that_cannot_learn_are_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
         check(replace(EditConfig(), **settings))
 
 
@@ -548,9 +548,9 @@ def brightness(model: FluxKontext) -> float:
     """Of what the editor makes of 64 held-out sessions in two turns on its own results."""
     sessions = WORLD.sessions(64, 2, 999)
     images = quantised(sessions.clean(0))
-    draws = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7)
     for turn in (1, 2):
-        images = edited(model, told(model, sessions.prompts(turn)), images, draws, 3)
+        images = edited(model, encode_unique(model, sessions.prompts(turn)), images, generator, 3)
     return float(images.mean())
 
 
@@ -586,8 +586,8 @@ def test_the_branches_and_the_supervised_objective_lower_their_losses(tmp_path: 
         config = replace(LEARNING, epochs=24, lr=3e-3, groups=8, **settings)  # type: ignore[arg-type]
         run = Run(tmp_path / name, "edit", config)
         trained(config, run=run)
-        said = [line[name] for line in run.history()]
-        assert sum(said[-6:]) < 0.95 * sum(said[:6])
+        output = [line[name] for line in run.history()]
+        assert sum(output[-6:]) < 0.95 * sum(output[:6])
 
 
 @pytest.mark.parametrize("settings", [{"objective": "none", "identity": 1.0}, {"steady": 1.0, "noise": 0.1}])

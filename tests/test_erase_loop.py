@@ -53,7 +53,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def log_of(model: Model, config: EraseConfig) -> list[dict[str, float]]:
     """What each step logged."""
     rows: list[dict[str, float]] = []
-    erase(model, config, probe=lambda step, log: rows.append(dict(log)) if step else None)
+    erase(model, config, callback=lambda step, log: rows.append(dict(log)) if step else None)
     return rows
 
 
@@ -61,10 +61,10 @@ def log_of(model: Model, config: EraseConfig) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def by_hand(model: Model, config: EraseConfig, draws: torch.Generator) -> list[Tensor]:
+def by_hand(model: Model, config: EraseConfig, generator: torch.Generator) -> list[Tensor]:
     """x_0 .. x_last of an Euler rollout of the target prompt."""
     condition, grid = model.encode(["red circle"]), model.grid(config.steps)
-    path = [model.noise(config.batch, draws)]
+    path = [model.noise(config.batch, generator)]
     for k in range(config.window[1]):
         path.append(path[k] + (grid[k + 1] - grid[k]) * model.predict(path[k], grid[k], condition).velocity)
     return path

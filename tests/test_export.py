@@ -92,11 +92,11 @@ NETWORKS = {"sd15": unet, "sd3": sd3, "flux": flux, "flux-kontext": flux, "flux2
 
 def some_adapter(sizes: export.Sizes, keep: str = "", even: bool = False) -> Adapter:
     """A LoRA on every layer with `keep` in its name; ranks and scales differ from layer to layer unless `even`."""
-    draws = seeded(3)
+    generator = seeded(3)
     found = {}
     for i, (layer, (wide, tall)) in enumerate(sizes.items()):
         rank, scale = (3, 0.5) if even else (1 + i % 3, (1.0, 0.5, 2.0, 0.125)[i % 4])
-        down, up = torch.randn(rank, wide, generator=draws), torch.randn(tall, rank, generator=draws)
+        down, up = torch.randn(rank, wide, generator=generator), torch.randn(tall, rank, generator=generator)
         if keep in layer:
             found[layer] = LowRank(down, up, scale)
     return found
@@ -304,10 +304,10 @@ def test_diffusers_reads_flux_at_its_full_width() -> None:
         adapter = some_adapter(sizes, keep)
         state = _convert_kohya_flux_lora_to_diffusers(exported(adapter, "flux", sizes, "kohya"))
         for layer in sizes:
-            said = state[f"transformer.{layer}.lora_B.weight"] @ (state[f"transformer.{layer}.lora_A.weight"] @ x)
+            output = state[f"transformer.{layer}.lora_B.weight"] @ (state[f"transformer.{layer}.lora_A.weight"] @ x)
             one = adapter.get(layer)
-            expected = one.scale * one.up @ (one.down @ x) if one else torch.zeros_like(said)
-            torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-3)
+            expected = one.scale * one.up @ (one.down @ x) if one else torch.zeros_like(output)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_diffusers_swaps_the_last_modulation_back() -> None:
@@ -357,18 +357,18 @@ def theirs(pipe: Any, size: int) -> Tensor:
     more = (
         {"image": None, "_auto_resize": False, "max_area": size * size} if isinstance(pipe, FluxKontextPipeline) else {}
     )
-    said: Tensor = pipe(
+    output: Tensor = pipe(
         prompt=PROMPTS, height=size, width=size, num_inference_steps=3, generator=seeded(), output_type="pt",
         max_sequence_length=8, **more,
     ).images  # fmt: skip
-    return said
+    return output
 
 
 def shake(model: Flux) -> None:
-    draws = seeded(7)
+    generator = seeded(7)
     with torch.no_grad():
         for p in model.trainable().values():
-            p.add_(0.05 * torch.randn(p.shape, generator=draws))
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -418,10 +418,10 @@ def test_diffusers_draws_our_image_from_a_kohya_file_of_stable_diffusion(tmp_pat
 
     def drawn(pipe: Any) -> Tensor:
         pipe.set_progress_bar_config(disable=True)
-        said: Tensor = pipe(
+        output: Tensor = pipe(
             PROMPTS[:2], height=8, width=8, num_inference_steps=3, generator=seeded(), output_type="pt"
         ).images
-        return said
+        return output
 
     base = drawn(pipe)
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=1.5, target_modules=list(sizes)), pipe.unet)
@@ -572,5 +572,5 @@ def test_the_file_of_diffusers_format_has_its_metadata(tmp_path: pathlib.Path) -
     sizes = sizes_of(flux())
     write(some_adapter(sizes), "flux", sizes, "diffusers", tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
-        said = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert {"transformer.r", "transformer.lora_alpha", "transformer.rank_pattern"} <= set(said)
+        output = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert {"transformer.r", "transformer.lora_alpha", "transformer.rank_pattern"} <= set(output)

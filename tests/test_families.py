@@ -39,25 +39,25 @@ from fieldsmith.samplers import ancestral
 
 
 def flux_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    said: Tensor = model.network(
+    output: Tensor = model.network(
         hidden_states=x, timestep=t, pooled_projections=condition.parts["pooled"], img_ids=model.image_ids,
         encoder_hidden_states=condition.parts["embeds"], txt_ids=torch.zeros(8, 3),
     ).sample  # fmt: skip
-    return said
+    return output
 
 
 def sd15_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     index = (1000 * t - 1).round().long()
-    said: Tensor = model.network(x, index, encoder_hidden_states=condition.parts["embeds"]).sample
-    return said
+    output: Tensor = model.network(x, index, encoder_hidden_states=condition.parts["embeds"]).sample
+    return output
 
 
 def sd3_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    said: Tensor = model.network(
+    output: Tensor = model.network(
         hidden_states=x, timestep=1000 * t, pooled_projections=condition.parts["pooled"],
         encoder_hidden_states=condition.parts["embeds"],
     ).sample  # fmt: skip
-    return said
+    return output
 
 
 FAMILIES = {
@@ -128,8 +128,8 @@ def test_every_subset_trains(folders: dict[str, pathlib.Path], name: str) -> Non
     for subset in load(folders[name]).SUBSETS:
         model: Any = load(folders[name])
         model.adapt(LoraSpec(subset, rank=1))
-        said = model.predict(model.noise(1, seeded()), model.grid(4)[1], model.encode([PROMPTS[0]])).value
-        said.square().sum().backward()
+        pred = model.predict(model.noise(1, seeded()), model.grid(4)[1], model.encode([PROMPTS[0]])).value
+        pred.square().sum().backward()
         assert all(p.grad.abs().max() > 0 for key, p in model.trainable().items() if "lora_B" in key)
 
 
@@ -137,8 +137,8 @@ def test_every_subset_trains(folders: dict[str, pathlib.Path], name: str) -> Non
 def test_full_weights_all_have_a_gradient(folders: dict[str, pathlib.Path], name: str) -> None:
     model: Any = load(folders[name])
     model.unfreeze("all")
-    said = model.predict(model.noise(1, seeded()), model.grid(4)[1], model.encode([PROMPTS[0]])).value
-    said.square().sum().backward()
+    pred = model.predict(model.noise(1, seeded()), model.grid(4)[1], model.encode([PROMPTS[0]])).value
+    pred.square().sum().backward()
     assert not [key for key, p in model.trainable().items() if p.grad is None or not p.grad.any()]
 
 

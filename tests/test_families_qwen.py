@@ -20,7 +20,7 @@ from fieldsmith import preflight
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec, stack
-from fieldsmith.models.editing import edit, quantised, told
+from fieldsmith.models.editing import edit, encode_unique, quantised
 from fieldsmith.models.flux2_klein import Flux2Klein
 from fieldsmith.models.qwen_image_edit import _words
 from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
@@ -71,7 +71,7 @@ def drawn(images: Tensor) -> list[PIL.Image.Image]:
 
 def asked(model: Any, prompts: Sequence[str] = PROMPTS, seed: int = 5) -> Condition:
     """What each family needs to draw: words, and a source image each where words are not enough."""
-    condition = told(model, list(prompts))
+    condition = encode_unique(model, list(prompts))
     if model.family == "qwen-image-edit":
         condition = model.with_images(condition, pictures(len(prompts), seed=seed))
     return condition
@@ -107,11 +107,11 @@ def theirs(
     if images is not None:
         options["image"] = images
     options.setdefault("generator", seeded())
-    said: Tensor = pipe(
+    output: Tensor = pipe(
         prompt=list(prompts), height=model.resolution, width=model.resolution, num_inference_steps=steps,
         output_type="pt", **options,
     ).images  # fmt: skip
-    return said
+    return output
 
 
 def same(one: Tensor, two: Tensor) -> None:
@@ -207,13 +207,13 @@ def test_kleins_sources_are_the_pipelines(folders: dict[str, pathlib.Path], guid
     model: Any = load(folders["flux2-klein"])
     square, wide = pictures(1, 64), pictures(1, 64, 72, seed=6)
     model.negative = "red"
-    said = []
+    output = []
     for sources in ([square], [wide, square]):  # the pipeline shows all its prompts the same images
         condition = model.with_images(model.encode(PROMPTS[:2]), sources)
-        said.append(ours(model, condition, guidance))
+        output.append(ours(model, condition, guidance))
         images = [drawn(source)[0] for source in sources]
-        same(said[-1], theirs(model, PROMPTS[:2], images, guidance or 1.0))
-    assert min(apart(*said), apart(said[0], ours(model, model.encode(PROMPTS[:2]), guidance))) > 1e-3
+        same(output[-1], theirs(model, PROMPTS[:2], images, guidance or 1.0))
+    assert min(apart(*output), apart(output[0], ours(model, model.encode(PROMPTS[:2]), guidance))) > 1e-3
 
 
 def test_each_row_sees_its_own_source(folders: dict[str, pathlib.Path]) -> None:
@@ -307,7 +307,7 @@ def test_words_pass_through_a_condition_unchanged(folders: dict[str, pathlib.Pat
     model: Any = load(folders["qwen-image-edit"], resolution=16)
     model._check_words = lambda tokenizer, prompts: None
     prompts = ["größer, 更大", "", "a"]
-    assert [_words(row) for row in told(model, prompts).parts["words"]] == prompts
+    assert [_words(row) for row in encode_unique(model, prompts).parts["words"]] == prompts
 
 
 # gradients and adapters
@@ -317,7 +317,7 @@ def test_words_pass_through_a_condition_unchanged(folders: dict[str, pathlib.Pat
 def test_gradient_through_predict_is_the_networks(folders: dict[str, pathlib.Path], family: str) -> None:
     model: Any = load(folders[family], resolution=16)
     x, t, pipe = model.noise(2, seeded()), torch.tensor([0.2, 0.9]), model.pipeline
-    condition = told(model, PROMPTS[:2])
+    condition = encode_unique(model, PROMPTS[:2])
     if family in EDITORS:
         condition = model.with_images(condition, pictures(2))
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -329,7 +329,7 @@ def test_gradient_through_predict_is_the_networks(folders: dict[str, pathlib.Pat
         source = pipe._encode_vae_image(pictures(2) * 2 - 1, None)
         ids = torch.cat((pipe._prepare_latent_ids(source), pipe._prepare_image_ids([source[:1]]).repeat(2, 1, 1)), 1)
         tokens = torch.cat((two, pipe._pack_latents(source)), 1)
-        said = model.network(tokens, embeds, t, ids, txt_ids).sample
+        output = model.network(tokens, embeds, t, ids, txt_ids).sample
     else:
         seen = {"image": drawn(pictures(2))} if family in EDITORS else {}
         embeds, mask = pipe.encode_prompt(PROMPTS[:2], **seen)
@@ -338,8 +338,8 @@ def test_gradient_through_predict_is_the_networks(folders: dict[str, pathlib.Pat
             pixels = (pictures(2) * 2 - 1).unsqueeze(2)
             source = pipe.prepare_latents(pixels, 2, 4, 16, 16, torch.float32, model.device, seeded())[1]
             tokens, shapes = torch.cat((two, source), 1), [(1, 2, 2)] * 2
-        said = model.network(tokens, embeds, mask, t, [shapes] * 2).sample
-    said[:, :4].square().sum().backward()
+        output = model.network(tokens, embeds, mask, t, [shapes] * 2).sample
+    output[:, :4].square().sum().backward()
     assert one.grad is not None and two.grad is not None
     torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-5)
 

@@ -60,7 +60,7 @@ def test_erasing_moves_the_target_and_the_reference_stays(family: str, method: s
     logs: list[dict[str, float]] = []
     found = erase(
         model, replace(QUICK, method=method, budget=3 if method != "gem" else 6, **settings),
-        probe=lambda step, log: logs.append(dict(log)),
+        callback=lambda step, log: logs.append(dict(log)),
     )  # fmt: skip
     assert found.steps == (2 if method == "gem" else 3) and all(log["loss"] == log["loss"] for log in logs[1:])
     assert apart(ours(model, ["red circle"]), base) > 1e-3
@@ -124,8 +124,8 @@ def test_attention_maps_are_shares_of_what_an_image_reads(newer: bool) -> None:
 def test_erasures_compare_eps_off_rectified_flow() -> None:
     model = model_of("sd15", prediction_type="v_prediction")
     kept = states.kept_states(model, QUICK, seeded())
-    said = model.predict(kept.x, kept.t, kept.condition, QUICK.loss_guidance)
-    torch.testing.assert_close(kept.field, said.eps, atol=1e-4, rtol=1e-4)
+    pred = model.predict(kept.x, kept.t, kept.condition, QUICK.loss_guidance)
+    torch.testing.assert_close(kept.field, pred.eps, atol=1e-4, rtol=1e-4)
     index = model.path.index(states.uniform_times(model, 50, seeded()))
     torch.testing.assert_close(index, index.round(), atol=1e-3, rtol=0)
     assert index.min() > -0.5 and index.max() < 999.5 and len(set(index.tolist())) > 40

@@ -249,12 +249,12 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
 
 def test_the_command_prints_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"│ {family.name} " in said for family in FAMILIES) and "LoRA, full" in said
+    text = capsys.readouterr().out
+    assert all(f"│ {family.name} " in text for family in FAMILIES) and "LoRA, full" in text
 
 
 def test_the_command_does_not_import_torch() -> None:
     script = "import sys; from fieldsmith.cli import main; main(['families']); "
     script += "print({'torch', 'diffusers'} & set(sys.modules))"
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert said.stdout.strip().endswith("set()"), said.stdout
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert output.stdout.strip().endswith("set()"), output.stdout

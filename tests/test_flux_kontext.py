@@ -70,11 +70,11 @@ def theirs(model: Flux, prompts: list[str], images: Tensor | None, pipe: Any = N
     """The images (len(prompts), 3, height, width) of the diffusers pipeline itself."""
     pipe, size = pipe or model.pipeline, model.resolution
     pipe.set_progress_bar_config(disable=True)
-    said: Tensor = pipe(
+    output: Tensor = pipe(
         image=images, prompt=prompts, height=size, width=size, num_inference_steps=4, generator=seeded(),
         _auto_resize=False, max_area=size * size, output_type="pt", max_sequence_length=8, **options,
     ).images  # fmt: skip
-    return said
+    return output
 
 
 def same(one: Tensor, two: Tensor) -> None:
@@ -203,12 +203,12 @@ def test_gradient_through_predict_is_the_networks(model: FluxKontext) -> None:
     _, source, ids, source_ids = model.pipeline.prepare_latents(
         pictures(2, 24) * 2 - 1, 2, 8, 24, 24, torch.float32, model.device, latents=x
     )
-    said = model.network(
+    output = model.network(
         hidden_states=torch.cat((two, source), dim=1), timestep=t, pooled_projections=condition.parts["pooled"],
         encoder_hidden_states=condition.parts["embeds"], txt_ids=torch.zeros(8, 3),
         img_ids=torch.cat((ids, source_ids)),
     ).sample[:, :9]  # fmt: skip
-    said.square().sum().backward()
+    output.square().sum().backward()
     assert one.grad is not None and two.grad is not None
     torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-6)
 

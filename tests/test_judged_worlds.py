@@ -125,7 +125,7 @@ def test_grey_smear_is_noticed():
     ghost = torch.maximum(it.sample(100, 0), 0.4 * it.sample(100, 1))
     ghost = ghost[(ghost == 0.4).flatten(1).sum(1) > 50]
     verdicts = it.judge(ghost)
-    assert not verdicts.valid.any() and all("grey smear" in said for said in verdicts.reasons)
+    assert not verdicts.valid.any() and all("grey smear" in output for output in verdicts.reasons)
 
 
 @pytest.mark.parametrize("size", [128, 64, 32])
@@ -159,7 +159,7 @@ def test_the_reasons_of_cards_name_what_is_wrong(world):
         "scrambled quadrant": "unreadable pips",
     }.items():
         reasons = it.judge(it.mutations[mutation](50, 1)).reasons
-        assert all(any(reason.startswith(word) for reason in said) for said in reasons), mutation
+        assert all(any(reason.startswith(word) for reason in output) for output in reasons), mutation
 
 
 def test_chess_shows_its_placement_and_held_out_positions_never_train(world):
@@ -190,7 +190,7 @@ def test_the_reasons_of_chess_name_what_is_wrong(world):
         "both sides in check": "opposite check",
     }.items():
         reasons = it.judge(it.mutations[mutation](50, 1)).reasons
-        assert all(any(word in reason for reason in said) for said in reasons), mutation
+        assert all(any(word in reason for reason in output) for output in reasons), mutation
     image = it.sample(1, 0)
     image[0, :, 32:40, 32:40] = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert "malformed square e4" in it.judge(image).reasons[0]
@@ -306,14 +306,14 @@ def test_a_failing_judge_is_named(folder):
     late.judge(images)
     with pytest.raises(RunError, match="ZeroDivisionError: division by zero"):
         late.judge(images)
-    for wrong, said in (
+    for wrong, output in (
         ("mine.py", "is no module:function"),
         ("no_such_module:f", "ModuleNotFoundError"),
         (f"{folder.parent / 'mine.py'}:absent", "AttributeError"),
         (f"{folder.parent / 'none.py'}:f", "FileNotFoundError"),
         (f"{folder.parent / 'mine.py'}:calls", "which cannot be called"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=output):
             FolderWorld(folder, wrong)
 
 
@@ -328,11 +328,11 @@ def server() -> Iterator[tuple[str, list[Any]]]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
-            said = b"" if isinstance(answer, int) else json.dumps(answer(body["images"])).encode()
+            output = b"" if isinstance(answer, int) else json.dumps(answer(body["images"])).encode()
             self.send_response(answer if isinstance(answer, int) else 200)
-            self.send_header("Content-Length", str(len(said)))
+            self.send_header("Content-Length", str(len(output)))
             self.end_headers()
-            self.wfile.write(said)
+            self.wfile.write(output)
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -374,7 +374,7 @@ def test_a_judge_that_is_not_there_is_bad_input(folder, monkeypatch):
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_mend(folder):
-    for arguments, said in (
+    for arguments, output in (
         (("column",), "did you mean 'columns'"),
         (("nowhere/at/all",), "known worlds: columns, cards, chess"),
         ((str(folder),), "needs a judge"),
@@ -383,7 +383,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_mend(folder):
         (("cards", 33), "128, 64 or 32"),
         (("chess", 32), "64, 128 or 256"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=output):
             load(*arguments)
     (folder / "bad.png").write_bytes(b"none")
     with pytest.raises(InputError, match=r"bad.png' cannot be read"):

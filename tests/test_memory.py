@@ -124,10 +124,10 @@ def test_an_adapter_on_bf16_weights_is_float32_and_near_the_exact_one(flux_folde
     frozen = {p.dtype for p in half.network.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
     x, t, _ = asked(exact)
-    said = [model.predict(x, t, model.encode(["red circle"])).velocity for model in (exact, half)]
-    assert said[1].dtype == torch.float32
-    assert (said[1] - said[0]).norm() < 0.03 * said[0].norm()
-    losses = [v.square().mean() for v in said]
+    pred = [model.predict(x, t, model.encode(["red circle"])).velocity for model in (exact, half)]
+    assert pred[1].dtype == torch.float32
+    assert (pred[1] - pred[0]).norm() < 0.03 * pred[0].norm()
+    losses = [v.square().mean() for v in pred]
     grads = [gradients(model, loss) for model, loss in zip((exact, half), losses, strict=True)]
     flat = [torch.cat([g.flatten() for g in some.values()]) for some in grads]
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
@@ -237,7 +237,7 @@ def test_an_8_bit_run_resumes_exactly(bitsandbytes, tmp_path):
         p, q = torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
         run = Run(folder, "test", {"a": 1})
         run.begin()
-        losses = lambda step, draws, log: iter([(p.square().sum() + q.square().sum())])  # noqa: E731
+        losses = lambda step, generator, log: iter([(p.square().sum() + q.square().sum())])  # noqa: E731
         stop = (lambda done, log: "limit" if done == limit else None) if limit else None
         with optimizers.using("adamw8bit"):
             fit({"p": p, "q": q}, losses, Optimisation(steps, 0.05, checkpoint_every=2), run, stop)

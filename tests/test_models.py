@@ -137,10 +137,10 @@ def test_ddim_step_with_noise_is_the_schedulers() -> None:
     scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config)
     scheduler.set_timesteps(10)
     x = model.noise(2, seeded())
-    said = model.predict(x, model.path.time(torch.tensor(400)), model.encode([""]))
-    step = ddim_step(said, model.path.time(torch.tensor(300)), eta=1.0)
+    pred = model.predict(x, model.path.time(torch.tensor(400)), model.encode([""]))
+    step = ddim_step(pred, model.path.time(torch.tensor(300)), eta=1.0)
     for noise, expected in ((torch.zeros_like(x), step.mean), (torch.ones_like(x), step.mean + step.deviation)):
-        theirs = scheduler.step(said.value, 400, x, eta=1.0, variance_noise=noise).prev_sample
+        theirs = scheduler.step(pred.value, 400, x, eta=1.0, variance_noise=noise).prev_sample
         torch.testing.assert_close(expected, theirs, atol=1e-4, rtol=0)
 
 
@@ -152,18 +152,18 @@ def test_learned_variance_is_the_schedulers(variance_type: str) -> None:
     model = UNet(pipe, "tiny")
     x = model.noise(4, seeded())
     index = torch.tensor([0, 1, 500, 999])
-    said = model.predict(x, model.path.time(index), model.encode([""]))
+    pred = model.predict(x, model.path.time(index), model.encode([""]))
     raw = model.network(x, index).sample
-    torch.testing.assert_close(said.value, raw[:, :3], atol=1e-5, rtol=0)
-    assert said.log_variance is not None
+    torch.testing.assert_close(pred.value, raw[:, :3], atol=1e-5, rtol=0)
+    assert pred.log_variance is not None
     for row, at in enumerate(index.tolist()):
         theirs = pipe.scheduler._get_variance(at, predicted_variance=raw[row, 3:])
         if variance_type == "learned":  # what the scheduler takes a root of
             theirs = theirs.clamp(min=1e-20).log()
             positive = raw[row, 3:] > 1e-3
-            torch.testing.assert_close(said.log_variance[row][positive], theirs[positive], atol=2e-2, rtol=0)
+            torch.testing.assert_close(pred.log_variance[row][positive], theirs[positive], atol=2e-2, rtol=0)
         else:  # the scheduler's own float32 1 - a / b is good to about 1e-3 where beta is small
-            torch.testing.assert_close(said.log_variance[row], theirs, atol=3e-3, rtol=0)
+            torch.testing.assert_close(pred.log_variance[row], theirs, atol=3e-3, rtol=0)
 
 
 @torch.no_grad()
@@ -241,11 +241,11 @@ def test_gradient_through_predict_is_the_networks() -> None:
     x, t, condition = model.noise(2, seeded()), torch.tensor([0.2, 0.9]), model.encode(PROMPTS[:2])
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     model.predict(one, t, condition).velocity.square().sum().backward()
-    said = model.network(
+    output = model.network(
         hidden_states=two, timestep=t, pooled_projections=condition.parts["pooled"], img_ids=model.image_ids,
         encoder_hidden_states=condition.parts["embeds"], txt_ids=torch.zeros(8, 3),
     ).sample  # fmt: skip
-    said.square().sum().backward()
+    output.square().sum().backward()
     assert one.grad is not None and two.grad is not None
     torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-6)
     assert model.forwards == 2 * 3
@@ -502,8 +502,8 @@ def test_foreign_adapters_are_refused(
 
 def test_half_precision_weights_step_in_float32(flux_folder: pathlib.Path) -> None:
     model = load(flux_folder, dtype=torch.bfloat16)
-    said = model.predict(model.noise(1, seeded()), torch.tensor(0.5), model.encode([""]))
-    assert model.network.dtype == torch.bfloat16 and said.velocity.dtype == torch.float32
+    pred = model.predict(model.noise(1, seeded()), torch.tensor(0.5), model.encode([""]))
+    assert model.network.dtype == torch.bfloat16 and pred.velocity.dtype == torch.float32
     images = ours(model, PROMPTS, 2)
     assert images.dtype == torch.float32
     torch.testing.assert_close(images, ours(load(flux_folder), PROMPTS, 2), atol=0.1, rtol=0)

@@ -240,7 +240,7 @@ def test_what_align_spends(name):
     model = small_flux()
     planned = costs.align(model, config)
     log = []
-    found = align(model, config, reward("brightness", None), probe=lambda step, row: log.append(dict(row)))
+    found = align(model, config, reward("brightness", None), callback=lambda step, row: log.append(dict(row)))
     # rows of advantage 0 are left out, and a float's last bit decides whether there are any
     assert found.forward_equivalents == pytest.approx(planned.forward_equivalents, rel=0.05 if planned.hangs_on else 0)
     assert sum(row.get("reward calls", 0) for row in log) == planned.reward_calls
@@ -322,8 +322,8 @@ def test_a_plan_as_json_and_as_tables(small_folder, capsys):
     assert found["components"][0]["name"] == "transformer"
     capsys.readouterr()
     plan._print(plan.Plan(**{**found, "components": [Component(**part) for part in found["components"]]}))
-    said = capsys.readouterr().out
-    assert "forward-equivalents" in said and "text_encoder_2" in said and f"{found['trainable']:,}" in said
+    text = capsys.readouterr().out
+    assert "forward-equivalents" in text and "text_encoder_2" in text and f"{found['trainable']:,}" in text
 
 
 def test_a_network_that_trains_beside_another_is_planned_too(capsys):

@@ -49,8 +49,8 @@ def constant(value: float, name: str = "constant") -> Named:
 
 def test_the_package_is_light():
     script = "import fieldsmith.rewards, sys; print({'torch', 'transformers', 'numpy'} & set(sys.modules) or 'light')"
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert said.stdout.strip() == "light", said.stdout + said.stderr
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert output.stdout.strip() == "light", output.stdout + output.stderr
 
 
 def test_a_sum_is_the_weighted_sum_of_its_parts():

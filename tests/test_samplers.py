@@ -179,7 +179,7 @@ def test_steps_take_one_time_a_sample(t):
     x, v = noise(3, 2, 4), noise(3, 2, 4, seed=1)
     ts, nexts = f64([t, 0.5, 0.3]), f64([t - 0.1, 0.4, 0.2])
     together = Prediction("velocity", v, x, ts, FLOW)
-    for step in (lambda said, n: flow_sde_step(said, n, 0.7, f64(0.9)), lambda s, n: dance_sde_step(s, n, 0.3),
+    for step in (lambda output, n: flow_sde_step(output, n, 0.7, f64(0.9)), lambda s, n: dance_sde_step(s, n, 0.3),
                  lambda s, n: cps_step(s, n, 0.7)):  # fmt: skip
         batch = step(together, nexts)
         for i in range(3):
@@ -190,8 +190,8 @@ def test_steps_take_one_time_a_sample(t):
 
 
 def test_the_first_flow_sde_step_is_finite():
-    said = Prediction("velocity", noise(4, 3), noise(4, 3, seed=1), f64(1.0), FLOW)
-    step = flow_sde_step(said, f64(0.98), 0.7, f64(0.98))
+    output = Prediction("velocity", noise(4, 3), noise(4, 3, seed=1), f64(1.0), FLOW)
+    step = flow_sde_step(output, f64(0.98), 0.7, f64(0.98))
     assert torch.isfinite(step.mean).all() and torch.isfinite(step.deviation) and step.deviation > 0
 
 
@@ -346,10 +346,10 @@ def test_log_probs_are_recomputed_from_stored_states_and_times(sde):
     field, grid = field_of(sde), grid_of(sde, 8)
     path = rollout(field, noise(6, 1), grid, sde=sde, noise_level=0.6, generator=seeded(1))
     steps = {
-        "flow-sde": lambda said, n: flow_sde_step(said, n, 0.6, path.times[1]),
-        "dance-sde": lambda said, n: dance_sde_step(said, n, 0.6),
-        "cps": lambda said, n: cps_step(said, n, 0.6),
-        "ddim": lambda said, n: ddim_step(said, n, 0.6),
+        "flow-sde": lambda output, n: flow_sde_step(output, n, 0.6, path.times[1]),
+        "dance-sde": lambda output, n: dance_sde_step(output, n, 0.6),
+        "cps": lambda output, n: cps_step(output, n, 0.6),
+        "ddim": lambda output, n: ddim_step(output, n, 0.6),
     }
     assert path.log_probs.shape == (8, 6)
     for k in range(8 if sde in ("flow-sde", "dance-sde") else 7):

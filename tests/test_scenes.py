@@ -219,15 +219,15 @@ def test_still_is_the_share_of_turns_that_ask_for_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "text"),
     [
         ({"turns": 0}, "turns=0"), ({"turns": 9}, "turns=9"), ({"dependency": 1.5}, "dependency=1.5"),
         ({"dependency": -0.1}, "dependency=-0.1"), ({"still": 2.0}, "still=2.0"),
         ({"dependency": float("nan")}, "dependency=nan"),
     ],
 )  # fmt: skip
-def test_impossible_sessions_are_refused(arguments: dict[str, float], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_impossible_sessions_are_refused(arguments: dict[str, float], text: str) -> None:
+    with pytest.raises(InputError, match=text):
         WORLD.sessions(**{"n": 2, "turns": 2, "seed": 0, **arguments})  # type: ignore[arg-type]
 
 
@@ -343,13 +343,13 @@ def test_verdicts_are_right_in_more_than_99_of_100(size: int, dependency: float)
     world = ScenesWorld(size)
     sessions = world.sessions(40 if size == 36 else 100, 4, 5, dependency)
     for noise in (0.0, 0.05):
-        said = []
+        output = []
         for turn in range(1, 5):
             before = sessions.clean(turn - 1)
             for after, truth in ((sessions.clean(turn), True), (before, False)):
                 shaken = (after + noise * torch.randn(after.shape, generator=seeded(turn))).clamp(0, 1)
-                said.append(judge(sessions, turn, before, quantised(shaken)).done == truth)
-        assert torch.cat(said[0::2]).float().mean() > 0.99 and torch.cat(said[1::2]).float().mean() > 0.99
+                output.append(judge(sessions, turn, before, quantised(shaken)).done == truth)
+        assert torch.cat(output[0::2]).float().mean() > 0.99 and torch.cat(output[1::2]).float().mean() > 0.99
 
 
 def elsewhere(plan: Plan, turn: Turn) -> Scene | None:

@@ -68,12 +68,12 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(model, tmp_path
 
     asked, whole = 0, loop.Step.draw
 
-    def stopping(self, draws):
+    def stopping(self, generator):
         nonlocal asked
         asked += 1
         if asked == 8:
             raise KeyboardInterrupt
-        return whole(self, draws)
+        return whole(self, generator)
 
     monkeypatch.setattr(loop.Step, "draw", stopping)
     assert main([*words, "--out", str(tmp_path / "cut")]) == 130
@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(model, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["--data", "cards"], "cards"),
         (["--data", "nowhere"], "nowhere"),
@@ -100,12 +100,12 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(model, tmp_path
         (["--model", "zoo:shapes-flux"], "rectified flow"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence_and_nothing_is_written(words, said, model, tmp_path, capsys):
+def test_bad_input_is_one_sentence_and_nothing_is_written(words, output, model, tmp_path, capsys):
     first = [] if "--model" in words else ["--model", model]
     data = [] if "--data" in words or "--model" not in words else ["--data", "columns"]
     assert main(["sharpen", *first, *data, *words, "--scale", "laptop", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error and not (tmp_path / "run").exists()
+    assert output in error and "Traceback" not in error and not (tmp_path / "run").exists()
 
 
 def test_a_judge_that_throws_loses_nothing(model, tmp_path, capsys):
@@ -141,14 +141,14 @@ def test_diagnose_smoothness_profiles_paths_and_tries_detectors(model, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["--variance", "learned"], "learns no variance"),
         (["--variance", "small", "--schedule", "tag"], "leave out"),
         (["--variance", "small", "--model", "zoo:shapes-flux"], "rectified flow"),
     ],
 )
-def test_ancestral_sampling_refuses_what_it_cannot_do(words, said, model, tmp_path, capsys):
+def test_ancestral_sampling_refuses_what_it_cannot_do(words, output, model, tmp_path, capsys):
     first = [] if "--model" in words else ["--model", model]
     assert main(["sample", *first, "--prompts", "", *words, "--out", str(tmp_path / "x.png")]) == 2
-    assert said in capsys.readouterr().err
+    assert output in capsys.readouterr().err

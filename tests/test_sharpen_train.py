@@ -49,7 +49,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draws(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def generator(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
 
 
@@ -91,7 +91,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
-def said(model: Model) -> Prediction:
+def outputs(model: Model) -> Prediction:
     x = model.noise(4, seeded(3))
     return model.predict(x, torch.tensor([0.001, 0.01, 0.3, 1.0]), model.encode([""]))
 
@@ -202,8 +202,8 @@ def test_beside_the_bound_the_penalty_shrinks_the_variance_by_the_law(low, gap, 
 
 
 def test_bounds_are_torchs_divergence_and_density():
-    true, mean, data = draws(3, 4, seed=1), draws(3, 4, seed=2), draws(3, 4, seed=3)
-    log_true, log_variance = draws(3, seed=4), draws(3, 4, seed=5)
+    true, mean, data = generator(3, 4, seed=1), generator(3, 4, seed=2), generator(3, 4, seed=3)
+    log_true, log_variance = generator(3, seed=4), generator(3, 4, seed=5)
     p, q = Normal(true, (log_true[:, None] / 2).exp()), Normal(mean, (log_variance / 2).exp())
     bits = terms.gaussian_bound(true, log_true, mean, log_variance) * math.log(2)
     torch.testing.assert_close(bits, kl_divergence(p, q).mean(1))
@@ -225,12 +225,12 @@ def test_an_8_bit_pixels_levels_share_one_mass(deviation):
 def test_the_last_steps_bound_is_of_pixels_or_of_densities():
     for model, data in (
         (unet(learned_variance=True), images()),
-        (with_variance_head(dit()), draws(8, 4, 8, 8, dtype=torch.float32)),
+        (with_variance_head(dit()), generator(8, 4, 8, 8, dtype=torch.float32)),
         (points(), lattice().sample(8, seeded()).float()),
     ):
         step = Step(model, data, replace(SHORT, method="variance-learning", train="head"))
         t = torch.full((8,), 0.001, dtype=torch.float64)
-        eps = draws(*data[:8].shape, dtype=torch.float32)
+        eps = generator(*data[:8].shape, dtype=torch.float32)
         rows = Rows(data[:8], noised(model.path, data[:8], eps, t.float()), t, eps)
         beta = 1 - model.path.alphas_cumprod[0]
         with torch.no_grad():
@@ -250,7 +250,7 @@ def test_the_last_steps_bound_is_of_pixels_or_of_densities():
 
 
 def test_neighbours_are_the_posterior_mean_over_the_bank():
-    bank, x_t = draws(7, 2, 3, seed=1), draws(5, 2, 3, seed=2)
+    bank, x_t = generator(7, 2, 3, seed=1), generator(5, 2, 3, seed=2)
     t = torch.tensor([0.01, 0.1, 0.3, 0.6, 1.0], dtype=torch.float64)
     alpha, sigma = LINEAR.alpha(t), LINEAR.sigma(t)
     found = terms.neighbours(x_t, alpha, sigma, bank)
@@ -262,7 +262,7 @@ def test_neighbours_are_the_posterior_mean_over_the_bank():
 
 
 def test_near_data_a_neighbour_is_oneself():
-    bank, eps, small = draws(7, 3, seed=1), draws(7, 3, seed=2), torch.full((7,), 1e-3, dtype=torch.float64)
+    bank, eps, small = generator(7, 3, seed=1), generator(7, 3, seed=2), torch.full((7,), 1e-3, dtype=torch.float64)
     alpha = (1 - small**2).sqrt()
     found = terms.neighbours(alpha[:, None] * bank + small[:, None] * eps, alpha, small, bank)
     torch.testing.assert_close(found, eps, rtol=0, atol=1e-9)
@@ -272,16 +272,16 @@ def test_near_data_a_neighbour_is_oneself():
 @pytest.mark.parametrize("mixture", [line(), lattice()], ids=["line", "lattice"])
 def test_at_the_exact_score_second_order_matching_rests(mixture, index):
     n, t = 20_000, WIDE.time(torch.tensor(index, dtype=torch.float64))
-    eps, probe = draws(n, mixture.means.shape[1], seed=1), draws(n, mixture.means.shape[1], seed=2)
-    probe = probe / probe.norm(dim=1, keepdim=True)
+    eps, callback = generator(n, mixture.means.shape[1], seed=1), generator(n, mixture.means.shape[1], seed=2)
+    callback = callback / callback.norm(dim=1, keepdim=True)
     x_t = noised(WIDE, mixture.sample(n, seeded()), eps, t)
-    along = WIDE.sigma(t) ** 2 * torch.einsum("nab,nb->na", mixture.score_jacobian(x_t, t, WIDE), probe)
+    along = WIDE.sigma(t) ** 2 * torch.einsum("nab,nb->na", mixture.score_jacobian(x_t, t, WIDE), callback)
     residual = eps - mixture.eps(x_t, t, WIDE)
 
     def pull(scale: float) -> float:
         """Mean slope of the loss as v.Jn v rises, in standard errors."""
         more = torch.zeros(n, 1, dtype=torch.float64, requires_grad=True)
-        terms.jacobian_match(scale * along + more * probe, probe, residual).sum().backward()
+        terms.jacobian_match(scale * along + more * callback, callback, residual).sum().backward()
         return float(more.grad.mean() / more.grad.std() * math.sqrt(n))
 
     assert abs(pull(1.0)) < 4
@@ -289,7 +289,7 @@ def test_at_the_exact_score_second_order_matching_rests(mixture, index):
 
 
 def test_the_optimal_variance_implies_its_own_curvature():
-    mixture, x_t = lattice(), draws(50, 2)
+    mixture, x_t = lattice(), generator(50, 2)
     for index in (1, 30, 300):
         t = WIDE.time(torch.tensor(index, dtype=torch.float64)).expand(50)
         t_next = t - 1 / 1000
@@ -316,15 +316,15 @@ def test_the_loops_jacobian_terms_are_those_of_the_score():
     rows = Step(model, data, replace(SHORT, **settings)).draw(seeded(1))
     x_t, t = rows.x_t[:8], rows.t[:8]
     J, sigma2 = mixture.score_jacobian(x_t, t, WIDE), WIDE.sigma(t)[:, None] ** 2
-    probe = draws(8, 2, seed=5)
+    callback = generator(8, 2, seed=5)
 
     def term(**method) -> Tensor:
         return Step(model, data, replace(SHORT, **settings, **method))(rows, seeded(5), {}).term / 3
 
-    raw = torch.einsum("nab,nb->na", J, probe)
+    raw = torch.einsum("nab,nb->na", J, callback)
     torch.testing.assert_close(term(method="jacobian-floor"), terms.jacobian_floor(sigma2 * raw).mean())
     torch.testing.assert_close(term(method="jacobian-floor", kind="raw"), terms.jacobian_floor(raw).mean())
-    unit = probe / probe.norm(dim=1, keepdim=True)
+    unit = callback / callback.norm(dim=1, keepdim=True)
     along = sigma2 * torch.einsum("nab,nb->na", J, unit)
     expected = terms.jacobian_match(along, unit, rows.eps[:8] - mixture.eps(x_t, t, WIDE)).mean()
     torch.testing.assert_close(term(method="jacobian-match"), expected)
@@ -385,7 +385,7 @@ def test_every_preset_passes_at_both_sizes():
 
 
 @pytest.mark.parametrize(
-    "settings, value, mend",
+    "settings, value, fix",
     [
         ({"method": "varience-penalty"}, "varience-penalty", "did you mean 'variance-penalty'"),
         ({"strength": -0.1}, "strength=-0.1", "0 or above"),
@@ -414,10 +414,10 @@ def test_every_preset_passes_at_both_sizes():
     ],
     ids=lambda given: str(given) if isinstance(given, dict) else "",
 )
-def test_settings_that_cannot_be_are_refused_with_the_mend(settings, value, mend):
+def test_settings_that_cannot_be_are_refused_with_the_mend(settings, value, fix):
     with pytest.raises(InputError) as refused:
         check(SharpenConfig(**settings))
-    assert value in str(refused.value) and mend in str(refused.value)
+    assert value in str(refused.value) and fix in str(refused.value)
 
 
 def test_a_raw_floor_is_allowed_where_it_is_weak():
@@ -501,12 +501,12 @@ def test_an_interrupted_run_resumes_to_the_last_bit(which, method, tmp_path, mon
 @pytest.mark.parametrize("which", ["points", "unet", "dit"])
 def test_training_the_head_leaves_the_mean_as_it_is(which, method):
     if which == "dit":
-        model, data = with_variance_head(dit()), draws(16, 4, 8, 8, dtype=torch.float32)
+        model, data = with_variance_head(dit()), generator(16, 4, 8, 8, dtype=torch.float32)
     else:
         model, data = world(which, method)
-    before = said(model)
+    before = outputs(model)
     trained(model, data, replace(SHORT, method=method, train="head"))
-    after = said(model)
+    after = outputs(model)
     assert torch.equal(after.value, before.value)
     assert not torch.equal(after.fraction, before.fraction)
 
@@ -562,7 +562,7 @@ def test_the_share_of_the_gradient_is_judged():
     assert warnings_of(0.1, config) == warnings_of(None, config) == ()
     assert warnings_of(2.0, replace(config, train="head")) == ()
     model, data = world("points", "variance-penalty")
-    assert any("next to nothing" in said for said in trained(model, data, config).warnings)  # VSM as published
+    assert any("next to nothing" in output for output in trained(model, data, config).warnings)  # VSM as published
 
 
 def test_a_strong_term_warns():
@@ -599,18 +599,18 @@ def test_a_head_leaves_the_prediction_as_it_was_and_ships(which, tmp_path, capfd
     headed = with_variance_head(model)
     assert capfd.readouterr().err == ""
     assert headed.learns_variance and not model.learns_variance
-    before, after = said(model), said(headed)
+    before, after = outputs(model), outputs(headed)
     assert torch.equal(after.value, before.value) and (after.fraction == 0.5).all()
     with pytest.raises(InputError, match="has a variance head already"):
         with_variance_head(headed)
     with torch.no_grad():
         for name, parameter in headed.network.named_parameters():
             if name.startswith(("conv_out", "proj_out_2")):
-                parameter += 0.05 * draws(*parameter.shape, dtype=torch.float32)
+                parameter += 0.05 * generator(*parameter.shape, dtype=torch.float32)
     headed.save(tmp_path / "model")
     loaded = load(tmp_path / "model")
-    there = said(loaded)
-    assert torch.equal(there.value, said(headed).value) and torch.equal(there.fraction, said(headed).fraction)
+    there = outputs(loaded)
+    assert torch.equal(there.value, outputs(headed).value) and torch.equal(there.fraction, outputs(headed).fraction)
     assert (there.fraction != 0.5).all() and there.log_variance.isfinite().all()
     assert getattr(loaded, "fold", 1) == getattr(model, "fold", 1)
     if which == "dit":
@@ -649,7 +649,7 @@ def test_folded_images_unfold_and_the_fold_is_kept(tmp_path):
     model.save(tmp_path / "model")
     loaded = load(tmp_path / "model")
     assert isinstance(loaded, UNet) and loaded.fold == 2 and torch.equal(loaded.decode(states), shown)
-    assert torch.equal(said(loaded).value, said(model).value)
+    assert torch.equal(outputs(loaded).value, outputs(model).value)
     wide = UNet(unet_pipeline(size=8, channels=4, widths=(16, 16)), "tiny", fold=2)
     assert shrink(wide, 2.0).fold == 2
     unet().save(tmp_path / "plain")
@@ -680,15 +680,15 @@ def test_an_ancestral_step_is_the_ddpm_schedulers(variance, clip, steps):
     grid = torch.cat((path.time(scheduler.timesteps.double()), torch.zeros(1, dtype=torch.float64)))
     torch.testing.assert_close(ddim_grid(path, steps).double(), grid, rtol=1e-6, atol=1e-7)
     for place in (0, steps // 3, steps // 2, steps - 3, steps - 2, steps - 1):
-        index, x, eps = int(scheduler.timesteps[place]), draws(4, 3, 2, 2, seed=1), draws(4, 3, 2, 2, seed=2)
-        v = draws(4, 3, 2, 2, seed=3) if variance == "learned" else None
+        index, x, eps = int(scheduler.timesteps[place]), generator(4, 3, 2, 2, seed=1), generator(4, 3, 2, 2, seed=2)
+        v = generator(4, 3, 2, 2, seed=3) if variance == "learned" else None
         if v is not None and steps < 1000:
             v = v.clamp(-1, 1)  # beyond, longer steps are ours alone
         output = eps if v is None else torch.cat((eps, v), 1)
         prediction = Prediction("eps", eps, x, grid[place], path, fraction=None if v is None else (v + 1) / 2)
         step = ancestral_step(prediction, grid[place + 1], variance, clip)
         theirs = [scheduler.step(output, index, x, generator=seeded(seed)).prev_sample for seed in (5, 6)]
-        noise = [draws(4, 3, 2, 2, seed=seed) for seed in (5, 6)]
+        noise = [generator(4, 3, 2, 2, seed=seed) for seed in (5, 6)]
         if index == 0:  # no noise in the last step
             noise = [torch.zeros_like(x)] * 2
             assert (step.deviation == 0).all()
@@ -700,7 +700,7 @@ def test_an_ancestral_step_is_the_ddpm_schedulers(variance, clip, steps):
 
 def test_a_fraction_beyond_the_range_is_held_inside_in_longer_steps_alone():
     path = VariancePreserving((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
-    x, eps = draws(4, 3, 2, 2, seed=1), draws(4, 3, 2, 2, seed=2)
+    x, eps = generator(4, 3, 2, 2, seed=1), generator(4, 3, 2, 2, seed=2)
     t = torch.tensor(0.04, dtype=torch.float64)
     outside, edge = (Prediction("eps", eps, x, t, path, fraction=torch.full_like(x, f)) for f in (4.0, 1.0))
     longer, single = t - 0.02, t - 0.001
@@ -733,7 +733,7 @@ def formula(eps):
 
 @pytest.mark.parametrize("t", [torch.tensor(0.4), torch.tensor([0.1, 0.4, 0.9])], ids=["one time", "a time a row"])
 def test_the_laplacian_is_taken_off(t):
-    x, t = draws(3, 4), t.double()
+    x, t = generator(3, 4), t.double()
     sigma2 = LINEAR.sigma(t).reshape(-1, 1) ** 2
     square, norm = formula(lambda x: x**2), formula(lambda x: x.square().sum(1, keepdim=True).expand(x.shape))
     linear = formula(lambda x: 3 * x + 1)
@@ -747,7 +747,7 @@ def test_the_laplacian_is_taken_off(t):
 
 
 def test_steering_goes_beyond_the_better_field_inside_its_window():
-    x, t = draws(3, 4), torch.tensor([0.3] * 3, dtype=torch.float64)
+    x, t = generator(3, 4), torch.tensor([0.3] * 3, dtype=torch.float64)
     better, worse = formula(lambda x: 2 * x), formula(lambda x: 3 * x)
     sigma = float(LINEAR.sigma(t[0]))
 
@@ -784,7 +784,7 @@ def test_only_unsuspicious_samples_are_kept_and_their_cost_is_told():
 
     def draw_scored(n: int, seed: int) -> sampling.Scored:
         asked.append(seed)
-        states = draws(n, 1, seed=seed)
+        states = generator(n, 1, seed=seed)
         return sampling.Scored(states, states[:, 0].abs())
 
     kept = sampling.kept_below(draw_scored, 1000, 0.5, seed=3)

@@ -259,15 +259,15 @@ def test_a_student_with_scales_answers_in_one_forward(make: Callable[[], Any]) -
     assert student.classes == model.classes and student.null_class is None and student.scales == SCALES
     assert student.encode(["owl"]).parts["label"].tolist() == [2]
     student.forwards = 0
-    said = {scale: field(student, scale) for scale in SCALES}
+    output = {scale: field(student, scale) for scale in SCALES}
     assert student.forwards == 2 * len(SCALES)
     row = torch.tensor([1 * 3 + 2])  # dog at the last scale
     x, index = student.noise(2, seeded()), torch.tensor([299.0, 799.0])
     with torch.no_grad():
         raw = student.network(x, index, class_labels=row.expand(2), return_dict=False)[0]
-    torch.testing.assert_close(said[4.0], raw, atol=1e-4, rtol=1e-4)
-    assert torch.equal(field(student), said[1.0])  # None reads as 1
-    assert not torch.equal(said[1.0], said[2.0]) and not torch.equal(field(student, 2.0, "owl"), said[2.0])
+    torch.testing.assert_close(output[4.0], raw, atol=1e-4, rtol=1e-4)
+    assert torch.equal(field(student), output[1.0])  # None reads as 1
+    assert not torch.equal(output[1.0], output[2.0]) and not torch.equal(field(student, 2.0, "owl"), output[2.0])
     with pytest.raises(InputError, match=r"guidance=3 is no scale .*one of 1, 2, 4"):
         field(student, 3.0)
     with pytest.raises(InputError, match="null class"):
@@ -281,8 +281,8 @@ def test_a_student_with_scales_survives_saving(make: Callable[[], Any], tmp_path
     with pytest.raises(InputError, match=r"no guidance, .*one of 1\.5, 3"):
         field(student)
     student.save(tmp_path)
-    said = json.loads((tmp_path / "classes.json").read_text())
-    assert said == {"classes": ["cat", "dog", "owl"], "guidance_scales": [1.5, 3.0]}
+    output = json.loads((tmp_path / "classes.json").read_text())
+    assert output == {"classes": ["cat", "dog", "owl"], "guidance_scales": [1.5, 3.0]}
     again: Any = load(tmp_path)
     assert again.scales == (1.5, 3.0) and again.classes == student.classes
     assert torch.equal(field(again, 3.0), field(student, 3.0))

@@ -76,18 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # --help
         return int(end.code or 0)
     except InputError as error:
-        return _say(str(error), 2)
+        return _forward(str(error), 2)
     except RunError as error:
-        return _say(str(error), 3)
+        return _forward(str(error), 3)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command resumes it", 130)
+        return _forward("interrupted; the same command resumes it", 130)
     except MemoryError:
-        return _say("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
+        return _forward("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
     except OSError as error:
-        return _say(f"{error.strerror or error}: {error.filename or 'the disk'}. The last good checkpoint stays", 3)
+        return _forward(f"{error.strerror or error}: {error.filename or 'the disk'}. The last good checkpoint stays", 3)
     except RuntimeError as error:
         if "out of memory" in str(error).lower():
-            return _say("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
+            return _forward("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
         raise
     finally:
         if not processes.is_main():  # a crash is said by whom it happened to
@@ -95,6 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say(sentence: str, code: int) -> int:
+def _forward(sentence: str, code: int) -> int:
     print(f"fieldsmith: {sentence}", file=sys.stderr)
     return code

@@ -1,6 +1,6 @@
 """The two ways in which fieldsmith refuses or stops; `cli` turns them into exit codes.
 
-In: one sentence that names the value and the mend. Out: exit code 2 (bad input) or 3 (a run that failed).
+In: one sentence that names the value and the fix. Out: exit code 2 (bad input) or 3 (a run that failed).
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ class Check:
     value: float
     healthy: str
     passed: bool
-    mend: str
+    fix: str
 
 
 def require(checks: list[Check], quiet: bool = False) -> None:
-    """Print the checks and raise InputError with the first mend that is needed."""
+    """Print the checks and raise InputError with the first fix that is needed."""
     if not quiet:
         table = Table(title="preflight", title_justify="left")
         for header in ("check", "value", "healthy", ""):
@@ -38,7 +38,7 @@ def require(checks: list[Check], quiet: bool = False) -> None:
         Console(stderr=True).print(table)
     for check in checks:
         if not check.passed:
-            raise InputError(f"preflight: {check.name} is {check.value:.3g}, healthy is {check.healthy}; {check.mend}")
+            raise InputError(f"preflight: {check.name} is {check.value:.3g}, healthy is {check.healthy}; {check.fix}")
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ def adapter_off(model: Model, x: Tensor, t: Tensor, condition: Condition, base: 
 def separation(anchor: Tensor, target: Tensor, names: str) -> Check:
     """Anchor and target prompts give different velocities: mean ||p - n|| / ||n|| of (batch, ...)."""
     gap = ((anchor - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean().item()
-    mend = "the model reads the two prompts alike; choose another anchor"
-    return Check(f"anchor differs from target ({names})", gap, "above 0.001", gap > 1e-3, mend)
+    fix = "the model reads the two prompts alike; choose another anchor"
+    return Check(f"anchor differs from target ({names})", gap, "above 0.001", gap > 1e-3, fix)
 
 
 def gradients(model: Model, loss: Tensor) -> list[Check]:

@@ -64,77 +64,77 @@ class Gaussian:
         return (-z.square() / 2 - self.deviation.log() - math.log(2 * math.pi) / 2).flatten(1).sum(1)
 
 
-def euler(said: Prediction, t_next: Tensor, clip: float | None = None) -> Tensor:
+def euler(pred: Prediction, t_next: Tensor, clip: float | None = None) -> Tensor:
     """x + (t' - t) v on rectified flow; on a variance-preserving path the exact DDIM step (eta = 0).
 
     `clip` is the radius of `ddim_step`. Raises ValueError for it on rectified flow, whose step uses no x_0.
     """
-    if isinstance(said.path, RectifiedFlow):
+    if isinstance(pred.path, RectifiedFlow):
         if clip is not None:
             raise ValueError(f"clip={clip}: steps on rectified flow have no x_0 to clip; leave it out")
-        return said.x_t + _dim(t_next - said.t, said.x_t) * said.velocity
-    return ddim_step(said, t_next, 0.0, clip).mean
+        return pred.x_t + _dim(t_next - pred.t, pred.x_t) * pred.velocity
+    return ddim_step(pred, t_next, 0.0, clip).mean
 
 
-def ddim_step(said: Prediction, t_next: Tensor, eta: float, clip: float | None = None) -> Gaussian:
+def ddim_step(pred: Prediction, t_next: Tensor, eta: float, clip: float | None = None) -> Gaussian:
     """DDIM from t to t': mean alpha' x_0 + sqrt(sigma'^2 - s^2) eps, deviation s = eta * the posterior's given x_0.
 
     On any path s = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2); eta = 1 is DDPM's step, which forgets its
     start by t = 1 (memoryless) on rectified flow too. With `clip`, x_0 is held inside [-clip, clip] while eps stays
     what the network said, as diffusers' DDIMScheduler has it.
     """
-    path, x = said.path, said.x_t
+    path, x = pred.path, pred.x_t
     alpha_next, sigma_next = (_dim(level, x) for level in path.levels(t_next))
     deviation = torch.zeros_like(sigma_next)
     if eta:
-        alpha, sigma = (_dim(level, x) for level in path.levels(said.t))
+        alpha, sigma = (_dim(level, x) for level in path.levels(pred.t))
         kept = alpha * sigma_next / (alpha_next * sigma)
         deviation = eta * sigma_next * (1 - kept**2).clamp(min=0).sqrt()
-    x_0 = said.x_0 if clip is None else said.x_0.clamp(-clip, clip)
-    mean = alpha_next * x_0 + (sigma_next**2 - deviation**2).clamp(min=0).sqrt() * said.eps
+    x_0 = pred.x_0 if clip is None else pred.x_0.clamp(-clip, clip)
+    mean = alpha_next * x_0 + (sigma_next**2 - deviation**2).clamp(min=0).sqrt() * pred.eps
     return Gaussian(mean, deviation)
 
 
-def ddim_uniform_step(said: Prediction, t_next: Tensor, weight: float) -> Gaussian:
+def ddim_uniform_step(pred: Prediction, t_next: Tensor, weight: float) -> Gaussian:
     """DDIM whose deviation s solves (c1 + c2) / s = weight at every step (RSM notes, 4.3: uwsigma, weight 4.5).
 
     c1 = sigma alpha' / alpha and c2 = sqrt(sigma'^2 - s^2) are what eps weighs in x_0's place and on its own.
     """
-    path, x = said.path, said.x_t
-    c1 = _dim(path.sigma(said.t) * path.alpha(t_next) / path.alpha(said.t), x)
+    path, x = pred.path, pred.x_t
+    c1 = _dim(path.sigma(pred.t) * path.alpha(t_next) / path.alpha(pred.t), x)
     alpha_next, sigma2_next = _dim(path.alpha(t_next), x), _dim(path.sigma(t_next), x) ** 2
     room = (sigma2_next * (weight**2 + 1) - c1**2).clamp(min=0).sqrt()
     deviation = torch.minimum((weight * c1 + room) / (weight**2 + 1), sigma2_next.sqrt())
-    mean = alpha_next * said.x_0 + (sigma2_next - deviation**2).clamp(min=0).sqrt() * said.eps
+    mean = alpha_next * pred.x_0 + (sigma2_next - deviation**2).clamp(min=0).sqrt() * pred.eps
     return Gaussian(mean, deviation)
 
 
-def flow_sde_step(said: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor | None = None) -> Gaussian:
+def flow_sde_step(pred: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor | None = None) -> Gaussian:
     """Flow-GRPO's reverse SDE: q = a sqrt(t / (1 - t)), mean x + (v - q^2/2 score) dt, deviation q sqrt(|dt|).
 
     At t = 1, where q is unbounded, 1 - t is read as 1 - t_first, the grid's second time, as the released code does.
     """
-    x, t, dt = said.x_t, _dim(said.t, said.x_t), _dim(t_next - said.t, said.x_t)
+    x, t, dt = pred.x_t, _dim(pred.t, pred.x_t), _dim(t_next - pred.t, pred.x_t)
     if t_first is None and bool((t >= 1).any()):
         raise ValueError("the Flow-SDE step is unbounded at t=1; pass t_first, the second time of the grid")
     room = 1 - t if t_first is None else torch.where(t >= 1, 1 - _dim(t_first, x), 1 - t)
     q2 = noise_level**2 * t / room
-    mean = x * (1 + q2 * dt / (2 * t)) + said.velocity * (1 + q2 * (1 - t) / (2 * t)) * dt
+    mean = x * (1 + q2 * dt / (2 * t)) + pred.velocity * (1 + q2 * (1 - t) / (2 * t)) * dt
     return Gaussian(mean, (q2 * -dt).sqrt())
 
 
-def dance_sde_step(said: Prediction, t_next: Tensor, noise_level: float) -> Gaussian:
+def dance_sde_step(pred: Prediction, t_next: Tensor, noise_level: float) -> Gaussian:
     """DanceGRPO's SDE: constant deviation a sqrt(|dt|), mean x + (v - a^2/2 score) dt."""
-    dt = _dim(t_next - said.t, said.x_t)
-    mean = said.x_t + (said.velocity - noise_level**2 / 2 * said.score) * dt
+    dt = _dim(t_next - pred.t, pred.x_t)
+    mean = pred.x_t + (pred.velocity - noise_level**2 / 2 * pred.score) * dt
     return Gaussian(mean, noise_level * (-dt).sqrt())
 
 
-def cps_step(said: Prediction, t_next: Tensor, noise_level: float) -> Gaussian:
+def cps_step(pred: Prediction, t_next: Tensor, noise_level: float) -> Gaussian:
     """Coefficients-preserving sampling: (1 - t') x_0 + sqrt(t'^2 - s^2) eps, s = t' sin(a pi / 2)."""
-    after = _dim(t_next, said.x_t)
+    after = _dim(t_next, pred.x_t)
     deviation = after * math.sin(noise_level * math.pi / 2)
-    return Gaussian((1 - after) * said.x_0 + (after**2 - deviation**2).sqrt() * said.eps, deviation)
+    return Gaussian((1 - after) * pred.x_0 + (after**2 - deviation**2).sqrt() * pred.eps, deviation)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def range_log_variance(path: VariancePreserving, t: Tensor, fraction: Tensor) ->
 
 
 def ancestral_step(
-    said: Prediction,
+    pred: Prediction,
     t_next: Tensor,
     variance: Variance = "small",
     clip: float | None = None,
@@ -180,17 +180,17 @@ def ancestral_step(
     c = beta alpha' / sigma^2. The mean never goes through x_0 / alpha, unless `clip` holds x_0 inside
     [-clip, clip]. Raises ValueError where what the variance needs is missing.
     """
-    path, x = said.path, said.x_t
+    path, x = pred.path, pred.x_t
     assert isinstance(path, VariancePreserving)
-    t_next = t_next.to(said.t).expand(said.t.shape)
-    bounds = variance_bounds(path, said.t, t_next)
-    beta, low, sigma2 = _dim(bounds.high, x), _dim(bounds.low, x), _dim(path.sigma(said.t) ** 2, x)
+    t_next = t_next.to(pred.t).expand(pred.t.shape)
+    bounds = variance_bounds(path, pred.t, t_next)
+    beta, low, sigma2 = _dim(bounds.high, x), _dim(bounds.low, x), _dim(path.sigma(pred.t) ** 2, x)
     c = beta * _dim(path.alpha(t_next), x) / sigma2
     if clip is None:
-        mean = (x - beta / sigma2.sqrt() * said.eps) / (1 - beta).sqrt()
+        mean = (x - beta / sigma2.sqrt() * pred.eps) / (1 - beta).sqrt()
     else:
         kept = (1 - beta).sqrt() * _dim(path.sigma(t_next) ** 2, x) / sigma2
-        mean = c * said.x_0.clamp(-clip, clip) + kept * x
+        mean = c * pred.x_0.clamp(-clip, clip) + kept * x
     if variance == "small":
         squared = low
     elif variance == "large":
@@ -200,23 +200,23 @@ def ancestral_step(
             raise ValueError("the optimal variance needs the posterior covariance of x_0; pass covariance")
         squared = low + c**2 * covariance
     else:
-        squared = _learned(said, t_next, beta, low)
+        squared = _learned(pred, t_next, beta, low)
     return Gaussian(mean, torch.where(_dim(t_next, x) > 0, squared.sqrt(), torch.zeros_like(squared)))
 
 
-def _learned(said: Prediction, t_next: Tensor, high: Tensor, low: Tensor) -> Tensor:
-    assert isinstance(said.path, VariancePreserving)
-    if said.fraction is not None:
+def _learned(pred: Prediction, t_next: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    assert isinstance(pred.path, VariancePreserving)
+    if pred.fraction is not None:
         low = low.clamp(min=torch.finfo(low.dtype).tiny)
         # single steps have a narrow range, outside of which fractions are learned; longer ones, a wide one
-        longer = _dim((said.t - t_next) * said.path.length, low) > 1.5
-        fraction = torch.where(longer, said.fraction.clamp(0, 1), said.fraction)
+        longer = _dim((pred.t - t_next) * pred.path.length, low) > 1.5
+        fraction = torch.where(longer, pred.fraction.clamp(0, 1), pred.fraction)
         return (fraction * high.log() + (1 - fraction) * low.log()).exp()
-    if said.log_variance is None:
+    if pred.log_variance is None:
         raise ValueError("this network learns no variance; use 'small' or 'large'")
-    if not torch.allclose((said.t - t_next) * said.path.length, torch.ones_like(t_next), atol=1e-2):
+    if not torch.allclose((pred.t - t_next) * pred.path.length, torch.ones_like(t_next), atol=1e-2):
         raise ValueError("a variance learned for single steps is none for longer ones; use all training times")
-    return said.log_variance.exp()
+    return pred.log_variance.exp()
 
 
 Watch = Callable[[Prediction, Tensor], None]  # what was said at a step, and the step's next time
@@ -233,10 +233,10 @@ def ancestral(
 ) -> Tensor:
     """Clean data from x at grid[0] by DDPM's steps along the grid, which ends at 0; `watch` sees each prediction."""
     for t, t_next in zip(grid[:-1], grid[1:], strict=True):
-        said = field(x, t)
+        output = field(x, t)
         if watch:
-            watch(said, t_next)
-        x = ancestral_step(said, t_next, variance, clip).sample(generator)
+            watch(output, t_next)
+        x = ancestral_step(output, t_next, variance, clip).sample(generator)
     return x
 
 
@@ -285,32 +285,32 @@ def rollout(
     states, log_probs = [x], []
     times = grid[: len(grid) if stop is None else stop + 1]
     for t, t_next in zip(times[:-1], times[1:], strict=True):
-        said = field(x, t)
+        output = field(x, t)
         if sde and generator is not None:
-            step = gaussian_step(sde, said, t_next, noise_level, grid[1], clip)
+            step = gaussian_step(sde, output, t_next, noise_level, grid[1], clip)
             x = step.sample(generator)
             noisy = bool((step.deviation > 0).all())
             log_probs.append(step.log_prob(x) if noisy else x.new_zeros(len(x)))
         elif solver == "heun" and t_next > 0:
-            ahead = euler(said, t_next)
-            slope = (said.velocity + field(ahead, t_next).velocity) / 2
+            ahead = euler(output, t_next)
+            slope = (output.velocity + field(ahead, t_next).velocity) / 2
             x = x + (t_next - t) * slope
         else:
-            x = euler(said, t_next, clip)
+            x = euler(output, t_next, clip)
         states.append(x)
     return Trajectory(torch.stack(states), times, torch.stack(log_probs) if log_probs else None)
 
 
 def gaussian_step(
-    sde: Sde, said: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor, clip: float | None = None
+    sde: Sde, pred: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor, clip: float | None = None
 ) -> Gaussian:
     """The named stochastic step; `clip` is for 'ddim' alone."""
     if sde == "flow-sde":
-        return flow_sde_step(said, t_next, noise_level, t_first)
+        return flow_sde_step(pred, t_next, noise_level, t_first)
     if sde == "dance-sde":
-        return dance_sde_step(said, t_next, noise_level)
+        return dance_sde_step(pred, t_next, noise_level)
     if sde == "cps":
-        return cps_step(said, t_next, noise_level)
+        return cps_step(pred, t_next, noise_level)
     if sde == "ddim-uniform":
-        return ddim_uniform_step(said, t_next, noise_level)
-    return ddim_step(said, t_next, noise_level, clip)
+        return ddim_uniform_step(pred, t_next, noise_level)
+    return ddim_step(pred, t_next, noise_level, clip)

@@ -61,7 +61,7 @@ class Fit:
     stopped: str
 
 
-def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """A CPU generator for one step; different (seed, step, stream) give independent draws."""
     mixed = (seed * 1_000_003 + step) * 1_000_003 + stream
     return torch.Generator().manual_seed(mixed % (2**63 - 1))
@@ -128,9 +128,9 @@ def _gradient(
     optimizer.zero_grad(set_to_none=True)
     log: dict[str, float] = {}
     total = 0.0
-    draws = generator(optimisation.seed, step)
-    with _global_randomness(draws.initial_seed(), params[0].device):
-        for loss in losses(step, draws, log):
+    generator = step_generator(optimisation.seed, step)
+    with _global_randomness(generator.initial_seed(), params[0].device):
+        for loss in losses(step, generator, log):
             total += loss.item()
             if not math.isfinite(total):
                 raise RunError(f"the loss became {total} at step {step}; lower the learning rate ({optimisation.lr:g})")

@@ -149,7 +149,7 @@ def _page(
     from fieldsmith.metrics.rest import compare
     from fieldsmith.processes import once
     from fieldsmith.report.page import Caption, Page, Pair
-    from fieldsmith.training import generator
+    from fieldsmith.training import step_generator
 
     page = Page(f"{config.reward} raised on {config.model}", f"{config.preset or config.estimator}, seed {config.seed}")
     some = (
@@ -185,7 +185,7 @@ def _page(
     others = _others(model, config)
     rest = compare(
         before(others, config.seed + 8), after(others, config.seed + 8), others, pixel_features(8),
-        generator(config.seed, 0, stream=7),
+        step_generator(config.seed, 0, stream=7),
     )  # fmt: skip
     headers, lines = rest.table()
     page.table("What else changed, on prompts that were not trained", headers, lines, note=rest.verdict)

@@ -72,7 +72,7 @@ def audit(words: Sequence[str]) -> None:
 
 
 def check(config: AuditConfig) -> None:
-    """Raises InputError with the value and the mend; needs no model."""
+    """Raises InputError with the value and the fix; needs no model."""
     arguments.at_least(config, 1, "steps", "times", "resolution")
     arguments.at_least(config, 8, "samples", "chunk")
     arguments.at_least(config, 2, "states")
@@ -97,7 +97,7 @@ def run(config: AuditConfig) -> Run:
     from fieldsmith.methods.align.advice import outlooks, recommend
     from fieldsmith.methods.align.audit import measure
     from fieldsmith.methods.align.config import RECIPES, preset, scale_for
-    from fieldsmith.training import generator
+    from fieldsmith.training import step_generator
 
     console = Console(stderr=True)
     if directory.finished:
@@ -123,7 +123,7 @@ def run(config: AuditConfig) -> Run:
         for name in RECIPES
     }
     found = outlooks(presets, setting.s, setting.prior, moments)
-    numbers = setting.model.noise(1, generator(config.seed, 0)).numel()
+    numbers = setting.model.noise(1, step_generator(config.seed, 0)).numel()
     words = recommend(found, setting.s, moments, setting.reward.differentiable, numbers, config.temperature)
     metrics = {
         "method": "audit",

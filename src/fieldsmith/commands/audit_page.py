@@ -20,7 +20,7 @@ HOW = (
     "What is estimated is the gradient of the expected reward of what the reference makes from a state, in units of "
     "score: the limit of alpha grad V, V being the soft value, for a reward that varies little beside alpha. On a "
     "chain of steps it carries omega = sigma^2 / Omega, as policy gradients do; gradients at the current state leave "
-    "omega out and come out 1 / omega larger, which a smaller strength mends. Errors are relative to its own size.",
+    "omega out and come out 1 / omega larger, which a smaller strength fixes. Errors are relative to its own size.",
     "The reference is a large estimate in two independent halves, so that its own noise drops out of every product: "
     "biases are what would be left after infinitely many draws, +- one standard error over states. '<' stands before a "
     "bias that these draws cannot tell from 0, with the smallest one that they could have shown.",

@@ -123,9 +123,9 @@ def rehearsed(setting: Setting, roots: int) -> tuple[Rollout, int]:
         spent += len(x)
         return Prediction(setting.s.kind, torch.zeros_like(x), x, t.expand(len(x)), setting.model.path)
 
-    draws = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     x, prompt = torch.zeros(roots, 1), torch.zeros(roots, dtype=torch.long)
-    return roll(nothing, x, prompt, setting.s, setting.plan, setting.sde, setting.noise_level, draws), spent
+    return roll(nothing, x, prompt, setting.s, setting.plan, setting.sde, setting.noise_level, generator), spent
 
 
 def _estimated(setting: Setting, rollout: Rollout) -> tuple[int, int]:
@@ -134,8 +134,8 @@ def _estimated(setting: Setting, rollout: Rollout) -> tuple[int, int]:
     if config.estimator in ("nft", "awm"):
         again = ends * min(config.renoise, K)
         return again, again
-    draws = torch.Generator().manual_seed(0)
-    kept = thinned(rollout, config.train_steps, draws) if config.train_steps else torch.arange(len(rollout.rows))
+    generator = torch.Generator().manual_seed(0)
+    kept = thinned(rollout, config.train_steps, generator) if config.train_steps else torch.arange(len(rollout.rows))
     spent = len(rollout.rows) if config.soft else 0
     if config.estimator == "tweedie" or config.auxiliary in ("residual", "value"):
         some = rollout.rows if config.auxiliary != "none" else rollout.rows[kept]

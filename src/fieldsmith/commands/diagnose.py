@@ -102,7 +102,7 @@ def diagnose(words: Sequence[str]) -> None:
 
 
 def check(config: DiagnoseConfig) -> None:
-    """Raises InputError with the value and the mend; needs no model."""
+    """Raises InputError with the value and the fix; needs no model."""
     named = [f"--{name.replace('_', '-')}" for name in INSTRUMENTS if getattr(config, name)]
     if len(named) != 1:
         known = [f"--{name.replace('_', '-')} ({what})" for name, what in INSTRUMENTS.items()]
@@ -288,14 +288,14 @@ def _picture(model: Model) -> tuple[int, int]:
 def _states(config: DiagnoseConfig, teacher: Model, data: Classes | None, prompts: Sequence[str]) -> dict[str, Tuples]:
     """The states by kind; those of noised data only where there are data."""
     from fieldsmith.diagnose.guidance import noised_tuples, path_tuples
-    from fieldsmith.training import generator
+    from fieldsmith.training import step_generator
 
     found = {}
     if data:
-        draws = generator(config.seed, 0)
-        found[NOISED] = noised_tuples(teacher, data.held_images, data.held_labels, config.tuples, draws)
-    draws = generator(config.seed, 1)
-    found[OWN_PATH] = path_tuples(teacher, prompts, config.steps, config.scale, draws, config.tuples, config.chunk)
+        generator = step_generator(config.seed, 0)
+        found[NOISED] = noised_tuples(teacher, data.held_images, data.held_labels, config.tuples, generator)
+    generator = step_generator(config.seed, 1)
+    found[OWN_PATH] = path_tuples(teacher, prompts, config.steps, config.scale, generator, config.tuples, config.chunk)
     return found
 
 

@@ -42,7 +42,7 @@ HOW = (
 
 
 @dataclass(frozen=True)
-class Heard:
+class OutputAndFeatures:
     """What a judge said in one mode: scores of single replies (replies, groups, kinds) to each question, and when."""
 
     following: Tensor
@@ -69,7 +69,7 @@ def run(config: DiagnoseConfig) -> Run:
     edits = graded(ScenesWorld(SIZE), config.samples, config.seed)
     count = 2 * config.samples * len(KINDS)
     console.print(f"{count} questions, {replies} replies to each, in mode {', '.join(judges)}")
-    heard: dict[str, Heard] = {}
+    heard: dict[str, OutputAndFeatures] = {}
     refused: dict[str, str] = {}
     for mode, judge in judges.items():
         with console.status(f"asking in mode {mode}"):
@@ -120,7 +120,7 @@ def judges_of(address: str) -> dict[str, EditJudge]:
     return judges
 
 
-def _asked(judge: EditJudge, edits: Graded) -> Heard:
+def _asked(judge: EditJudge, edits: Graded) -> OutputAndFeatures:
     """Both questions about every edit. Raises RunError where the server fails, or cannot be asked like this."""
     groups, kinds = edits.after.shape[:2]
     told = [words for words in edits.sessions.prompts(1) for _ in range(kinds)]
@@ -130,7 +130,7 @@ def _asked(judge: EditJudge, edits: Graded) -> Heard:
     consistency = judge.consistency(before, after, [[one] for one in told])
     seconds = (time.monotonic() - began) / (2 * following.numel())
     first, second = (part.cpu().unflatten(1, (groups, kinds)) for part in (following, consistency))
-    return Heard(first, second, seconds)
+    return OutputAndFeatures(first, second, seconds)
 
 
 def _enlarged(images: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _enlarged(images: Tensor) -> Tensor:
     return images.repeat_interleave(UPSCALE, -1).repeat_interleave(UPSCALE, -2)
 
 
-def measured(edits: Graded, heard: dict[str, Heard], seed: int) -> dict[str, Any]:
+def measured(edits: Graded, heard: dict[str, OutputAndFeatures], seed: int) -> dict[str, Any]:
     """Every mode against the truth, by question and both together; scores by kind of edit; what to use at each cost."""
     import torch
 
@@ -175,7 +175,7 @@ def measured(edits: Graded, heard: dict[str, Heard], seed: int) -> dict[str, Any
         else:
             reached = {name: one.correlation_within_at(best.n) for name, one in measures[best.mode].items()}
             advice[calls] = dataclasses.asdict(best) | {"correlation_within": reached}
-    return {"modes": modes, "kinds": kinds, "recommended": advice}
+    return {"modes": modes, "kinds": kinds, "recomfixed": advice}
 
 
 def _json(measures: JudgeMeasures) -> dict[str, Any]:
@@ -183,11 +183,11 @@ def _json(measures: JudgeMeasures) -> dict[str, Any]:
 
 
 def verdict_of(metrics: dict[str, Any]) -> tuple[bool | None, str]:
-    """Whether to trust the judge as recommended (None: with care), and that in two or three words.
+    """Whether to trust the judge as recomfixed (None: with care), and that in two or three words.
 
     The question that it answers worse decides.
     """
-    advice = metrics["recommended"][BUDGET]
+    advice = metrics["recomfixed"][BUDGET]
     reached = min(advice["correlation_within"][name] for name in QUESTIONS) if advice else 0.0
     if reached >= GOOD:
         return True, "To be trusted"
@@ -196,7 +196,7 @@ def verdict_of(metrics: dict[str, Any]) -> tuple[bool | None, str]:
 
 def words_of(metrics: dict[str, Any]) -> str:
     """The recommendation in a few sentences."""
-    advice = metrics["recommended"][BUDGET]
+    advice = metrics["recomfixed"][BUDGET]
     if advice is None:
         return (
             f"{metrics['judge']} ranks edits of one instruction no better than chance in mode "
@@ -216,7 +216,7 @@ def _interval(one: dict[str, Any]) -> str:
 
 
 def _page(
-    config: DiagnoseConfig, metrics: dict[str, Any], edits: Graded, heard: dict[str, Heard], directory: Run
+    config: DiagnoseConfig, metrics: dict[str, Any], edits: Graded, heard: dict[str, OutputAndFeatures], directory: Run
 ) -> Page:
     from fieldsmith.report.page import Page
 
@@ -227,7 +227,7 @@ def _page(
         f"{config.seed}",
     )
     page.verdict(metrics["words"], *verdict_of(metrics))
-    advice = metrics["recommended"][BUDGET]
+    advice = metrics["recomfixed"][BUDGET]
     best = advice["mode"] if advice else next(iter(heard))
     found = metrics["modes"][best]
     cards = [("use", f"{best}, n={advice['n']}", f"of {BUDGET} replies to a question")] if advice else []
@@ -241,8 +241,7 @@ def _page(
     page.numbers(cards)
     none = (None, None, "no mode ranks edits as the truth does")
     advised = [
-        (calls, *((one["mode"], one["n"], one["why"]) if one else none))
-        for calls, one in metrics["recommended"].items()
+        (calls, *((one["mode"], one["n"], one["why"]) if one else none)) for calls, one in metrics["recomfixed"].items()
     ]
     headers = ("replies you can pay for", "mode", "n", "why")
     page.table("What to use", headers, advised, highlight=[BUDGETS.index(BUDGET)])
@@ -273,7 +272,7 @@ def _percent(one: dict[str, Any] | None) -> str | None:
 
 
 def _address(config: DiagnoseConfig, advice: dict[str, Any]) -> str:
-    """The judge as recommended, as `fieldsmith edit` takes it."""
+    """The judge as recomfixed, as `fieldsmith edit` takes it."""
     base, _, query = str(config.judge_of_edits).partition("?")
     given = {"temperature": "0.7"} | dict(parse_qsl(query, keep_blank_values=True))
     if advice["mode"] != "checklist":
@@ -281,7 +280,7 @@ def _address(config: DiagnoseConfig, advice: dict[str, Any]) -> str:
     return f"{base}?{urlencode({**given, 'mode': advice['mode'], 'n': advice['n']})}"
 
 
-def _edits(page: Page, edits: Graded, said: Heard, mode: str) -> None:
+def _edits(page: Page, edits: Graded, said: OutputAndFeatures, mode: str) -> None:
     """A few instructions: the source, each kind of edit, what is true and what was said."""
     from fieldsmith.report.page import Caption
     from fieldsmith.worlds.scenes_graded import KINDS

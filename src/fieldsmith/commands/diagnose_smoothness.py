@@ -62,12 +62,12 @@ def run(config: DiagnoseConfig) -> Run:
         grid = model.grid(config.steps)
     except ValueError as error:
         raise InputError(f"steps={config.steps}: {error}") from error
-    draws = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     field = field_of(model)
     with console.status("measuring"):
         states = None if world is None else model.encode_images(world.sample(config.samples, 7 + config.seed))
         found = profile(
-            field, model.noise(config.samples, draws), grid, draws, clip=model.clip, iterations=6,
+            field, model.noise(config.samples, generator), grid, generator, clip=model.clip, iterations=6,
             every=max(1, config.steps // LOOKS), data=states,
         )  # fmt: skip
         detectors = {} if world is None else _detectors(model, world, config, grid)
@@ -106,7 +106,7 @@ def _detectors(model: Model, world: JudgedWorld, config: DiagnoseConfig, grid: T
     from fieldsmith.metrics.intervals import share
     from fieldsmith.samplers import ancestral
 
-    steps, draws = len(grid) - 1, torch.Generator().manual_seed(1_000 + config.seed)
+    steps, generator = len(grid) - 1, torch.Generator().manual_seed(1_000 + config.seed)
     field, n, flags = field_of(model), 4 * config.samples, []
     scores: dict[str, list[Tensor]] = {}
     for part in torch.arange(n).split(config.chunk):
@@ -115,7 +115,7 @@ def _detectors(model: Model, world: JudgedWorld, config: DiagnoseConfig, grid: T
             words = f"steps {window(steps, first, last)[0] + 1} to {window(steps, first, last)[-1] + 1} of {steps}"
             watches[f"trajectory variance, {words}"] = TrajectoryVariance(steps, first, last)
             watches[f"sharpest Jacobian, {words}"] = SharpestJacobian(
-                field, steps, first, last, draws, norm="frobenius"
+                field, steps, first, last, generator, norm="frobenius"
             )
 
         def all_of_them(said: Any, t_next: Any, watches: dict[str, Any] = watches) -> None:
@@ -123,7 +123,9 @@ def _detectors(model: Model, world: JudgedWorld, config: DiagnoseConfig, grid: T
                 watch(said, t_next)
 
         with torch.no_grad():
-            states = ancestral(field, model.noise(len(part), draws), grid, draws, "small", model.clip, all_of_them)
+            states = ancestral(
+                field, model.noise(len(part), generator), grid, generator, "small", model.clip, all_of_them
+            )
         flags.append(~world.judge(model.decode(states)).valid)
         for name, watch in watches.items():
             scores.setdefault(name, []).append(watch.scores)

@@ -95,7 +95,7 @@ def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     from fieldsmith.methods.distill import loop
     from fieldsmith.methods.distill.bank import Source
     from fieldsmith.methods.distill.objectives import identifiability, objective_of
-    from fieldsmith.training import generator
+    from fieldsmith.training import step_generator
 
     console = Console(stderr=True)
     objective = objective_of(config)
@@ -120,13 +120,13 @@ def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     curves = {"teacher": sweep.curve(teacher, scales), "student": sweep.curve(student, scales)}
     fidelity = {}
     if not objective.guided_input:  # a student that takes w has no branches
-        draws = generator(config.seed, 0, stream=9)
+        generator = step_generator(config.seed, 0, stream=9)
         prompts = list(data.names)
         for kind, tuples in {
             "noised data": noised_tuples(
-                teacher, data.held_images, [prompts[i] for i in data.held_labels], TUPLES, draws
+                teacher, data.held_images, [prompts[i] for i in data.held_labels], TUPLES, generator
             ),
-            "the teacher's guided path": path_tuples(teacher, prompts, config.sampler_steps, 2.0, draws, TUPLES),
+            "the teacher's guided path": path_tuples(teacher, prompts, config.sampler_steps, 2.0, generator, TUPLES),
         }.items():
             fidelity[kind] = measure(ask(student, tuples), ask(teacher, tuples), tuples.t)
     sizes = {

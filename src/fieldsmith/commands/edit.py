@@ -179,8 +179,8 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
     import torch
 
     from fieldsmith.metrics.intervals import mean_interval
-    from fieldsmith.models.editing import edit, quantised, told
-    from fieldsmith.training import generator
+    from fieldsmith.models.editing import edit, encode_unique, quantised
+    from fieldsmith.training import step_generator
 
     spent = model.forwards
     sessions = task.draw(config.evaluate, HELD_OUT + config.seed)
@@ -189,9 +189,9 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
     numbers: dict[str, Any] = {"score of following": [], "score of consistency": []}
     images, words = [first], []
     for turn in range(1, sessions.turns + 1):
-        draws = generator(config.seed, turn, stream=9)
-        told_ = told(model, sessions.prompts(turn))
-        after = edit(model, told_, source, draws, config.evaluate_steps, config.guidance)
+        generator = step_generator(config.seed, turn, stream=9)
+        told_ = encode_unique(model, sessions.prompts(turn))
+        after = edit(model, told_, source, generator, config.evaluate_steps, config.guidance)
         scores = processes.once(partial(task.judge, sessions, turn, before, after, first))
         for name, given in (("following", scores.following), ("consistency", scores.consistency)):
             if not bool(given.isfinite().all()):
@@ -199,6 +199,6 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
             numbers[f"score of {name}"].append(dataclasses.asdict(mean_interval(given)))
         images.append(after)
         words.append(sessions.prompts(turn)[:shown])
-        before, source = after, channel(after, draws)
+        before, source = after, channel(after, generator)
     model.forwards = spent
     return Measured(numbers, torch.stack(images, 1)[:shown], words, [[None] * shown for _ in words])

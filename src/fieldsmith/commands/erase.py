@@ -122,7 +122,7 @@ def _judged(
     from fieldsmith.diagnose.concepts import detected, erased_concepts, erasure, paraphrases
     from fieldsmith.metrics.distances import pixel_features
     from fieldsmith.metrics.rest import compare
-    from fieldsmith.training import generator
+    from fieldsmith.training import step_generator
 
     found: dict[str, Any] = {"concepts": {}}
     targets = erased_concepts(config.targets)
@@ -160,7 +160,7 @@ def _judged(
             continue
         asked = [str(c) for name in kept for c in e.after[name].asked]
         old, new = (_cat([side[name].images for name in kept]) for side in (e.before, e.after))
-        rest = compare(old, new, asked, pixel_features(8), generator(config.seed, 0, stream=7))
+        rest = compare(old, new, asked, pixel_features(8), step_generator(config.seed, 0, stream=7))
         headers, lines = rest.table()
         page.table(f"What else changed: {target}", headers, lines, note=rest.verdict)
         found["rest"] = rest.to_json()
@@ -172,7 +172,7 @@ def _unjudged(page: Page, config: EraseConfig, before: Sampler, after: Sampler) 
     from fieldsmith.metrics.distances import pixel_features
     from fieldsmith.metrics.rest import compare
     from fieldsmith.report.page import Pair
-    from fieldsmith.training import generator
+    from fieldsmith.training import step_generator
 
     shown = list(dict.fromkeys((*config.targets[:4], *config.keep[:8])))
     rows = []
@@ -187,7 +187,7 @@ def _unjudged(page: Page, config: EraseConfig, before: Sampler, after: Sampler) 
         after(kept, config.seed),
         kept,
         pixel_features(8),
-        generator(config.seed, 0, stream=7),
+        step_generator(config.seed, 0, stream=7),
     )
     headers, lines = rest.table()
     page.table("What else changed, on kept prompts", headers, lines, note=rest.verdict)

@@ -114,10 +114,10 @@ def _session(config: SampleConfig) -> None:
     import torch
 
     from fieldsmith.models import load, load_adapter
-    from fieldsmith.models.editing import check_editor, edit, quantised, told
+    from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
     from fieldsmith.report.grid import save_grid
     from fieldsmith.sessions import Session, load_images
-    from fieldsmith.training import generator
+    from fieldsmith.training import step_generator
 
     model = load(config.model, config.resolution)
     check_editor(model)
@@ -128,8 +128,8 @@ def _session(config: SampleConfig) -> None:
     now = quantised(load_images([start], model.resolution)).expand(config.each, -1, -1, -1)
     turns = [now]
     for turn, words in enumerate(config.prompts):
-        draws = generator(config.seed, turn)
-        now = edit(model, told(model, [words] * config.each), now, draws, config.steps, config.guidance)
+        generator = step_generator(config.seed, turn)
+        now = edit(model, encode_unique(model, [words] * config.each), now, generator, config.steps, config.guidance)
         turns.append(now)
     images = torch.stack(turns, 1).flatten(0, 1)
     save_grid(images, config.out, columns=len(turns), scale=max(1, 128 // images.shape[-1]))

@@ -37,9 +37,9 @@ def _frozen(model: Model) -> Iterator[None]:
         model.forwards = counted
 
 
-def _flow_loss(model: Model, x_0: Tensor, condition: Condition, draws: torch.Generator) -> Tensor:
-    eps = torch.randn(x_0.shape, generator=draws).to(x_0)
-    t = torch.rand(len(x_0), generator=draws).to(x_0)
+def _flow_loss(model: Model, x_0: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+    t = torch.rand(len(x_0), generator=generator).to(x_0)
     velocity = model.predict(noised(model.path, x_0, eps, t), t, condition).velocity
     return (velocity - (eps - x_0)).square().mean()
 
@@ -54,7 +54,7 @@ def learned_token(
     model: Model, world: ShapesWorld, target: Concept, steps: int = 200, lr: float = 3e-2, n: int = 32, seed: int = 0
 ) -> Interval:
     """Concept inversion: one new word trained on 64 rendered images; share of "a red <new>" images that show it."""
-    draws = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     chosen, latents = _examples(model, world, target, 64, seed)
     prompts = [_with_spare(concept, target) for concept in chosen]
     pipeline: Any = model.pipeline
@@ -72,8 +72,8 @@ def learned_token(
                 table.requires_grad_(True)
             optimizer = torch.optim.Adam(tables, lr=lr)
             for _ in range(steps):
-                rows = torch.randint(len(prompts), (32,), generator=draws)
-                loss = _flow_loss(model, latents[rows], model.encode([prompts[i] for i in rows], grad=True), draws)
+                rows = torch.randint(len(prompts), (32,), generator=generator)
+                loss = _flow_loss(model, latents[rows], model.encode([prompts[i] for i in rows], grad=True), generator)
                 optimizer.zero_grad()
                 loss.backward()
                 for table in tables:
@@ -102,15 +102,15 @@ def prompt_embedding(
     model: Model, world: ShapesWorld, target: Concept, steps: int = 100, lr: float = 3e-2, n: int = 64, seed: int = 0
 ) -> Interval:
     """The strongest text attack: one prompt's embeddings trained freely; share of its images that show the target."""
-    draws = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     _, latents = _examples(model, world, target, 64, seed)
     start = model.encode([plain_prompts(target)[0]])
     with _frozen(model):
         parts = {name: part.clone().requires_grad_(True) for name, part in start.parts.items()}
         optimizer = torch.optim.Adam(list(parts.values()), lr=lr)
         for _ in range(steps):
-            rows = torch.randint(len(latents), (32,), generator=draws)
-            loss = _flow_loss(model, latents[rows], Condition(parts), draws)
+            rows = torch.randint(len(latents), (32,), generator=generator)
+            loss = _flow_loss(model, latents[rows], Condition(parts), generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -128,7 +128,7 @@ def relearning(
 
     Trains what the erasure trained and puts it back afterwards.
     """
-    draws = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     chosen, latents = _examples(model, world, target, 16, seed)
     condition = model.encode([caption(concept) for concept in chosen])
     trained = model.trainable()
@@ -145,7 +145,7 @@ def relearning(
                     return step
             optimizer.zero_grad()
             with whole():  # nobody averages these gradients
-                _flow_loss(model, latents, condition, draws).backward()
+                _flow_loss(model, latents, condition, generator).backward()
             optimizer.step()
         return most
     finally:

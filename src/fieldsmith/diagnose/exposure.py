@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fieldsmith.metrics import editing
 from fieldsmith.models.core import Model
-from fieldsmith.models.editing import check_editor, edit, quantised, told
+from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
 from fieldsmith.worlds.scenes import NOTHING, Sessions
 from fieldsmith.worlds.scenes_judge import Channel, EditVerdicts, judge
 
@@ -66,7 +66,7 @@ def exposure(
     source, before = first, first
     own, clean, images = [], [], [first]
     for turn in range(1, sessions.turns + 1):
-        condition = told(model, sessions.prompts(turn))
+        condition = encode_unique(model, sessions.prompts(turn))
         after = edit(model, condition, source, _draws(seed, turn), steps, guidance)
         own.append(judge(sessions, turn, before, after, first))
         if forced:
@@ -77,7 +77,7 @@ def exposure(
         before, source = after, channel(after, _draws(seed, turn, 1))
     drift, artefacts = [], []
     first = first[:still_sessions]
-    now, condition = first, told(model, [NOTHING] * len(first))
+    now, condition = first, encode_unique(model, [NOTHING] * len(first))
     for turn in range(1, still + 1):
         now = edit(model, condition, now, _draws(seed, turn, 2), steps, guidance)
         apart = (now - first).square()

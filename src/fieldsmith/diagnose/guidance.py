@@ -136,11 +136,11 @@ def ask(model: Model, tuples: Tuples, batch: int = 256) -> Branches:
 
     Raises InputError where the model has no null condition.
     """
-    said = []
+    output = []
     with _uncounted(model):
         for rows in torch.arange(len(tuples), device=tuples.t.device).split(batch):
-            said.append(branches(model, tuples.x_t[rows], tuples.t[rows], tuples.condition[rows]))
-    return Branches(torch.cat([b.conditional for b in said]), torch.cat([b.unconditional for b in said]))
+            output.append(branches(model, tuples.x_t[rows], tuples.t[rows], tuples.condition[rows]))
+    return Branches(torch.cat([b.conditional for b in output]), torch.cat([b.unconditional for b in output]))
 
 
 # fidelity
@@ -253,7 +253,7 @@ class Guidance:
             return (
                 f"Guidance is distorted, though neither collapsed nor blown up: at t from {odd.t_low:.2g} to "
                 f"{odd.t_high:.2g} the gap is {odd.rho:.2f} of the teacher's with cosine {odd.cosine:.2f}; "
-                "train longer or add a gap term, and until then guide with w a*(t), which mends size but not direction."
+                "train longer or add a gap term, and until then guide with w a*(t), which fixes size but not direction."
             )
         if verdict == "drift":
             return (
@@ -288,7 +288,7 @@ def measure(
     `reference` is another student's E_c + E_u (`branch_error`), the yardstick of drift; None takes the teacher's own
     mean squared gap. Raises ValueError where shapes differ, InputError where a model said what is not finite.
     """
-    shapes = [tuple(said.shape) for both in (student, teacher) for said in (both.conditional, both.unconditional)]
+    shapes = [tuple(output.shape) for both in (student, teacher) for output in (both.conditional, both.unconditional)]
     if len(set(shapes)) > 1 or shapes[0][:1] != tuple(t.shape) or not len(t):
         raise ValueError(f"branches of shapes {shapes} at times of shape {tuple(t.shape)}; all need one n, above 0")
     for who, both in (("student", student), ("teacher", teacher)):

@@ -94,8 +94,8 @@ def push_forward(
         there = weights > NOTHING
         x, weights = points[there], weights[there]
         with torch.no_grad():
-            said = _in_float64(field(x, t))
-            step = ancestral_step(said, t_next, variance, None, covariance(x, t) if covariance else None)
+            output = _in_float64(field(x, t))
+            step = ancestral_step(output, t_next, variance, None, covariance(x, t) if covariance else None)
         if t_next == 0:
             return Mass(step.mean, weights / weights.sum())
         deviation = step.deviation.expand(x.shape)
@@ -108,9 +108,9 @@ def push_forward(
     raise AssertionError("the last time is 0")
 
 
-def _in_float64(said: Prediction) -> Prediction:
-    fraction = None if said.fraction is None else said.fraction.double()
-    return Prediction(said.kind, said.value.double(), said.x_t.double(), said.t.double(), said.path, fraction=fraction)
+def _in_float64(pred: Prediction) -> Prediction:
+    fraction = None if pred.fraction is None else pred.fraction.double()
+    return Prediction(pred.kind, pred.value.double(), pred.x_t.double(), pred.t.double(), pred.path, fraction=fraction)
 
 
 def _checked_axis(axis: Tensor) -> Tensor:

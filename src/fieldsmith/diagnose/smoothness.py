@@ -27,8 +27,8 @@ def normalised(field: Field, t: Tensor) -> Callable[[Tensor], Tensor]:
     """x -> -sigma(t) eps(x, t), whose Jacobian is Jn; t (batch,) or ()."""
 
     def scaled(x: Tensor) -> Tensor:
-        said = field(x, t)
-        return -expand(said.path.sigma(t), x) * said.eps
+        output = field(x, t)
+        return -expand(output.path.sigma(t), x) * output.eps
 
     return scaled
 
@@ -117,11 +117,11 @@ class TrajectoryVariance:
             raise ValueError(f"a variance needs 2 steps or more between {self.first} and {self.last}; widen the window")
         self._step = self._seen = 0
 
-    def __call__(self, said: Prediction, t_next: Tensor) -> None:
+    def __call__(self, pred: Prediction, t_next: Tensor) -> None:
         self._step = _counted(self._step, self.steps)
         if self._step - 1 not in self._window:
             return
-        x_0 = said.x_0.detach()
+        x_0 = pred.x_0.detach()
         if not self._seen:
             self._mean, self._squares = torch.zeros_like(x_0), torch.zeros_like(x_0)
         self._seen += 1
@@ -158,11 +158,11 @@ class SharpestJacobian:
         self._step = 0
         self._largest: Tensor | None = None
 
-    def __call__(self, said: Prediction, t_next: Tensor) -> None:
+    def __call__(self, pred: Prediction, t_next: Tensor) -> None:
         self._step = _counted(self._step, self.steps)
         if self._step - 1 not in self._window:
             return
-        x_t, f = said.x_t.detach(), denoised(self.field, said.t)
+        x_t, f = pred.x_t.detach(), denoised(self.field, pred.t)
         if self.norm == "power":
             found = spectral_norm(f, x_t, self.generator, self.iterations, starts=1)
         else:
@@ -237,16 +237,16 @@ def profile(
     steps = len(grid) - 1
     step = 0
 
-    def look(said: Prediction, t_next: Tensor) -> None:
+    def look(pred: Prediction, t_next: Tensor) -> None:
         nonlocal step
         step += 1
         if (steps - step) % every:
             return
-        x_t, t = said.x_t.detach(), said.t
+        x_t, t = pred.x_t.detach(), pred.t
         norms = normalised_norm(field, x_t, t, generator, iterations, starts)
         low = least(field, x_t, t, generator, iterations)
         quantiles = torch.quantile(norms.double().cpu(), torch.tensor(QUANTILES, dtype=torch.float64))
-        sides = None if data is None else _on_data(field, data, said.path, t, generator)
+        sides = None if data is None else _on_data(field, data, pred.path, t, generator)
         moments.append(
             Moment(
                 float(t.flatten()[0]),

@@ -35,7 +35,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
 
     `resolution` is the side of its images where it is not the family's default, `dtype` that of its weights (float32).
     It comes on the GPU where there is one.
-    Raises InputError, in a sentence with the mend, at anything that is not a whole pipeline of a known family in
+    Raises InputError, in a sentence with the fix, at anything that is not a whole pipeline of a known family in
     safetensors.
     """
     name = str(name)

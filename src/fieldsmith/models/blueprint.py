@@ -179,8 +179,8 @@ def _on_the_hub(folder: pathlib.Path, config: dict[str, Any], part: Any) -> int:
 
 def _text_length(folder: pathlib.Path) -> int:
     file = folder / "tokenizer_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return int(min(said.get("model_max_length", 512), 1_000_000))
+    output = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return int(min(output.get("model_max_length", 512), 1_000_000))
 
 
 def _pipeline(index: dict[str, Any], parts: dict[str, Any]) -> Any:

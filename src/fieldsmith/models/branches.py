@@ -38,6 +38,6 @@ def branches(model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Bran
     """
     null = model.encode([""]).repeat(len(x_t))
     both = stack((condition.repeat(len(x_t)), null))
-    said = model.predict(torch.cat((x_t, x_t)), torch.cat((t, t)), both)
-    conditional, unconditional = said.value.chunk(2)
+    pred = model.predict(torch.cat((x_t, x_t)), torch.cat((t, t)), both)
+    conditional, unconditional = pred.value.chunk(2)
     return Branches(conditional, unconditional)

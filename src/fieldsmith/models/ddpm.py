@@ -138,12 +138,12 @@ class ClassDDPM(Model):
         t = t.to(x_t).expand(len(x_t))
         label = condition.repeat(len(x_t)).parts["label"]
         if self.scales:
-            value, raw = self._say(x_t, t, label * len(self.scales) + self._scale_index(guidance))
+            value, raw = self._forward(x_t, t, label * len(self.scales) + self._scale_index(guidance))
         elif guidance is None or guidance == 1.0:
-            value, raw = self._say(x_t, t, label)
+            value, raw = self._forward(x_t, t, label)
         else:
             null = torch.full_like(label, self._null_label(f"guidance={guidance}"))
-            value, raw = self._say(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((label, null)))
+            value, raw = self._forward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((label, null)))
             conditional, unconditional = value.chunk(2)
             value = guide(conditional, unconditional, guidance)
             raw = None if raw is None else raw[: len(x_t)]
@@ -159,18 +159,18 @@ class ClassDDPM(Model):
             if math.isclose(scale, wanted, abs_tol=1e-6):
                 return i
         listed = ", ".join(f"{scale:g}" for scale in known)
-        said = "no guidance, which reads as guidance=1," if guidance is None else f"guidance={guidance:g}"
-        raise InputError(f"{said} is no scale that {self.name} was made for; use one of {listed}")
+        output = "no guidance, which reads as guidance=1," if guidance is None else f"guidance={guidance:g}"
+        raise InputError(f"{output} is no scale that {self.name} was made for; use one of {listed}")
 
-    def _say(self, x_t: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, x_t: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         dtype = self.dtype
-        said: Tensor = self.network(
+        output: Tensor = self.network(
             x_t.to(dtype), self._index(t), class_labels=rows if self.conditional else None, return_dict=False
         )[0].to(x_t.dtype)
-        self.spend(len(x_t), said)
+        self.spend(len(x_t), output)
         if self.learns_variance:
-            return said[:, : self.channels], said[:, self.channels :]
-        return said, None
+            return output[:, : self.channels], output[:, self.channels :]
+        return output, None
 
     def _index(self, t: Tensor) -> Tensor:
         return network_index(self.path, t)
@@ -197,11 +197,11 @@ class ClassDDPM(Model):
     def _save_pipeline(self, folder: pathlib.Path) -> None:
         super()._save_pipeline(folder)
         if self.scales:
-            said: Any = {"classes": self.classes, "guidance_scales": self.scales}
+            output: Any = {"classes": self.classes, "guidance_scales": self.scales}
         else:
-            said = self.classes
+            output = self.classes
         if self.conditional:
-            (folder / CLASSES_FILE).write_text(json.dumps(said) + "\n", encoding="utf-8")
+            (folder / CLASSES_FILE).write_text(json.dumps(output) + "\n", encoding="utf-8")
 
 
 def class_names(name: str, folder: pathlib.Path | None) -> tuple[list[str] | None, list[float] | None]:
@@ -210,11 +210,11 @@ def class_names(name: str, folder: pathlib.Path | None) -> tuple[list[str] | Non
     if file is None or not file.is_file():
         return None, None
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        output = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        said = None
-    both = isinstance(said, dict)
-    classes, scales = (said.get("classes"), said.get("guidance_scales")) if both else (said, None)
+        output = None
+    both = isinstance(output, dict)
+    classes, scales = (output.get("classes"), output.get("guidance_scales")) if both else (output, None)
     if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
         raise InputError(f"classes.json in '{name}' is not a list of class names")
     if both and not (isinstance(scales, list) and scales and all(type(scale) in (int, float) for scale in scales)):

@@ -24,7 +24,7 @@ def check_editor(model: Model) -> None:
 
 
 @torch.no_grad()
-def told(model: Model, prompts: Sequence[str]) -> Condition:
+def encode_unique(model: Model, prompts: Sequence[str]) -> Condition:
     """Prompts encoded, each different one once."""
     different = list(dict.fromkeys(prompts))
     parts = [model.encode(different[i : i + 64]) for i in range(0, len(different), 64)]

@@ -42,8 +42,8 @@ class Correction(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         waves = 2 ** torch.arange(4).to(x) * torch.pi / 2 * t[:, None]
-        said: Tensor = self.last(self.inner(torch.cat((x, waves.sin(), waves.cos()), 1)))
-        return said
+        output: Tensor = self.last(self.inner(torch.cat((x, waves.sin(), waves.cos()), 1)))
+        return output
 
 
 class Exact(Model):

@@ -33,9 +33,9 @@ class VisionFeatures:
         for part in images.split(64):
             part = part.expand(-1, 3, -1, -1)
             part = interpolate(part, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-            said = self.network(pixel_values=(part - self.mean) / self.deviation)
-            pooled = getattr(said, "pooler_output", None)
-            found.append(said.last_hidden_state[:, 0] if pooled is None else pooled)
+            output = self.network(pixel_values=(part - self.mean) / self.deviation)
+            pooled = getattr(output, "pooler_output", None)
+            found.append(output.last_hidden_state[:, 0] if pooled is None else pooled)
         return torch.cat(found)
 
 
@@ -66,7 +66,7 @@ def _processor(name: str, local: bool) -> dict[str, Any]:
 
     known: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     try:
-        said = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=local)[0]
+        output = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=local)[0]
     except OSError:
-        said = {}
-    return known | {key: said[key] for key in known if key in said}
+        output = {}
+    return known | {key: output[key] for key in known if key in output}

@@ -90,7 +90,7 @@ class Flux(Prompted):
         """What the network sees beside the text, x_t first: (batch, tokens, channels), and its ids (tokens, 3)."""
         return x_t, self.image_ids
 
-    def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         tokens, ids = self._image_tokens(x_t, condition)
         output: Tensor = self.network(

@@ -111,7 +111,7 @@ class Flux2Klein(Prompted):
         source = torch.cat([part.repeat(rows).parts["source"] for part in packed], dim=1)
         return joined(condition, Condition({"source": source}), Condition({"source_ids": ids}))
 
-    def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         tokens, ids, embeds = x_t, self.image_ids, condition.parts["embeds"]
         if "source" in condition.parts:

@@ -47,11 +47,11 @@ def in_parts(say: _Say) -> _Say:
         mine = functools.partial(_mine, n=n)
         spent = self.forwards
         with whole():  # a family's own parts may ask one another
-            said = say(self, mine(x), *map(mine, rest), **{name: mine(value) for name, value in named.items()})
+            output = say(self, mine(x), *map(mine, rest), **{name: mine(value) for name, value in named.items()})
         self.forwards = spent + (self.forwards - spent) // _share(n) * n
-        if isinstance(said, tuple):
-            return tuple(None if part is None else _Join.apply(part, n) for part in said)
-        return _Join.apply(said, n)
+        if isinstance(output, tuple):
+            return tuple(None if part is None else _Join.apply(part, n) for part in output)
+        return _Join.apply(output, n)
 
     return shared  # type: ignore[return-value]
 

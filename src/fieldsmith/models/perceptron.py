@@ -57,8 +57,8 @@ class Network(nn.Module):
         x = self.first(torch.cat((x, bent.sin(), bent.cos()), 1))
         for block in self.blocks:
             x = block(x, time)
-        said: Tensor = self.last(self.norm(x))
-        return said
+        output: Tensor = self.last(self.norm(x))
+        return output
 
 
 class Perceptron(Model):
@@ -72,10 +72,10 @@ class Perceptron(Model):
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # module constructors draw from the global generator
             network = Network(d, width, 2 if head else 1)
-        draws = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         for layer in network.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight, generator=draws)
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
         super().__init__(SimpleNamespace(components={}), network, "a perceptron")
         self.network.requires_grad_(False)
         self.d, self.path, self.kind, self.head = d, path, "eps", head
@@ -93,9 +93,9 @@ class Perceptron(Model):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
         t = t.to(x_t).expand(len(x_t))
-        said: Tensor = self.network(x_t, self.path.index(t).round())
-        self.spend(len(x_t), said)
-        value, raw = said[:, : self.d], said[:, self.d :]
+        output: Tensor = self.network(x_t, self.path.index(t).round())
+        self.spend(len(x_t), output)
+        value, raw = output[:, : self.d], output[:, self.d :]
         if self.head is None:
             return Prediction("eps", value, x_t, t, self.path)
         if self.head == "free":

@@ -52,9 +52,9 @@ class Prompted(Model):
         condition = condition.repeat(len(x_t))
         scale = 1.0 if guidance is None else guidance
         if self.embedded_guidance or scale == 1.0:
-            return Prediction(self.kind, self._say(x_t, t, condition, scale), x_t, t, self.path)
+            return Prediction(self.kind, self._forward(x_t, t, condition, scale), x_t, t, self.path)
         both = stack([condition, self._without_words(condition)])
-        conditional, unconditional = self._say(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
+        conditional, unconditional = self._forward(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
         return Prediction(self.kind, self._guided(conditional, unconditional, scale), x_t, t, self.path)
 
     def _without_words(self, condition: Condition) -> Condition:
@@ -64,7 +64,7 @@ class Prompted(Model):
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return guide(conditional, unconditional, scale)
 
-    def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         """The raw network at x_t, one row of t and condition each; `embedded` is the scale that it takes itself."""
         raise NotImplementedError
 

@@ -87,7 +87,7 @@ class QwenImage(Prompted):
         guided = guide(conditional, unconditional, scale)
         return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         tokens, sizes, mask = x_t, [(1, self.side, self.side)], condition.parts["mask"]
         if "source" in condition.parts:

@@ -91,14 +91,14 @@ class SD15(Prompted):
     def blank(self) -> Condition:
         return Condition({"embeds": torch.zeros(1, self.text_length, self.network.config.cross_attention_dim)})
 
-    def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a half-precision network under exact float32 steps
         index = network_index(self.path, t)
         embeds = condition.parts["embeds"].to(dtype)
-        said: Tensor = self.network(x_t.to(dtype), index, encoder_hidden_states=embeds, return_dict=False)[0]
-        said = said.to(x_t.dtype)
-        self.spend(len(x_t), said)
-        return said
+        output: Tensor = self.network(x_t.to(dtype), index, encoder_hidden_states=embeds, return_dict=False)[0]
+        output = output.to(x_t.dtype)
+        self.spend(len(x_t), output)
+        return output
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         return decoded(self.pipeline.vae, latents, grad)

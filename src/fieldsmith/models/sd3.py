@@ -100,16 +100,16 @@ class SD3(Prompted):
         embeds = torch.zeros(1, tokens, shape.joint_attention_dim)
         return Condition({"embeds": embeds, "pooled": torch.zeros(1, shape.pooled_projection_dim)})
 
-    def _say(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
-        said: Tensor = self.network(
+        output: Tensor = self.network(
             hidden_states=x_t.to(dtype),
             timestep=t * TRAIN_TIMES,
             encoder_hidden_states=condition.parts["embeds"].to(dtype),
             pooled_projections=condition.parts["pooled"].to(dtype),
             return_dict=False,
         )[0]
-        velocity = said.to(x_t.dtype)
+        velocity = output.to(x_t.dtype)
         self.spend(len(x_t), velocity)
         return velocity
 

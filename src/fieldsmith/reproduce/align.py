@@ -169,7 +169,7 @@ class Bench:
         trace: list[dict[str, float]] = []
         began = time.monotonic()
 
-        def probe(step: int, log: dict[str, float]) -> str | None:
+        def callback(step: int, log: dict[str, float]) -> str | None:
             spent = log.get("forwards", 0.0)
             if trace and spent < min(1.35 * trace[-1]["forwards"] + 1000, cap):
                 return None
@@ -178,7 +178,7 @@ class Bench:
 
         broke = ""
         try:
-            align(self.model, config, self.rewards[REWARDS[kind]], None, probe)
+            align(self.model, config, self.rewards[REWARDS[kind]], None, callback)
         except RunError as error:  # a recipe without a trust region may leave the numbers; that is a result
             broke = str(error)
         seconds = time.monotonic() - began

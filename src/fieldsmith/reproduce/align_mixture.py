@@ -26,7 +26,7 @@ from fieldsmith.paths import Prediction, VariancePreserving
 from fieldsmith.rewards import Named
 from fieldsmith.samplers import ddim_step
 from fieldsmith.samplers import rollout as sample_path
-from fieldsmith.training import generator
+from fieldsmith.training import step_generator
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
 
 PULL = torch.tensor([-0.5, 0.0], dtype=torch.float64)  # grad r
@@ -74,11 +74,11 @@ def estimators(seed: int, first: int) -> list[dict[str, Any]]:
     """
     p, times = path(), grid(first)
     s = schedule(p, times, "eps", "ddim", 1.0)
-    draws = generator(seed, first, stream=9)
+    generator = step_generator(seed, first, stream=9)
     star, base = optimum(), triangle()
     t = times[0]
-    x_0 = star.sample(POINTS, draws)
-    x = p.alpha(t) * x_0 + p.sigma(t) * torch.randn(x_0.shape, generator=draws, dtype=torch.float64)
+    x_0 = star.sample(POINTS, generator)
+    x = p.alpha(t) * x_0 + p.sigma(t) * torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
     truth = star.score(x, t, p) - base.score(x, t, p)
     found: list[dict[str, Any]] = []
 
@@ -95,23 +95,23 @@ def estimators(seed: int, first: int) -> list[dict[str, Any]]:
     add("terminal gradient times J of a Gaussian", 0, len(s), (pull * PULL).expand_as(x))
 
     for count in COUNTS:
-        chain = [_sde(x[i], count, s, draws, star, base) for i in range(POINTS)]
+        chain = [_sde(x[i], count, s, generator, star, base) for i in range(POINTS)]
         for name in chain[0]:
             add(name, count, count * len(s), torch.stack([estimate[name] for estimate in chain]))
     if len(s) < 8:  # near the data there is nothing to cut short or to split
         return found
     for keep in (0.9, 0.8, 0.5):
         for count in COUNTS:
-            cut, steps = zip(*(_cut(x[i], count, s, draws, star, keep) for i in range(POINTS)), strict=True)
+            cut, steps = zip(*(_cut(x[i], count, s, generator, star, keep) for i in range(POINTS)), strict=True)
             add(f"zeroth order, lookahead to {keep} t", count, count * steps[0], torch.stack(cut))
     for splits, branches in ((2, 2), (3, 2), (4, 2), (2, 4)):
         for count in COUNTS[:4]:
             tree, cost = zip(
-                *(_tree(x[i], count, s, draws, star, splits, branches) for i in range(POINTS)), strict=True
+                *(_tree(x[i], count, s, generator, star, splits, branches) for i in range(POINTS)), strict=True
             )
             add(f"tree, {splits} splits of {branches}", count, cost[0], torch.stack(tree))
     for count in COUNTS:
-        mixed = [_first_step(x[i], count, s, draws, star) for i in range(POINTS)]
+        mixed = [_first_step(x[i], count, s, generator, star) for i in range(POINTS)]
         add("first step drawn, then ODE", count, count * len(s), torch.stack(mixed))
     return found
 
@@ -120,9 +120,9 @@ def _place(mixture: Mixture, x: Tensor, t: Tensor) -> Prediction:
     return field(mixture, x, t, torch.zeros(len(x)))
 
 
-def _roll(x: Tensor, count: int, s: Schedule, draws: torch.Generator, mixture: Mixture, plan: Plan) -> Rollout:
+def _roll(x: Tensor, count: int, s: Schedule, generator: torch.Generator, mixture: Mixture, plan: Plan) -> Rollout:
     where = torch.zeros(count, dtype=torch.long)
-    return roll(partial(field, mixture), x.expand(count, 2), where, s, plan, "ddim", 1.0, draws)
+    return roll(partial(field, mixture), x.expand(count, 2), where, s, plan, "ddim", 1.0, generator)
 
 
 def _estimate(returns: Tensor, rollout: Rollout, s: Schedule, centred: bool = True) -> Tensor:
@@ -132,18 +132,20 @@ def _estimate(returns: Tensor, rollout: Rollout, s: Schedule, centred: bool = Tr
     return G.reverse_noise(advantage, rollout.rows.noise[first], rollout.rows.step[first], s).mean(0)
 
 
-def _sde(x: Tensor, count: int, s: Schedule, draws: torch.Generator, star: Mixture, base: Mixture) -> dict[str, Tensor]:
+def _sde(
+    x: Tensor, count: int, s: Schedule, generator: torch.Generator, star: Mixture, base: Mixture
+) -> dict[str, Tensor]:
     """Independent rollouts of the optimum: the reward alone, less later KL or log-ratios, and under the reference."""
     plan = Plan("sde", torch.ones(len(s)).long(), s.noisy)
-    run = _roll(x, count, s, draws, star, plan)
+    run = _roll(x, count, s, generator, star, plan)
     rows, w = run.rows, s.w[run.rows.step]
     reference = _said(base, rows, s)
     rewards = linear(run.x_0)
-    log_rho = -log_ratio(reference, rows.said, rows.noise, w)
+    log_rho = -log_ratio(reference, rows.output_old, rows.noise, w)
     plain = run.mean_over_endpoints(rewards)
-    with_kl = soft_returns(run, rewards, gaussian_kl(rows.said, reference, w))
+    with_kl = soft_returns(run, rewards, gaussian_kl(rows.output_old, reference, w))
     soft = soft_returns(run, rewards, log_rho)
-    under = _roll(x, count, s, draws, base, plan)
+    under = _roll(x, count, s, generator, base, plan)
     tilted = (linear(under.x_0) - linear(under.x_0).logsumexp(0) + math.log(count)).exp()
     return {
         "reward, no baseline": _estimate(plain, run, s, centred=False),
@@ -154,20 +156,22 @@ def _sde(x: Tensor, count: int, s: Schedule, draws: torch.Generator, star: Mixtu
     }
 
 
-def _cut(x: Tensor, count: int, s: Schedule, draws: torch.Generator, star: Mixture, keep: float) -> tuple[Tensor, int]:
+def _cut(
+    x: Tensor, count: int, s: Schedule, generator: torch.Generator, star: Mixture, keep: float
+) -> tuple[Tensor, int]:
     """The rollout stops near keep * t and scores r(x_0_hat); the estimate and the steps taken."""
     stop = max(1, int((s.times >= keep * s.times[0] - 1e-9).sum()) - 1)
-    noise = torch.randn(count, 2, generator=draws, dtype=torch.float64)
+    noise = torch.randn(count, 2, generator=generator, dtype=torch.float64)
     said = field(star, x.expand(count, 2), s.times[0], noise)
     one = sample_path(
-        partial(_place, star), x.expand(count, 2), s.times[:2], sde="ddim", noise_level=1.0, generator=draws
+        partial(_place, star), x.expand(count, 2), s.times[:2], sde="ddim", noise_level=1.0, generator=generator
     )
     mean = one.states[1]
     noise = (mean - _mean(said, s)) / s.sigma[0]
     late = mean
     if stop > 1:
         late = sample_path(
-            partial(_place, star), mean, s.times[1 : stop + 1], sde="ddim", noise_level=1.0, generator=draws
+            partial(_place, star), mean, s.times[1 : stop + 1], sde="ddim", noise_level=1.0, generator=generator
         ).last
     reward = linear(_place(star, late, s.times[stop]).x_0)
     advantage = reward - reward.mean()
@@ -179,21 +183,21 @@ def _mean(said: Prediction, s: Schedule) -> Tensor:
 
 
 def _tree(
-    x: Tensor, count: int, s: Schedule, draws: torch.Generator, star: Mixture, splits: int, branches: int
+    x: Tensor, count: int, s: Schedule, generator: torch.Generator, star: Mixture, splits: int, branches: int
 ) -> tuple[Tensor, int]:
     """`count` endpoints from count / branches^splits first steps that split at evenly spaced later steps."""
     roots = max(2, count // branches**splits)
     children = torch.ones(len(s)).long()
     children[torch.linspace(1, len(s) - 2, splits + 2)[1:-1].round().long()] = branches
     plan = Plan("tree", children, s.noisy)
-    run = _roll(x, roots, s, draws, star, plan)
+    run = _roll(x, roots, s, generator, star, plan)
     return _estimate(run.mean_over_endpoints(linear(run.x_0)), run, s), roots * plan.forwards()
 
 
-def _first_step(x: Tensor, count: int, s: Schedule, draws: torch.Generator, star: Mixture) -> Tensor:
+def _first_step(x: Tensor, count: int, s: Schedule, generator: torch.Generator, star: Mixture) -> Tensor:
     drawn = torch.zeros(len(s), dtype=torch.bool)
     drawn[0] = True
-    run = _roll(x, count, s, draws, star, Plan("sde", torch.ones(len(s)).long(), drawn))
+    run = _roll(x, count, s, generator, star, Plan("sde", torch.ones(len(s)).long(), drawn))
     return _estimate(run.mean_over_endpoints(linear(run.x_0)), run, s)
 
 
@@ -203,7 +207,7 @@ def gaussian_terminal_bias(seed: int, n: int = 200_000) -> dict[str, float]:
     x_0 is drawn from the exact optimal posterior, so that only the estimator's bias is left; at t = index 389.
     """
     p, t = path(), grid(389)[0]
-    draws = generator(seed, 0, stream=10)
+    generator = step_generator(seed, 0, stream=10)
     alone = isotropic(torch.tensor([[1.0, -0.5]], dtype=torch.float64), 1.3)
     target = torch.tensor([2.0, 1.0], dtype=torch.float64)
     tilt = alone.tilted(target, torch.eye(2, dtype=torch.float64)).mixture  # -|x - target|^2 / 2 up to a constant
@@ -217,7 +221,7 @@ def gaussian_terminal_bias(seed: int, n: int = 200_000) -> dict[str, float]:
         J = strength("jacobian", s, prior).pull[0]
         x_t = torch.tensor([0.4, 0.9], dtype=torch.float64)
         truth = star.score(x_t[None], t, p)[0] - base.score(x_t[None], t, p)[0]
-        mean = gradient(star.given(x_t, t, p).sample(n, draws)).mean(0)
+        mean = gradient(star.given(x_t, t, p).sample(n, generator)).mean(0)
         found[name] = float(J * (mean @ truth) / truth.square().sum() - 1)
     return found
 
@@ -262,13 +266,13 @@ def train(name: str, seed: int, cap: int, samples: int = 20_000) -> dict[str, An
     model = Exact(triangle(), path(), grid().float(), seed=seed)
     spent: list[float] = [0.0]
 
-    def probe(step: int, log: dict[str, float]) -> str | None:
+    def callback(step: int, log: dict[str, float]) -> str | None:
         spent[0] = log.get("forwards", 0.0)
         return "cap" if spent[0] >= cap else None
 
     broke = ""
     try:
-        align(model, configured(name, seed), Named("3 - x / 2", True, linear), None, probe)
+        align(model, configured(name, seed), Named("3 - x / 2", True, linear), None, callback)
     except RunError as error:  # nothing holds a pathwise recipe near the reference
         broke = str(error)
     found = {kind: judged(model, kind, seed, samples) for kind in ("sde", "ode")}
@@ -278,11 +282,11 @@ def train(name: str, seed: int, cap: int, samples: int = 20_000) -> dict[str, An
 @torch.no_grad()
 def judged(model: Exact, kind: str, seed: int, n: int) -> dict[str, Any]:
     """Reward gain over the exact optimum's, KL to it in cells, mode weights, of n samples of the SDE or the ODE."""
-    draws = generator(seed, 1, stream=11)
+    generator = step_generator(seed, 1, stream=11)
     parts = []
     for size in [20_000] * (n // 20_000):
-        x = torch.randn(size, 2, generator=draws)
-        step: dict[str, Any] = {"sde": "ddim", "noise_level": 1.0, "generator": draws} if kind == "sde" else {}
+        x = torch.randn(size, 2, generator=generator)
+        step: dict[str, Any] = {"sde": "ddim", "noise_level": 1.0, "generator": generator} if kind == "sde" else {}
         parts.append(sample_path(partial(_trained, model), x, grid().float(), **step).last.double())
     points = torch.cat(parts)
     base, best = linear(triangle().mean[None])[0], linear(optimum().mean[None])[0]
@@ -305,8 +309,8 @@ def ceiling(guidance: str, gap: int, seed: int, n: int = 20_000, draws_each: int
     """
     p, times = path(), grid(gap=gap)
     s, star, base = schedule(p, times, "eps", "ddim", 1.0), optimum(), triangle()
-    draws = generator(seed, gap, stream=13)
-    x = torch.randn(n, 2, generator=draws, dtype=torch.float64)
+    generator = step_generator(seed, gap, stream=13)
+    x = torch.randn(n, 2, generator=generator, dtype=torch.float64)
     for k in range(len(s)):
         t, t_next = times[k], times[k + 1]
         reference = base.score(x, t, p)
@@ -315,10 +319,10 @@ def ceiling(guidance: str, gap: int, seed: int, n: int = 20_000, draws_each: int
             mean = ddim_step(_scored(reference + psi, x, t), t_next, 1.0).mean
             ahead = torch.zeros_like(x)
             for _ in range(draws_each):
-                y = mean + s.sigma[k] * torch.randn(x.shape, generator=draws, dtype=torch.float64)
+                y = mean + s.sigma[k] * torch.randn(x.shape, generator=generator, dtype=torch.float64)
                 ahead += (star.score(y, t_next, p) - base.score(y, t_next, p)) / draws_each
             psi = s.omega[k] * ahead
-        x = ddim_step(_scored(reference + psi, x, t), t_next, 1.0).sample(draws)
+        x = ddim_step(_scored(reference + psi, x, t), t_next, 1.0).sample(generator)
     low, best = linear(base.mean[None])[0], linear(star.mean[None])[0]
     return {"gain": float((linear(x).mean() - low) / (best - low)), "kl": cell_kl(x)}
 

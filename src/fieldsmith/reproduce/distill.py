@@ -133,11 +133,11 @@ class Bench:
     @cached_property
     def tuples(self) -> dict[str, Any]:
         """Held-out states, noised and along the teacher's own path, with what the teacher says there."""
-        draws = torch.Generator().manual_seed(20_000)
+        generator = torch.Generator().manual_seed(20_000)
         prompts = [self.data.names[i % len(self.data.names)] for i in range(TUPLES)]
         found = {
-            "noised": noised_tuples(self.teacher, self.data.held_images, self.data.held_labels, TUPLES, draws),
-            "path": path_tuples(self.teacher, prompts, STEPS, 1.5, draws, TUPLES),
+            "noised": noised_tuples(self.teacher, self.data.held_images, self.data.held_labels, TUPLES, generator),
+            "path": path_tuples(self.teacher, prompts, STEPS, 1.5, generator, TUPLES),
         }
         return {name: (states, ask(self.teacher, states)) for name, states in found.items()}
 

@@ -127,8 +127,8 @@ class Distorted:
             return dataclasses.replace(found, consistency=10 * found.consistency**4)
         through = lenient if self.how == "lenient" else coarse
         # from the images, so that a run that is taken up again draws the same
-        draws = torch.Generator().manual_seed(int(after.double().sum() * 255) + self.seed)
-        following, consistency = (through(part, draws) for part in (found.following, found.consistency))
+        generator = torch.Generator().manual_seed(int(after.double().sum() * 255) + self.seed)
+        following, consistency = (through(part, generator) for part in (found.following, found.consistency))
         return dataclasses.replace(found, following=following, consistency=consistency)
 
 

@@ -190,11 +190,11 @@ class Bench:
                 self.base[key] = ask_groups(sampler(self.model), self.world, groups(target), images, 10_000 + seed)
         return self.base[key]
 
-    def _probe(self, target: Concept, trace: list[dict[str, float]]) -> loop.Probe:
+    def _probe(self, target: Concept, trace: list[dict[str, float]]) -> loop.Callback:
         prompts = plain_prompts(target)
         each = -(-PROBE // len(prompts))
 
-        def probe(step: int, log: dict[str, float]) -> str | None:
+        def callback(step: int, log: dict[str, float]) -> str | None:
             spent = log.get("forwards", 0.0)
             if trace and spent < min(1.15 * trace[-1]["forwards"] + 150, self.config.cap):
                 return None  # probes at equal ratios of cost, so that ratios of cost are known equally well
@@ -204,7 +204,7 @@ class Bench:
                 return "erased"
             return "cost cap" if spent >= self.config.cap else None
 
-        return probe
+        return callback
 
 
 def _finite(log: dict[str, float]) -> dict[str, float]:

@@ -239,13 +239,13 @@ class Seed:
         self, trained: Trained, field: Field, variance: Variance = "small", n: int | None = None, seed: int = 0,
         watches: list[Any] | None = None, more: float = 1.0,
     ) -> Tensor:  # fmt: skip
-        model, draws = trained.model, torch.Generator().manual_seed(50_000 + 1_000 * seed + self.seed)
+        model, generator = trained.model, torch.Generator().manual_seed(50_000 + 1_000 * seed + self.seed)
         found: list[Tensor] = []
         for part in torch.arange(n or self.study.images).split(250):
             watch = watches[len(found)] if watches else None
-            x = model.noise(len(part), draws)
+            x = model.noise(len(part), generator)
             grid = model.grid(round(more * self.study.sampler_steps))
-            found.append(model.decode(ancestral(field, x, grid, draws, variance, model.clip, watch)))
+            found.append(model.decode(ancestral(field, x, grid, generator, variance, model.clip, watch)))
         return torch.cat(found)
 
     def measured(self, images: Tensor) -> dict[str, Any]:
@@ -254,14 +254,14 @@ class Seed:
         features = self.bench.seen(images)
         contents = [c for c, good in zip(judged.contents, judged.valid.tolist(), strict=True) if good]
         reach = precision_recall(self.bench.real, features)
-        draws = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         found: dict[str, Any] = {
             "flags": "".join("01"[not good] for good in judged.valid.tolist()),
             "unreadable": float(1 - judged.readable.double().mean()),
             "rate": float(1 - judged.valid.double().mean()), "images": len(images),
             "distance": frechet_distance(features, self.bench.real),
             "precision": reach.precision, "recall": reach.recall,
-            "fld": feature_likelihood(self.bench.trained_on, self.bench.real, features, draws).value,
+            "fld": feature_likelihood(self.bench.trained_on, self.bench.real, features, generator).value,
             "reasons": tally(judged.reasons),
         }  # fmt: skip
         if contents and world.support:
@@ -275,8 +275,8 @@ class Seed:
         steps = self.study.sampler_steps
         if kind == "variance":
             return [TrajectoryVariance(steps, 0.5, 1.0) for _ in range(0, n, 250)]
-        draws, field = torch.Generator().manual_seed(self.seed), field_of(trained.model)
-        return [SharpestJacobian(field, steps, 0.5, 0.8, draws, norm="frobenius") for _ in range(0, n, 250)]
+        generator, field = torch.Generator().manual_seed(self.seed), field_of(trained.model)
+        return [SharpestJacobian(field, steps, 0.5, 0.8, generator, norm="frobenius") for _ in range(0, n, 250)]
 
     def filtered(self, trained: Trained, kind: str) -> tuple[Tensor, float, dict[str, Any]]:
         """As many images as any arm, chosen among twice as many by a threshold that other valid samples set."""

@@ -186,10 +186,10 @@ class Seed:
         raise AssertionError("an axis was tried")
 
     def chains(self, field: Field, variance: Variance = "small") -> Tensor:
-        draws = torch.Generator().manual_seed(10_000 + self.seed)
-        x = torch.randn(self.study.chains, self.study.mixture.means.shape[1], generator=draws, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(10_000 + self.seed)
+        x = torch.randn(self.study.chains, self.study.mixture.means.shape[1], generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            return ancestral(field, x, self.study.times, draws, variance)
+            return ancestral(field, x, self.study.times, generator, variance)
 
 
 def of_samples(mixture: Mixture, places: Tensor) -> dict[str, Any]:
@@ -209,14 +209,14 @@ def points_field(model: Perceptron) -> Field:
 
 def errors(study: Study, field: Field) -> dict[str, Any]:
     """How far eps is off, and how high ridges are, at some times: on data's states and evenly between the modes."""
-    draws = torch.Generator().manual_seed(30_000)
+    generator = torch.Generator().manual_seed(30_000)
     found: dict[str, Any] = {}
     for index in INDICES:
         t = study.path.time(torch.tensor(float(index), dtype=torch.float64))
         alpha, sigma = study.path.alpha(t), study.path.sigma(t)
-        at_data = study.mixture.marginal(t, study.path).sample(2_000, draws)
+        at_data = study.mixture.marginal(t, study.path).sample(2_000, generator)
         low, high = alpha * study.mixture.means.min(0).values, alpha * study.mixture.means.max(0).values
-        evenly = low + (high - low) * torch.rand(4_000, len(low), generator=draws, dtype=torch.float64)
+        evenly = low + (high - low) * torch.rand(4_000, len(low), generator=generator, dtype=torch.float64)
         with torch.no_grad():
             off = [
                 float((field(x, t).eps.double() - study.mixture.eps(x, t, study.path)).square().sum(1).mean())

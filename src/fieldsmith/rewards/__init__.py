@@ -65,7 +65,7 @@ def load(spec: str, world: ShapesWorld | None = None) -> Reward:
     """The reward that `spec` names: NAME, NAME:ARGUMENT, or a sum of such with weights: '0.7*right+0.3*brightness'.
 
     `world` is what judged the model's data; right, shape, colour, valid, count and position need it. Raises InputError
-    at anything that is no reward, in one sentence with the mend. A '+' in a path or address is read as part of it,
+    at anything that is no reward, in one sentence with the fix. A '+' in a path or address is read as part of it,
     unless a reward's name follows.
     """
     terms = []

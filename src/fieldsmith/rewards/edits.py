@@ -207,7 +207,7 @@ def disagreement(scores: EditScores, n: int) -> str | None:
             continue
         signal = between**2 - noise**2 / n  # variance of the scores without their noise
         enough = math.ceil(10 * noise**2 / signal) if signal > 0 else math.inf
-        mend = (
+        fix = (
             f"set n={enough} (now {n})"
             if enough <= 16
             else f"more replies than n={n} will not mend it: lower the temperature, set mode=expected or take another "
@@ -215,7 +215,7 @@ def disagreement(scores: EditScores, n: int) -> str | None:
         )
         sentences.append(
             f"the judge's {n} replies on one edit differ by {noise:.2f} in {question}, its scores of {len(means)} "
-            f"edits by {between:.2f}, so it ranks them by chance; {mend}"
+            f"edits by {between:.2f}, so it ranks them by chance; {fix}"
         )
     return "; ".join(sentences) or None
 

@@ -92,7 +92,7 @@ def train(config: ClassUNet, folder: pathlib.Path) -> UNet:
 
 
 def check(config: ClassUNet) -> None:
-    """Raises InputError with the value and the mend."""
+    """Raises InputError with the value and the fix."""
     if config.data not in ("digits", "shapes"):
         raise InputError(f"data={config.data} is unknown; use digits or shapes")
     if config.curriculum not in ("uniform", "tirt"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from fieldsmith.methods.align.audit import Moment
 from fieldsmith.methods.align.config import RECIPES, AlignConfig
 from fieldsmith.methods.align.losses import HINGES, Trust
-from fieldsmith.methods.align.schedule import Schedule, influence, schedule, strength
+from fieldsmith.methods.align.schedule import Schedule, effective_strength, schedule, strength
 from fieldsmith.methods.align.setting import NOISE
 from fieldsmith.paths import RectifiedFlow
 
@@ -79,7 +79,7 @@ def outlook(name: str, config: AlignConfig, s: Schedule, prior: float) -> Outloo
         h = (own.w * own.sigma).abs()
     else:
         whose = strength(config.strength, own, prior)
-        h = influence(whose, own, _normaliser(config, own))
+        h = effective_strength(whose, own, _normaliser(config, own))
     return Outlook(name, config, own, torch.nan_to_num(h * live, posinf=0.0), estimator_of(config))
 
 

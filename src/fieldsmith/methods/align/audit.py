@@ -17,7 +17,7 @@ from torch import Tensor
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.probes import Kind, estimates, follow, reference
 from fieldsmith.methods.align.setting import Setting
-from fieldsmith.training import generator
+from fieldsmith.training import step_generator
 
 
 class Truths(NamedTuple):
@@ -130,7 +130,7 @@ def measure(
     kind: Kind,
     pool: int = 64,
     exact: Truths | None = None,
-    tell: Callable[[str], None] = lambda said: None,
+    tell: Callable[[str], None] = lambda output: None,
 ) -> list[Moment]:
     """Every estimator at `states` states of each step id, drawn by the sampler, beside the reference of that kind.
 
@@ -139,20 +139,20 @@ def measure(
     """
     seed = setting.config.seed
     with setting.model.reference():
-        draws = generator(seed, 0, stream=8)
-        prompt = torch.randperm(max(states, len(setting.prompts)), generator=draws)[:states] % len(setting.prompts)
-        along = follow(setting, setting.model.noise(states, draws), 0, prompt, draws)
+        generator = step_generator(seed, 0, stream=8)
+        prompt = torch.randperm(max(states, len(setting.prompts)), generator=generator)[:states] % len(setting.prompts)
+        along = follow(setting, setting.model.noise(states, generator), 0, prompt, generator)
         moments = []
         for k in sorted(steps):
             tell(f"step {k}, t = {float(setting.s.times[k]):.3f}")
-            draws = generator(seed, k + 1, stream=8)
-            moments.append(_moment(setting, along[k], k, prompt, samples, kind, pool, exact, draws))
+            generator = step_generator(seed, k + 1, stream=8)
+            moments.append(_moment(setting, along[k], k, prompt, samples, kind, pool, exact, generator))
     return moments
 
 
 def _moment(
     setting: Setting, x: Tensor, k: int, prompt: Tensor, samples: int, kind: Kind, pool: int,
-    exact: Truths | None, draws: torch.Generator,
+    exact: Truths | None, generator: torch.Generator,
 ) -> Moment:  # fmt: skip
     t = setting.s.times[k].to(x)
     parts: dict[str, list[Tensor]] = {}
@@ -162,8 +162,8 @@ def _moment(
         if exact:
             first = second = exact.mean(at, t)[0]
         else:
-            first, second = reference(setting, at, k, who, samples, kind, draws)
-        found, rewards, rewards_ode = estimates(setting, at, k, who, pool, draws)
+            first, second = reference(setting, at, k, who, samples, kind, generator)
+        found, rewards, rewards_ode = estimates(setting, at, k, who, pool, generator)
         for name, estimate in found.items():
             parts.setdefault(name, []).append(compare(estimate.values, first, second))
             costs[name] = float(estimate.cost)

@@ -36,10 +36,10 @@ class Auxiliary(nn.Module):
         times = torch.stack((t, t.square(), (torch.pi * t).cos()), -1).to(tokens)
         known = torch.cat((tokens.mean(1), times, self.prompts(prompt.to(x.device))), -1)
         hidden = self.inner(torch.cat((tokens, known[:, None].expand(-1, tokens.shape[1], -1)), -1))
-        said: Tensor = self.last(hidden)
+        output: Tensor = self.last(hidden)
         if not self.field:
-            return said.mean((1, 2))
-        return said.mT.reshape(x.shape) if x.ndim == 4 else said.reshape(x.shape)
+            return output.mean((1, 2))
+        return output.mT.reshape(x.shape) if x.ndim == 4 else output.reshape(x.shape)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fieldsmith.methods.align.rollouts import Rollout, Rows, soft_returns
 from fieldsmith.methods.align.setting import Setting
 from fieldsmith.paths import noised
 from fieldsmith.samplers import euler, gaussian_step
-from fieldsmith.training import generator
+from fieldsmith.training import step_generator
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,28 @@ class Batch:
 def collect(setting: Setting, helper: Auxiliary | None, epoch: int, log: dict[str, float]) -> Batch:
     """Roll out the current policy, judge it, and estimate; no gradient reaches the weights."""
     config = setting.config
-    draws = generator(config.seed, epoch, stream=5)
-    prompt = choose(setting, draws)
-    x = setting.model.noise(len(prompt), draws)
+    generator = step_generator(config.seed, epoch, stream=5)
+    prompt = choose(setting, generator)
+    x = setting.model.noise(len(prompt), generator)
     if config.shared_noise:
         x = x[torch.arange(len(x)) // config.rollouts * config.rollouts]
-    rollout = setting.roll(x, prompt, draws)
+    rollout = setting.roll(x, prompt, generator)
     rewards = setting.judge(rollout.x_0, rollout.prompt)
     log["reward"], log["reward deviation"] = rewards.mean().item(), rewards.std(correction=0).item()
     log["reward calls"] = float(len(rewards))
     if config.estimator in ("nft", "awm"):
-        return renoised(setting, rollout, rewards, draws, log)
+        return renoised(setting, rollout, rewards, generator, log)
     kept = torch.arange(len(rollout.rows))
     if config.train_steps:
-        kept = thinned(rollout, config.train_steps, draws)
+        kept = thinned(rollout, config.train_steps, generator)
     if config.estimator in REGRESSIONS:
         return regression(setting, rollout, rewards, kept)
     return policy(setting, helper, rollout, rewards, kept, log)
 
 
-def choose(setting: Setting, draws: torch.Generator) -> Tensor:
+def choose(setting: Setting, generator: torch.Generator) -> Tensor:
     """The prompt of each root, (prompts_per_epoch * rollouts,): prompts without repeats as far as there are enough."""
-    order = torch.randperm(len(setting.prompts), generator=draws)
+    order = torch.randperm(len(setting.prompts), generator=generator)
     chosen = order[torch.arange(setting.config.prompts_per_epoch) % len(order)]
     return chosen.repeat_interleave(setting.config.rollouts)
 
@@ -77,7 +77,7 @@ def policy(
     if config.soft:
         with torch.no_grad(), setting.model.reference():
             reference = setting.output(rows.x, rows.step, rows.prompt)
-        log_rho = -L.log_ratio(reference.to(rows.said), rows.said, rows.noise, s.w[rows.step])
+        log_rho = -L.log_ratio(reference.to(rows.output_old), rows.output_old, rows.noise, s.w[rows.step])
         returns = soft_returns(rollout, scaled, log_rho.cpu())
     else:
         returns = rollout.mean_over_endpoints(scaled)
@@ -102,19 +102,19 @@ def centred(setting: Setting, returns: Tensor, group: Tensor, log: dict[str, flo
 
 
 def renoised(
-    setting: Setting, rollout: Rollout, rewards: Tensor, draws: torch.Generator, log: dict[str, float]
+    setting: Setting, rollout: Rollout, rewards: Tensor, generator: torch.Generator, log: dict[str, float]
 ) -> Batch:
     """Endpoints noised again at the sampler's own times, the old policy's output beside them."""
     config, s = setting.config, setting.s
     m, many = len(rollout.x_0), min(config.renoise, len(s))
-    picks = torch.stack([torch.randperm(len(s), generator=draws)[:many] for _ in range(m)]).flatten()
+    picks = torch.stack([torch.randperm(len(s), generator=generator)[:many] for _ in range(m)]).flatten()
     end = torch.arange(m).repeat_interleave(many)
     x_0, prompt = rollout.x_0[end], rollout.prompt[end]
-    eps = torch.randn(x_0.shape, generator=draws).to(x_0)
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
     x_t = noised(setting.model.path, x_0, eps, s.times[picks].to(x_0))
     with torch.no_grad():
-        said = setting.output(x_t, picks, prompt)
-    rows = Rows(x_t, x_0, eps, said, picks, prompt, end, torch.ones(len(end)))
+        output = setting.output(x_t, picks, prompt)
+    rows = Rows(x_t, x_0, eps, output, picks, prompt, end, torch.ones(len(end)))
     scaled = rewards if config.advantage == "std" else rewards / config.temperature
     advantage = centred(setting, scaled, rollout.prompt, log)  # of endpoints, at whatever times
     return Batch(replace(rollout, rows=rows), rewards, advantage[end])
@@ -211,10 +211,10 @@ def carry(setting: Setting, x: Tensor, k: int, prompt: Tensor, after: Tensor, dr
     kept, x = after.device, x.detach().to(setting.model.device).requires_grad_(True)
     t, t_next = setting.s.times[k].to(x), setting.s.times[k + 1].to(x)
     with torch.enable_grad():
-        said = setting.predict(x, t, prompt)
-        mean = euler(said, t_next)
+        pred = setting.predict(x, t, prompt)
+        mean = euler(pred, t_next)
         if drawn and setting.s.noisy[k]:
-            mean = gaussian_step(setting.sde, said, t_next, setting.noise_level, setting.s.times[1].to(x)).mean
+            mean = gaussian_step(setting.sde, pred, t_next, setting.noise_level, setting.s.times[1].to(x)).mean
         (gradient,) = torch.autograd.grad(mean, x, after.to(x))
     return gradient.detach().to(kept)
 
@@ -228,8 +228,8 @@ def log_ratio_slope(setting: Setting, rows: Rows) -> Tensor:
         t, t_next, first = s.times[k].to(x), s.times[k + 1].to(x), s.times[1].to(x)
 
         def misses() -> Tensor:
-            said = setting.predict(x, t, rows.prompt[at])  # noqa: B023
-            mean = gaussian_step(setting.sde, said, t_next, setting.noise_level, first).mean  # noqa: B023
+            pred = setting.predict(x, t, rows.prompt[at])  # noqa: B023
+            mean = gaussian_step(setting.sde, pred, t_next, setting.noise_level, first).mean  # noqa: B023
             return L.square(rows.after[at] - mean).sum()  # noqa: B023
 
         with torch.enable_grad():
@@ -240,14 +240,14 @@ def log_ratio_slope(setting: Setting, rows: Rows) -> Tensor:
     return slope
 
 
-def thinned(rollout: Rollout, keep: int, draws: torch.Generator) -> Tensor:
+def thinned(rollout: Rollout, keep: int, generator: torch.Generator) -> Tensor:
     """Rows left when every endpoint keeps its last step and one of each of keep - 1 blocks of equal length."""
     steps = (rollout.lineage >= 0).any(0).nonzero().squeeze(1)
     if keep >= len(steps):
         return torch.arange(len(rollout.rows))
     left = [rollout.lineage[:, steps[-1]]]
     for block in steps[:-1].tensor_split(keep - 1) if keep > 1 else ():
-        pick = block[torch.randint(len(block), (len(rollout.lineage),), generator=draws)]
+        pick = block[torch.randint(len(block), (len(rollout.lineage),), generator=generator)]
         left.append(rollout.lineage.gather(1, pick[:, None]).squeeze(1))
     rows = torch.cat(left)
     return rows[rows >= 0].unique()

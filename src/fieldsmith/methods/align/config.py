@@ -241,7 +241,7 @@ def scale_for(name: str, model: str) -> Literal["paper", "laptop"]:
 
 
 def check(config: AlignConfig) -> None:
-    """Refuse settings that cannot learn. Raises InputError with the value and the mend; needs no model."""
+    """Refuse settings that cannot learn. Raises InputError with the value and the fix; needs no model."""
     numbers = {f.name: getattr(config, f.name) for f in fields(config)}
     for name in ("epochs", "prompts_per_epoch", "rollouts", "updates", "steps", "chunk", "rank", "evaluate", "renoise",
                  "truncate"):  # fmt: skip

@@ -95,5 +95,5 @@ def denoised(
     if jacobian == "full":
         return place(x, t).x_0
     with torch.no_grad():  # no graph through the network: one forward, not three
-        said = place(x.detach(), t)
-    return Prediction(said.kind, said.value, x, said.t, said.path).x_0
+        output = place(x.detach(), t)
+    return Prediction(output.kind, output.value, x, output.t, output.path).x_0

@@ -19,15 +19,15 @@ from fieldsmith.methods.align.auxiliary import Auxiliary
 from fieldsmith.methods.align.collect import Batch, carry, choose, collect, log_ratio_slope
 from fieldsmith.methods.align.config import FIRST_ORDER, REGRESSIONS, AlignConfig, check
 from fieldsmith.methods.align.rollouts import Rollout, Rows
-from fieldsmith.methods.align.schedule import influence, multiplier, strength
+from fieldsmith.methods.align.schedule import effective_strength, multiplier, strength
 from fieldsmith.methods.align.setting import Setting
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.rewards import Reward
 from fieldsmith.runs import Run
 from fieldsmith.samplers import euler
-from fieldsmith.training import Optimisation, fit, generator
+from fieldsmith.training import Optimisation, fit, step_generator
 
-Probe = Callable[[int, dict[str, float]], "str | None"]
+Callback = Callable[[int, dict[str, float]], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Result:
 
 
 def align(
-    model: Model, config: AlignConfig, reward: Reward, run: Run | None = None, probe: Probe | None = None
+    model: Model, config: AlignConfig, reward: Reward, run: Run | None = None, callback: Callback | None = None
 ) -> Result:
     """Raise the reward of config.prompts' images, in place. `probe(step, log)` is called before step 0 and after each
     step; a reason that it returns ends the run.
@@ -54,7 +54,7 @@ def align(
     _check_reward(config, reward)
     spent = model.forwards
     setting = Setting.of(model, config, reward)
-    x = model.noise(2, generator(config.seed, 0, stream=1))
+    x = model.noise(2, step_generator(config.seed, 0, stream=1))
     t = setting.s.times[0].to(x)
     with torch.no_grad():
         base = model.predict(x, t, setting.condition[:1], config.guidance).velocity
@@ -73,23 +73,23 @@ def align(
     model.forwards = spent + setting.prepared
     carried: list[int] = []  # what an interrupted run had spent before this process took over
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         if not carried:
             earlier = run.history() if run else []
             carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
-        yield from method.losses(step, draws, log)
+        yield from method.losses(step, generator, log)
         log["forwards"] = carried[0] + model.forwards - spent
 
-    if probe:
-        probe(0, {})
+    if callback:
+        callback(0, {})
     optimisation = Optimisation(
         config.epochs * config.updates, config.lr, config.weight_decay, clip=config.gradient_clip, ema=config.ema,
         checkpoint_every=10 * config.updates, block=config.updates, seed=config.seed,
     )  # fmt: skip
-    done = fit({**model.trainable(), **method.extra()}, losses, optimisation, run, probe)
+    done = fit({**model.trainable(), **method.extra()}, losses, optimisation, run, callback)
     history = run.history() if run else []
     cost = int(history[-1]["forwards"]) if history else model.forwards - spent
-    return Result(done.steps, done.seconds, cost, done.stopped, method.influence())
+    return Result(done.steps, done.seconds, cost, done.stopped, method.effective_strength())
 
 
 def _check_reward(config: AlignConfig, reward: Reward) -> None:
@@ -119,24 +119,24 @@ class Method:
     def extra(self) -> dict[str, Tensor]:
         return {f"auxiliary.{name}": p for name, p in self.helper.named_parameters()} if self.helper else {}
 
-    def influence(self) -> tuple[float, ...] | None:
+    def effective_strength(self) -> tuple[float, ...] | None:
         """h by step: the push on the network's output per unit of the value's gradient; None where nothing has it."""
         config, s = self.config, self.setting.s
         if config.estimator not in ("reverse-noise", *REGRESSIONS):
             return None
         normaliser = s.omega if config.estimator == "reverse-noise" or config.state == "next" else 1.0
-        return tuple(influence(self.strength, s, normaliser).tolist())
+        return tuple(effective_strength(self.strength, s, normaliser).tolist())
 
-    def losses(self, step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         config, setting = self.config, self.setting
         epoch, update = divmod(step, config.updates)
         if config.estimator == "pathwise":
-            yield from self.pathwise(draws, log)
+            yield from self.pathwise(generator, log)
             return
         if self.batch is None or self.batch[0] != epoch:
             self.batch = (epoch, collect(setting, self.helper, epoch, log))
         batch = self.batch[1]
-        order = torch.randperm(len(batch.advantage), generator=generator(config.seed, epoch, stream=6))
+        order = torch.randperm(len(batch.advantage), generator=step_generator(config.seed, epoch, stream=6))
         mine = order.tensor_split(config.updates)[update]
         if config.estimator in ("reverse-noise", "nft", "awm"):  # rows of advantage 0 teach nothing but staying
             mine = mine if config.kl else mine[batch.advantage[mine] != 0]
@@ -153,7 +153,7 @@ class Method:
             yield (part * some.rollout.rows.weight.to(part)).sum() / len(mine)
         log |= sums
         if config.anchor and len(batch.rollout.idle.step):
-            yield from self.anchored(batch.rollout, len(mine), draws)
+            yield from self.anchored(batch.rollout, len(mine), generator)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss of rows, (n,), and what to log of it."""
@@ -177,12 +177,12 @@ class Method:
             loss = extra + L.rsm_loss(
                 kappa * f,
                 kappa * reference,
-                kappa * rows.said,
+                kappa * rows.output_old,
                 guidance,
                 given.weight[rows.step],
                 given.pull[rows.step],
             )
-            loss = loss + config.proximal * L.square(f - rows.said) / numbers
+            loss = loss + config.proximal * L.square(f - rows.output_old) / numbers
             log["guidance"] = guidance.square().mean().sqrt().item()
         elif config.estimator in ("nft", "awm"):
             loss = self.forward_loss(f, rows, batch.advantage.to(f))
@@ -206,9 +206,9 @@ class Method:
         config, s = self.config, self.setting.s
         assert self.multiplier is not None
         w, sigma = s.w[rows.step].to(f), s.sigma[rows.step].to(f)
-        log_rho = L.log_ratio(f, rows.said, rows.noise, w)
+        log_rho = L.log_ratio(f, rows.output_old, rows.noise, w)
         if config.trust == "guard-hinge":
-            log_rho = w * L.dot(f - rows.said, rows.noise)
+            log_rho = w * L.dot(f - rows.output_old, rows.noise)
         log["held"] = (
             L.held(log_rho.detach(), advantage, config.trust, config.clip, sigma, f[0].numel()).float().mean().item()
         )
@@ -220,17 +220,19 @@ class Method:
         s = self.setting.s
         target = s.target(rows.after, rows.noise, rows.step)
         if self.config.estimator == "awm":
-            return L.awm_loss(f, rows.said, target, advantage, self.config.clip)
+            return L.awm_loss(f, rows.output_old, target, advantage, self.config.clip)
         optimality = 0.5 + 0.5 * (advantage / self.config.advantage_clip).clamp(-1, 1)
         gain = s.gain[rows.step].abs() if self.config.adaptive else None
-        return L.nft_loss(f, rows.said, target, optimality, self.config.nft_beta, gain)
+        return L.nft_loss(f, rows.output_old, target, optimality, self.config.nft_beta, gain)
 
     def balance(self, f: Tensor, reference: Tensor, batch: Batch) -> Tensor:
         """DAG's detailed balance; the flow at clean data is the reward itself."""
         s, rows, helper = self.setting.s, batch.rollout.rows.to(self.model.device), self.helper
         assert helper is not None and batch.returns is not None
         w, times = s.w[rows.step].to(f), s.times.to(f)
-        log_rho = L.log_ratio(f, rows.said, rows.noise, w) - L.log_ratio(reference, rows.said, rows.noise, w)
+        log_rho = L.log_ratio(f, rows.output_old, rows.noise, w) - L.log_ratio(
+            reference, rows.output_old, rows.noise, w
+        )
         end = (rows.step == int(s.noisy.nonzero().max())).to(f.device)
         value_next = torch.where(end, batch.returns.to(f), helper(rows.after, times[rows.step + 1], rows.prompt))
         return L.balance_loss(helper(rows.x, times[rows.step], rows.prompt), value_next, log_rho)
@@ -259,10 +261,10 @@ class Method:
         own_loss = (L.square(eta * guidance + ahead - carried) + 1000 * L.square(end)) / numbers
         return guidance + ahead.detach() / eta.clamp(min=1e-6), own_loss
 
-    def anchored(self, rollout: Rollout, rows: int, draws: torch.Generator) -> Iterator[Tensor]:
+    def anchored(self, rollout: Rollout, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
         """KL to the reference on ODE states where nothing branched: at most a tenth of the update's rows."""
         idle, config = rollout.idle, self.config
-        chosen = torch.randperm(len(idle.step), generator=draws)[: max(1, rows // 10)]
+        chosen = torch.randperm(len(idle.step), generator=generator)[: max(1, rows // 10)]
         for at in chosen.split(config.chunk):
             f = self.setting.output(idle.x[at], idle.step[at], idle.prompt[at])
             with torch.no_grad(), self.model.reference():
@@ -270,15 +272,15 @@ class Method:
             kl = L.gaussian_kl(f, reference, self.setting.s.w[idle.step[at]])
             yield config.anchor * kl.sum() / len(chosen) / f[0].numel()
 
-    def pathwise(self, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def pathwise(self, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         """DRaFT-K: the reward's gradient through the sampler's last K steps; ReFL: through x_0_hat at a late step."""
         config, setting, s = self.config, self.setting, self.setting.s
-        prompt = choose(setting, draws)
-        x_1 = self.model.noise(len(prompt), draws)
+        prompt = choose(setting, generator)
+        x_1 = self.model.noise(len(prompt), generator)
         K = len(s)
         stop = K - config.truncate
         if config.random_stop:
-            stop = int(torch.randint(2 * K // 3, K, (1,), generator=draws))
+            stop = int(torch.randint(2 * K // 3, K, (1,), generator=generator))
         total = 0.0
         for at in torch.arange(len(prompt)).split(config.chunk):
             x, p, grid = x_1[at], prompt[at], s.times.to(x_1)
@@ -286,8 +288,8 @@ class Method:
                 for k in range(stop):
                     x = euler(setting.predict(x, grid[k], p), grid[k + 1])
             for k in range(stop, K):
-                said = setting.predict(x, grid[k], p)
-                x = said.x_0 if config.random_stop else euler(said, grid[k + 1])
+                pred = setting.predict(x, grid[k], p)
+                x = pred.x_0 if config.random_stop else euler(pred, grid[k + 1])
                 if config.random_stop:
                     break
             reward = setting.value(p)(x)
@@ -304,11 +306,11 @@ class Method:
         with torch.no_grad(), self.model.reference():
             gap = (self.model.predict(x, t, condition, config.guidance).velocity - base).abs().max().item()
         preflight.require([preflight.memory(self.model, config.chunk)], quiet=True)  # before anything large runs
-        mend = "this is a defect of fieldsmith: please report it"
-        checks = [preflight.Check("adapter off against base", gap, "0", gap == 0, mend)]
+        fix = "this is a defect of fieldsmith: please report it"
+        checks = [preflight.Check("adapter off against base", gap, "0", gap == 0, fix)]
         log: dict[str, float] = {}
         if config.estimator == "pathwise":
-            first = next(iter(self.pathwise(generator(config.seed, 0), log)))
+            first = next(iter(self.pathwise(step_generator(config.seed, 0), log)))
         else:
             batch = collect(setting, self.helper, 0, log)
             if config.estimator in ("reverse-noise", "balance"):
@@ -324,7 +326,7 @@ class Method:
         if not quiet:
             roots, plan = config.prompts_per_epoch * config.rollouts, setting.plan
             words = f"a collection: {roots * plan.forwards():,} forwards, {roots * plan.endpoints():,} reward calls"
-            h = " ".join(f"{push:.3g}" for push in self.influence() or ())
+            h = " ".join(f"{push:.3g}" for push in self.effective_strength() or ())
             words += f"; strength h by step, from noise to data: {h}" if h else ""
             Console(stderr=True).print(words, highlight=False)
 
@@ -333,7 +335,7 @@ class Method:
         rows = batch.rollout.rows[some].to(self.model.device)
         with torch.no_grad():
             f = self.setting.output(rows.x, rows.step, rows.prompt)
-            off = L.log_ratio(f, rows.said, rows.noise, self.setting.s.w[rows.step].to(f)).abs().max().item()
+            off = L.log_ratio(f, rows.output_old, rows.noise, self.setting.s.w[rows.step].to(f)).abs().max().item()
         limit = 1e-3 * max(1.0, f[0].numel() / 512) ** 0.5  # rounding adds up over a state's numbers
         return preflight.Check(
             "log-ratio of the policy to itself", off, f"below {limit:.2g}", off < limit,
@@ -344,10 +346,10 @@ class Method:
         lively = (batch.advantage != 0).float().mean().item()
         first = batch.rewards[0].item()
         every = bool((batch.rewards == batch.rewards[0]).all())
-        mend = (
+        fix = (
             f"reward '{self.setting.reward.name}' gave {first:.4g} to all {len(batch.rewards)} images; choose another "
             "reward or harder prompts"
             if every
             else "no reward differs between the rollouts of one prompt; raise rollouts or noise_level"
         )
-        return preflight.Check("share of rows with a signal", lively, "above 0", lively > 0, mend)
+        return preflight.Check("share of rows with a signal", lively, "above 0", lively > 0, fix)

@@ -10,7 +10,7 @@ from fieldsmith.methods.align.schedule import Schedule, schedule
 from fieldsmith.models.core import Model
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.samplers import Sde, gaussian_step
-from fieldsmith.training import generator
+from fieldsmith.training import step_generator
 
 
 @torch.no_grad()
@@ -23,20 +23,20 @@ def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[floa
     flow = isinstance(model.path, RectifiedFlow)
     sde: Sde = "flow-sde" if flow else "ddim"
     level = 0.7 if flow else 1.0
-    draws = generator(config.seed, 0, stream=12)
+    generator = step_generator(config.seed, 0, stream=12)
     prompts = config.prompts[:64]
     condition = model.encode(prompts)
     which = torch.arange(each * len(prompts)) % len(prompts)
-    x, grid = model.noise(len(which), draws), model.grid(config.steps)
+    x, grid = model.noise(len(which), generator), model.grid(config.steps)
     s: Schedule | None = None
     found = []
     for k in range(config.steps):
-        said = model.predict(x, grid[k], condition[which], config.guidance)
-        s = s or schedule(model.path, grid, said.kind, sde, level)
+        pred = model.predict(x, grid[k], condition[which], config.guidance)
+        s = s or schedule(model.path, grid, pred.kind, sde, level)
         with model.reference():
             base = model.predict(x, grid[k], condition[which], config.guidance)
-        found.append(float(gaussian_kl(said.value, base.value, s.w[k].expand(len(x)).to(x.device)).mean()))
-        x = gaussian_step(sde, said, grid[k + 1], level, grid[1]).sample(draws)
+        found.append(float(gaussian_kl(pred.value, base.value, s.w[k].expand(len(x)).to(x.device)).mean()))
+        x = gaussian_step(sde, pred, grid[k + 1], level, grid[1]).sample(generator)
     model.forwards = spent
     assert s is not None
     return found, s

@@ -40,19 +40,24 @@ def zeroth(rewards: Tensor, noise: Tensor, k: int, s: Schedule, siblings: int) -
 
 @torch.no_grad()
 def follow(
-    setting: Setting, x: Tensor, first: int, prompt: Tensor, draws: torch.Generator | None = None, twins: bool = False
+    setting: Setting,
+    x: Tensor,
+    first: int,
+    prompt: Tensor,
+    generator: torch.Generator | None = None,
+    twins: bool = False,
 ) -> Tensor:
     """States from x (n, ...) at step id `first` to clean data, (K - first + 1, n, ...): the sampler's drawn steps where
     `draws` is given, else the ODE. Of twins the second half of x has the first half's later noise."""
     s, states = setting.s, [x]
     for k in range(first, len(s)):
         t, t_next = s.times[k].to(x), s.times[k + 1].to(x)
-        said = setting.predict(states[-1], t, prompt)
-        if draws is None or not s.noisy[k]:
-            states.append(euler(said, t_next))
+        pred = setting.predict(states[-1], t, prompt)
+        if generator is None or not s.noisy[k]:
+            states.append(euler(pred, t_next))
             continue
-        step = gaussian_step(setting.sde, said, t_next, setting.noise_level, s.times[1].to(x))
-        noise = torch.randn(x[: len(x) // 2 if twins else None].shape, generator=draws, dtype=x.dtype).to(x)
+        step = gaussian_step(setting.sde, pred, t_next, setting.noise_level, s.times[1].to(x))
+        noise = torch.randn(x[: len(x) // 2 if twins else None].shape, generator=generator, dtype=x.dtype).to(x)
         states.append(step.mean + float(s.sigma[k]) * (noise.repeat(2, *[1] * (x.ndim - 1)) if twins else noise))
     return torch.stack(states)
 
@@ -70,16 +75,18 @@ def pathwise(setting: Setting, states: Tensor, first: int, prompt: Tensor) -> Te
 
 
 @torch.no_grad()
-def _step(setting: Setting, x: Tensor, k: int, prompt: Tensor, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+def _step(
+    setting: Setting, x: Tensor, k: int, prompt: Tensor, n: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """The mean of the drawn step from one state x (1, ...), and n noises (n, ...)."""
-    said = setting.predict(x, setting.s.times[k].to(x), prompt)
+    pred = setting.predict(x, setting.s.times[k].to(x), prompt)
     t_next, t_first = setting.s.times[k + 1].to(x), setting.s.times[1].to(x)
-    mean = gaussian_step(setting.sde, said, t_next, setting.noise_level, t_first).mean
-    return mean, torch.randn(n, *x.shape[1:], generator=draws, dtype=x.dtype).to(x)
+    mean = gaussian_step(setting.sde, pred, t_next, setting.noise_level, t_first).mean
+    return mean, torch.randn(n, *x.shape[1:], generator=generator, dtype=x.dtype).to(x)
 
 
 def reference(
-    setting: Setting, x: Tensor, k: int, prompt: Tensor, samples: int, kind: Kind, draws: torch.Generator
+    setting: Setting, x: Tensor, k: int, prompt: Tensor, samples: int, kind: Kind, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Two independent halves of a large estimate at one state x (1, ...), without bias on the sampler's chain.
 
@@ -88,29 +95,29 @@ def reference(
     """
     s = setting.s
     n = samples // (8 if kind == "pathwise" else 2) // 2 * 2
-    mean, noise = _step(setting, x, k, prompt, max(n, 4), draws)
+    mean, noise = _step(setting, x, k, prompt, max(n, 4), generator)
     if kind == "pathwise":
         who = prompt.expand(len(noise))
-        states = follow(setting, mean + float(s.sigma[k]) * noise, k + 1, who, draws)
+        states = follow(setting, mean + float(s.sigma[k]) * noise, k + 1, who, generator)
         each = float(s.omega[k]) * pathwise(setting, states, k + 1, who)
     else:
         after = mean + float(s.sigma[k]) * torch.cat((noise, -noise))
         who = prompt.expand(len(after))
-        plus, minus = setting.judge(follow(setting, after, k + 1, who, draws, twins=True)[-1], who).chunk(2)
+        plus, minus = setting.judge(follow(setting, after, k + 1, who, generator, twins=True)[-1], who).chunk(2)
         each = G.reverse_noise(((plus - minus) / 2).to(noise), noise, torch.full((len(noise),), k), s)
     return each[::2].mean(0), each[1::2].mean(0)
 
 
 def estimates(
-    setting: Setting, x: Tensor, k: int, prompt: Tensor, pool: int, draws: torch.Generator
+    setting: Setting, x: Tensor, k: int, prompt: Tensor, pool: int, generator: torch.Generator
 ) -> tuple[dict[str, Estimate], Tensor, Tensor]:
     """Every estimator at one state x (1, ...) of step k, and the rewards of `pool` siblings by drawn steps and ODE."""
     s, model = setting.s, setting.model
     spent = model.forwards
-    mean, noise = _step(setting, x, k, prompt, pool, draws)
+    mean, noise = _step(setting, x, k, prompt, pool, generator)
     unit = model.forwards - spent  # one forward, or two with guidance
     after, who = mean + float(s.sigma[k]) * noise, prompt.expand(pool)
-    drawn, certain = follow(setting, after, k + 1, who, draws), follow(setting, after, k + 1, who)[-1]
+    drawn, certain = follow(setting, after, k + 1, who, generator), follow(setting, after, k + 1, who)[-1]
     left = unit * (len(s) - k - 1)
     rewards, rewards_ode = setting.judge(drawn[-1], who), setting.judge(certain, who)
     found = {

@@ -25,14 +25,14 @@ Field = Callable[[Tensor, Tensor, Tensor], Prediction]  # x (n, ...), t (), prom
 class Rows:
     """n drawn transitions: x -> after = mean + sigma noise at step id `step`, under prompt `prompt`.
 
-    `said` is the network's output at x when it was drawn; `root` says which initial noise a row comes from; `weight`
-    averages 1, so that steps with more branches do not count more.
+    `output_old` is the network's output at x when it was drawn; `root` says which initial noise a row comes from;
+    `weight` averages 1, so that steps with more branches do not count more.
     """
 
     x: Tensor
     after: Tensor
     noise: Tensor
-    said: Tensor
+    output_old: Tensor
     step: Tensor
     prompt: Tensor
     root: Tensor
@@ -46,8 +46,8 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """States on `device`; what indexes tables of steps and prompts stays on the CPU, where the tables are."""
-        x, after, noise, said = (part.to(device) for part in (self.x, self.after, self.noise, self.said))
-        return Rows(x, after, noise, said, self.step, self.prompt, self.root, self.weight)
+        x, after, noise, output = (part.to(device) for part in (self.x, self.after, self.noise, self.output_old))
+        return Rows(x, after, noise, output, self.step, self.prompt, self.root, self.weight)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def roll(
     plan: Plan,
     sde: Sde,
     noise_level: float,
-    draws: torch.Generator,
+    generator: torch.Generator,
     store: torch.device | str | None = None,
 ) -> Rollout:
     """Follow the field from x (r, ...) under prompts (r,) to clean data. Rows are kept on `store` (x's own device).
@@ -142,8 +142,8 @@ def roll(
     idle: list[tuple[Tensor, int, Tensor]] = []
     n = 0
     for k in range(K):
-        said = field(x, grid[k], prompt[root])
-        ahead = euler(said, grid[k + 1])
+        output = field(x, grid[k], prompt[root])
+        ahead = euler(output, grid[k + 1])
         children = int(plan.children[k])
         if plan.kind == "branches":
             mother = torch.arange(roots).repeat_interleave(children)
@@ -155,10 +155,10 @@ def roll(
         after = ahead[mother]
         noise = torch.zeros_like(after)
         if len(mother) and plan.kind != "ode":
-            step = gaussian_step(sde, said, grid[k + 1], noise_level, grid[1])
-            noise = torch.randn(after.shape, generator=draws, dtype=x.dtype).to(x.device)
+            step = gaussian_step(sde, output, grid[k + 1], noise_level, grid[1])
+            noise = torch.randn(after.shape, generator=generator, dtype=x.dtype).to(x.device)
             after = step.mean[mother] + float(s.sigma[k]) * noise
-        states = [part.to(keep) for part in (x[mother], after, noise, said.value[mother])]
+        states = [part.to(keep) for part in (x[mother], after, noise, output.value[mother])]
         parts.append([*states, torch.full((len(mother),), k), prompt[root[mother]], root[mother]])
         born = torch.arange(n, n + len(mother))
         n += len(mother)

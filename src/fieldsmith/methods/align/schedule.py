@@ -93,9 +93,9 @@ def schedule(path: Path, grid: Tensor, kind: Kind, sde: Sde, noise_level: float)
         sigma.append(torch.as_tensor(step.deviation, dtype=torch.float64).squeeze())
         # where the score is silent it is read a step later, with the SDE's own 1 - t
         at = grid[1] if isinstance(path, RectifiedFlow) and t >= 1 else t
-        said = Prediction(kind, one, zero, at, path)
-        kappa.append(said.score.squeeze() * (at if kind == "velocity" else 1) / (t if kind == "velocity" else 1))
-        gain.append(said.x_0.squeeze() if kind != "velocity" else Prediction(kind, one, zero, t, path).x_0.squeeze())
+        output = Prediction(kind, one, zero, at, path)
+        kappa.append(output.score.squeeze() * (at if kind == "velocity" else 1) / (t if kind == "velocity" else 1))
+        gain.append(output.x_0.squeeze() if kind != "velocity" else Prediction(kind, one, zero, t, path).x_0.squeeze())
     return Schedule(path, kind, grid, *(torch.stack(parts) for parts in (sigma, push, kappa, gain)))
 
 
@@ -158,7 +158,7 @@ def multiplier(name: str, s: Schedule) -> Tensor:
     )
 
 
-def influence(given: Strength, s: Schedule, normaliser: Tensor | float) -> Tensor:
+def effective_strength(given: Strength, s: Schedule, normaliser: Tensor | float) -> Tensor:
     """h: the push on the network's output per unit of the value's gradient, C1 gamma normaliser kappa, (K,).
 
     The normaliser is the estimator's: omega at the next state, 1 at the current one and for terminal gradients.

@@ -24,7 +24,7 @@ from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.rewards.combined import Asynchronous
 from fieldsmith.samplers import Sde, euler
-from fieldsmith.training import generator
+from fieldsmith.training import step_generator
 
 NOISE = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.8, "ddim": 1.0, "ddim-uniform": 4.5}
 
@@ -60,7 +60,7 @@ class Setting:
         before = model.forwards
         grid = model.grid(config.steps)
         with torch.no_grad():
-            kind = model.predict(model.noise(1, generator(config.seed, 0, stream=1)), grid[0], condition[:1]).kind
+            kind = model.predict(model.noise(1, step_generator(config.seed, 0, stream=1)), grid[0], condition[:1]).kind
         s = schedule(model.path, grid, kind, sde, level)
         model.forwards = before
         first = Setting(model, config, reward, config.prompts, condition, s, _plan(config, s), sde, level, 1.0, 0)
@@ -69,7 +69,7 @@ class Setting:
         # J is of one prompt's images: the variance within prompts, fitted on 64 images, two or more of each
         each = max(2, 64 // len(config.prompts))
         chosen = torch.arange(min(len(config.prompts), 64 // each))
-        x = model.noise(each * len(chosen), generator(config.seed, 0, stream=4))
+        x = model.noise(each * len(chosen), step_generator(config.seed, 0, stream=4))
         ends = first.ode(x, chosen.repeat_interleave(each))
         prior = ends.reshape(len(chosen), each, -1).var(1).mean().item()
         return replace(first, prior=prior, prepared=model.forwards - before)
@@ -99,10 +99,10 @@ class Setting:
         x = x.to(self.model.device)
         return self.predict(x, self.s.times[step].to(x), prompt).value
 
-    def roll(self, x: Tensor, prompt: Tensor, draws: torch.Generator) -> Rollout:
+    def roll(self, x: Tensor, prompt: Tensor, generator: torch.Generator) -> Rollout:
         """The recipe's rollout from x under prompts (r,)."""
         store = "cpu" if self.config.trajectories == "cpu" else None
-        return roll(self.predict, x, prompt, self.s, self.plan, self.sde, self.noise_level, draws, store)
+        return roll(self.predict, x, prompt, self.s, self.plan, self.sde, self.noise_level, generator, store)
 
     @torch.no_grad()
     def ode(self, x: Tensor, prompt: Tensor) -> Tensor:

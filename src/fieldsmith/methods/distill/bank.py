@@ -26,7 +26,7 @@ from fieldsmith.models.branches import Branches, branches
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import noised, truth
 from fieldsmith.runs import write_atomically
-from fieldsmith.training import generator
+from fieldsmith.training import step_generator
 
 SHARD = 2_048  # rows
 META = "bank.json"
@@ -83,11 +83,11 @@ def _checksum(parts: Mapping[str, Tensor | str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def states_at(model: Model, source: Source, t: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def states_at(model: Model, source: Source, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Random x_0 noised to t (n,): x_t, prompt, and the truth in the model's form; x_0 and noise are fp16 numbers."""
-    rows = torch.randint(len(source.states), (len(t),), generator=draws)
+    rows = torch.randint(len(source.states), (len(t),), generator=generator)
     x_0 = source.states[rows].half().float()
-    eps = torch.randn(x_0.shape, generator=draws).half().float()
+    eps = torch.randn(x_0.shape, generator=generator).half().float()
     x_0, eps, t = x_0.to(model.device), eps.to(model.device), t.to(model.device)
     x_t = noised(model.path, x_0, eps, t)
     return x_t, source.prompt[rows], truth(model.kind, model.path, x_0, eps, t)
@@ -139,19 +139,19 @@ class Bank:
 
     def _shard(self, k: int) -> Rows:
         file = self.folder / f"shard-{k:05d}.safetensors"
-        draws = generator(self.seed, k, stream=11)
+        generator = step_generator(self.seed, k, stream=11)
         path = self.teacher.path
         # one time from each of SHARD equal slices, whatever the number of indices
-        place = (torch.arange(SHARD) + torch.rand(SHARD, generator=draws)) / SHARD * length_of(path)
+        place = (torch.arange(SHARD) + torch.rand(SHARD, generator=generator)) / SHARD * length_of(path)
         t = times_of(path)[place.long().clamp(max=length_of(path) - 1)].float()
-        x_t, prompt, noise = states_at(self.teacher, self.source, t, draws)
+        x_t, prompt, noise = states_at(self.teacher, self.source, t, generator)
         if not file.is_file():
             self._ask(x_t, t, prompt, file)
         try:
-            said = load_file(file)
+            output = load_file(file)
         except SafetensorError as error:
             raise InputError(f"'{file}' is no whole shard of a bank; delete it, it is made again") from error
-        return Rows(x_t, t, prompt, noise, said["conditional"].float(), said["gap"].float())
+        return Rows(x_t, t, prompt, noise, output["conditional"].float(), output["gap"].float())
 
     @torch.no_grad()
     def _ask(self, x_t: Tensor, t: Tensor, prompt: Tensor, file: pathlib.Path) -> None:
@@ -181,12 +181,12 @@ def place(step: int, rows_a_step: int, window: int, reuse: float) -> tuple[int, 
     return int(step * rows_a_step // (reuse * SHARD)), count
 
 
-def draw(n: int, rows: int, law: tuple[float, float], stratify: bool, draws: torch.Generator) -> Tensor:
+def draw(n: int, rows: int, law: tuple[float, float], stratify: bool, generator: torch.Generator) -> Tensor:
     """Which of `n` rows, sorted by time, a batch of `rows` takes; (rows,), in order of time where stratified.
 
     Quantiles are uniform, or of the Beta law (a, b) of t.
     """
-    u = torch.rand(rows, generator=draws)
+    u = torch.rand(rows, generator=generator)
     if stratify:
         u = (torch.arange(rows) + u) / rows
     if law != (1.0, 1.0):

@@ -127,7 +127,7 @@ def preset(name: str, scale: str = "laptop") -> DistillConfig:
 
 
 def check(config: DistillConfig) -> None:
-    """Raises InputError with the value and the mend; needs neither model nor data."""
+    """Raises InputError with the value and the fix; needs neither model nor data."""
     check_word(config.objective, OBJECTIVES, "distill's objectives")
     for name, least in (("steps", 1), ("batch", 1), ("evaluate", 2), ("sampler_steps", 1), ("threads", 1)):
         value = getattr(config, name)

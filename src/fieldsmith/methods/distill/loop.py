@@ -27,7 +27,7 @@ from fieldsmith.models.branches import Branches, branches
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import tag
 from fieldsmith.runs import Run
-from fieldsmith.training import Fit, Optimisation, fit, generator
+from fieldsmith.training import Fit, Optimisation, fit, step_generator
 
 PROFILE = 4_096  # states at which a frozen teacher's losses are measured
 
@@ -70,23 +70,23 @@ class Feed:
         self.rows = max(1, config.batch // 2) if self.paired and not objective.guided_input else config.batch
         self.inside = config.objective in FEATURES  # then the step itself asks the teacher
 
-    def __call__(self, step: int, draws: torch.Generator) -> tuple[Rows, Tensor]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Rows, Tensor]:
         """The step's rows, and which of them serve the null branch, (rows,) bool; pairs serve both."""
         if self.bank:
             window = self.bank.window(*place(step, self.rows, self.config.bank, self.config.reuse))
-            rows = window[draw(len(window), self.rows, self.config.times, self.config.stratify, draws)]
-            return rows, self._null(len(rows), draws)
+            rows = window[draw(len(window), self.rows, self.config.times, self.config.stratify, generator)]
+            return rows, self._null(len(rows), generator)
         times = weights_of.times_of(self.teacher.path)
-        t = times[draw(len(times), self.rows, self.config.times, self.config.stratify, draws)].float()
-        x_t, prompt, noise = states_at(self.teacher, self.source, t, draws)
-        null = self._null(len(t), draws)
+        t = times[draw(len(times), self.rows, self.config.times, self.config.stratify, generator)].float()
+        x_t, prompt, noise = states_at(self.teacher, self.source, t, generator)
+        null = self._null(len(t), generator)
         return self._ask(x_t, t.to(x_t), prompt, noise, null), null
 
-    def _null(self, n: int, draws: torch.Generator) -> Tensor:
+    def _null(self, n: int, generator: torch.Generator) -> Tensor:
         """An even share of rows, so that stratified times are shared out evenly too."""
         if self.paired or not self.objective.unconditional:
             return torch.zeros(n, dtype=torch.bool)
-        ends = torch.arange(n + 1) * self.config.null_share + torch.rand((), generator=draws)
+        ends = torch.arange(n + 1) * self.config.null_share + torch.rand((), generator=generator)
         return ends.floor().diff() > 0
 
     @torch.no_grad()
@@ -96,8 +96,8 @@ class Feed:
         if self.inside or not self.a_step():
             return Rows(x_t, t, prompt, noise, noise, torch.zeros_like(noise))
         if self.paired:
-            said = branches(self.teacher, x_t, t, self.conditions[prompt])
-            return Rows(x_t, t, prompt, noise, said.conditional, said.gap)
+            output = branches(self.teacher, x_t, t, self.conditions[prompt])
+            return Rows(x_t, t, prompt, noise, output.conditional, output.gap)
         away = null if goal.null_target == "unconditional" else torch.zeros_like(null)
         wanted = torch.where(away, len(self.source.prompts), prompt)
         said_once = self.teacher.predict(x_t, t, self.conditions[wanted]).value
@@ -119,10 +119,10 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Heard:
+class OutputAndFeatures:
     """A network's answer and what was inside it on the way."""
 
-    said: Tensor
+    output_old: Tensor
     features: list[Tensor]
 
 
@@ -147,14 +147,16 @@ class Step:
         teacher.forwards, self.student.forwards = counted
         self.regressors = Regressors(ours.features, theirs.features, self.config.seed).to(x.device)
 
-    def _record(self, x_t: Tensor, t: Tensor, ours: Condition, theirs: Condition) -> tuple[Heard, Heard]:
+    def _record(
+        self, x_t: Tensor, t: Tensor, ours: Condition, theirs: Condition
+    ) -> tuple[OutputAndFeatures, OutputAndFeatures]:
         """What student and teacher say, and their features."""
         teacher = self.feed.teacher
         with recorded(teacher.network, [pair[1] for pair in self.taps]) as hints, torch.no_grad():
             target = teacher.predict(x_t, t, theirs).value
         with recorded(self.student.network, [pair[0] for pair in self.taps]) as inside:
-            said = self.student.predict(x_t, t, ours).value
-        return Heard(said, list(inside)), Heard(target, list(hints))
+            pred = self.student.predict(x_t, t, ours).value
+        return OutputAndFeatures(pred, list(inside)), OutputAndFeatures(target, list(hints))
 
     def parameters(self) -> dict[str, Tensor]:
         """The student's, a learned curriculum's and the regressors'."""
@@ -165,14 +167,14 @@ class Step:
             found |= {f"regressors.{name}": p for name, p in self.regressors.named_parameters()}
         return found
 
-    def __call__(self, rows: Rows, null: Tensor, draws: torch.Generator, log: dict[str, float]) -> Tensor:
+    def __call__(self, rows: Rows, null: Tensor, generator: torch.Generator, log: dict[str, float]) -> Tensor:
         device = self.student.device
         rows = Rows(*(getattr(rows, name).to(device) for name in Rows.__dataclass_fields__))
         null = null.to(device)
         if self.objective.guided_input:
-            losses, extra = self._guided(rows, draws), None
+            losses, extra = self._guided(rows, generator), None
         elif self.feed.paired:
-            losses, extra = self._pairs(rows, draws, log), None
+            losses, extra = self._pairs(rows, generator, log), None
         else:
             losses, extra = self._rows(rows, null, log)
         by_batch = self.config.normalise == "batch"
@@ -181,26 +183,26 @@ class Step:
         total = total if barrier is None else total + barrier.mean()
         return total if extra is None else total + extra
 
-    def _pairs(self, rows: Rows, draws: torch.Generator, log: dict[str, float]) -> Tensor:
-        said = branches(self.student, rows.x_t, rows.t, self.conditions[rows.prompt])
-        log["conditional error"] = square(said.conditional, rows.conditional).mean().item()
-        log["unconditional error"] = square(said.unconditional, rows.teacher.unconditional).mean().item()
+    def _pairs(self, rows: Rows, generator: torch.Generator, log: dict[str, float]) -> Tensor:
+        output = branches(self.student, rows.x_t, rows.t, self.conditions[rows.prompt])
+        log["conditional error"] = square(output.conditional, rows.conditional).mean().item()
+        log["unconditional error"] = square(output.unconditional, rows.teacher.unconditional).mean().item()
         goal = self.objective
         return pair_loss(
-            (said.conditional, said.unconditional), (rows.conditional, rows.teacher.unconditional), rows.noise,
+            (output.conditional, output.unconditional), (rows.conditional, rows.teacher.unconditional), rows.noise,
             imitation=goal.imitation, unconditional=goal.unconditional, anchor=goal.anchor, gap=goal.gap,
-            composite=goal.composite, scale=self._scales(rows, draws) if goal.composite else None,
+            composite=goal.composite, scale=self._scales(rows, generator) if goal.composite else None,
         )  # fmt: skip
 
-    def _scales(self, rows: Rows, draws: torch.Generator) -> Tensor:
+    def _scales(self, rows: Rows, generator: torch.Generator) -> Tensor:
         scales = self.objective.scales
         if isinstance(scales, str):
             times = weights_of.index_of(self.student.path, rows.t) / weights_of.length_of(self.student.path)
             return torch.tensor([tag(time) for time in times.tolist()], device=rows.t.device)
         if len(scales) == 2:
             low, high = scales
-            return (low + (high - low) * torch.rand(len(rows), generator=draws)).to(rows.t.device)
-        picked = torch.randint(len(scales), (len(rows),), generator=draws)
+            return (low + (high - low) * torch.rand(len(rows), generator=generator)).to(rows.t.device)
+        picked = torch.randint(len(scales), (len(rows),), generator=generator)
         return torch.tensor(scales)[picked].to(rows.t.device)
 
     def _rows(self, rows: Rows, null: Tensor, log: dict[str, float]) -> tuple[Tensor, Tensor | None]:
@@ -212,31 +214,31 @@ class Step:
         target = rows.conditional - own.reshape(shape) * rows.gap
         if self.regressors:
             ours, theirs = self._record(rows.x_t, rows.t, self.conditions[asked], self.feed.conditions[rows.prompt])
-            said, target = ours.said, theirs.said
+            pred, target = ours.output_old, theirs.output_old
             extra = feature_loss(self.regressors(ours.features), theirs.features)
             log["feature error"] = extra.item()
         else:
-            said = self.student.predict(rows.x_t, rows.t, self.conditions[asked]).value
+            pred = self.student.predict(rows.x_t, rows.t, self.conditions[asked]).value
         if goal.null_target == "noise":
             target = torch.where(null.reshape(shape), rows.noise, target)
-        errors = square(said, target).detach()
+        errors = square(pred, target).detach()
         for name, some in (("conditional error", ~null), ("unconditional error", null)):
             if some.any():
                 log[name] = errors[some].mean().item()
         share = None if self.config.natural or not goal.unconditional else self.config.null_share
         losses = row_loss(
-            said, target, rows.noise, null,
+            pred, target, rows.noise, null,
             imitation=goal.imitation, unconditional=goal.unconditional, anchor=goal.anchor, share=share,
         )  # fmt: skip
         return losses, extra
 
-    def _guided(self, rows: Rows, draws: torch.Generator) -> Tensor:
+    def _guided(self, rows: Rows, generator: torch.Generator) -> Tensor:
         scales = torch.tensor(self.config.guidance_scales)
-        picked = torch.randint(len(scales), (len(rows),), generator=draws)
+        picked = torch.randint(len(scales), (len(rows),), generator=generator)
         w = scales[picked].reshape(-1, *(1,) * (rows.gap.ndim - 1)).to(rows.gap)
         label = self.conditions.parts["label"][rows.prompt] * len(scales) + picked.to(rows.prompt.device)
-        said = self.student._say(rows.x_t, rows.t, label)[0]  # type: ignore[attr-defined]
-        return square(said, rows.teacher.guided(w))
+        output = self.student._forward(rows.x_t, rows.t, label)[0]  # type: ignore[attr-defined]
+        return square(output, rows.teacher.guided(w))
 
 
 def fitted(config: DistillConfig) -> bool:
@@ -257,17 +259,17 @@ def curriculum_for(teacher: Model, source: Source, config: DistillConfig) -> Cur
     if name == "edm2":
         return Curriculum(name, teacher.path, config.gamma, u)
     shape = weights_of.base(name, teacher.path, config.gamma)
-    numbers = weights_of.learn_tirt(u.exp(), shape, 6_000, generator=generator(config.seed, 0, stream=13))
+    numbers = weights_of.learn_tirt(u.exp(), shape, 6_000, generator=step_generator(config.seed, 0, stream=13))
     return Curriculum(name, teacher.path, config.gamma, numbers)
 
 
 @torch.no_grad()
 def teacher_losses(teacher: Model, source: Source, seed: int, n: int = PROFILE) -> tuple[Tensor, Tensor]:
     """The frozen teacher's conditional losses against the truth at n stratified times, (n,) each; counts no forward."""
-    draws, counted = generator(seed, 0, stream=12), teacher.forwards
+    generator, counted = step_generator(seed, 0, stream=12), teacher.forwards
     times = weights_of.times_of(teacher.path)
-    t = times[draw(len(times), n, (1.0, 1.0), True, draws)].float()
-    x_t, prompt, noise = states_at(teacher, source, t, draws)
+    t = times[draw(len(times), n, (1.0, 1.0), True, generator)].float()
+    x_t, prompt, noise = states_at(teacher, source, t, generator)
     conditions = teacher.encode(source.prompts)
     losses = [
         square(teacher.predict(x_t[rows], t[rows].to(x_t), conditions[prompt[rows]]).value, noise[rows])
@@ -282,11 +284,11 @@ def check_pair(teacher: Model, student: Model, scales: tuple[float, ...] | None)
 
     `scales` are those that the student must take itself; None: it has two branches.
     """
-    teacher.encode([""])  # names the lack and the mend itself
+    teacher.encode([""])  # names the lack and the fix itself
     if teacher.family != student.family:
         raise InputError(f"the student is of family {student.family}, the teacher of {teacher.family}; use one family")
-    draws = torch.Generator().manual_seed(0)
-    shapes = [tuple(model.noise(1, draws).shape[1:]) for model in (teacher, student)]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [tuple(model.noise(1, generator).shape[1:]) for model in (teacher, student)]
     if shapes[0] != shapes[1]:
         raise InputError(f"the student's states are {shapes[1]}, the teacher's {shapes[0]}; use one size")
     if teacher.kind != student.kind:
@@ -339,9 +341,9 @@ def distill(
     if run:
         run.begin()
 
-    def losses(at: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        rows, null = feed(at, draws)
-        yield step(rows, null, draws, log)
+    def losses(at: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        rows, null = feed(at, generator)
+        yield step(rows, null, generator, log)
 
     optimisation = Optimisation(
         config.steps, config.lr, config.weight_decay, config.warmup, cosine=True, clip=config.clip,
@@ -357,16 +359,16 @@ def distill(
 def _preflight(step: Step, feed: Feed, config: DistillConfig, quiet: bool) -> None:
     """One step's worth, thrown away: the teacher guides at all, and the loss reaches every layer of the student."""
     counted = feed.teacher.forwards, step.student.forwards
-    draws = generator(config.seed, 0, stream=14)
-    rows, null = feed(0, draws)
+    generator = step_generator(config.seed, 0, stream=14)
+    rows, null = feed(0, generator)
     with torch.no_grad():
-        said: Branches = branches(feed.teacher, rows.x_t, rows.t, feed.conditions[rows.prompt])
-    share = float(said.gap.square().mean() / said.conditional.square().mean())
-    mend = "the teacher's branches are one: train it with its labels dropped now and then"
+        output: Branches = branches(feed.teacher, rows.x_t, rows.t, feed.conditions[rows.prompt])
+    share = float(output.gap.square().mean() / output.conditional.square().mean())
+    fix = "the teacher's branches are one: train it with its labels dropped now and then"
     checks = [
-        preflight.Check("teacher's gap over its prediction, mean squares", share, "above 1e-6", share > 1e-6, mend)
+        preflight.Check("teacher's gap over its prediction, mean squares", share, "above 1e-6", share > 1e-6, fix)
     ]
-    checks += preflight.gradients(step.student, step(rows, null, draws, {}))
+    checks += preflight.gradients(step.student, step(rows, null, generator, {}))
     checks.append(preflight.memory(step.student, config.batch))
     for part in (step.weights, step.regressors):
         if isinstance(part, nn.Module):

@@ -123,8 +123,8 @@ class Identifiability:
 
     def __str__(self) -> str:
         if self.null_direction is None:
-            said = f"both branches identified, condition number {self.condition:.3g}"
-            return said if self.each_time == 2 else f"{said} over all times, but rank 1 at each time"
+            output = f"both branches identified, condition number {self.condition:.3g}"
+            return output if self.each_time == 2 else f"{output} over all times, but rank 1 at each time"
         e_c, e_u = self.null_direction
         return f"rank {self.rank}: an error ({e_c:.3g}, {e_u:.3g}) of (conditional, unconditional) costs nothing"
 

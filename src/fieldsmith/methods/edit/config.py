@@ -183,7 +183,7 @@ def preset(name: str, scale: str = "laptop") -> EditConfig:
 
 
 def check(config: EditConfig) -> None:
-    """Raises InputError with the value and the mend; needs neither model nor data."""
+    """Raises InputError with the value and the fix; needs neither model nor data."""
     counts = ("turns", "renoise", "epochs", "groups", "updates", "patience", "chunk", "rank",
               "evaluate_turns", "evaluate_steps")  # fmt: skip
     for name in counts:

@@ -19,10 +19,10 @@ from fieldsmith.methods.edit import credit
 from fieldsmith.methods.edit.config import EditConfig, check
 from fieldsmith.methods.edit.rollouts import Channel, Collection, Setting, Task, collect
 from fieldsmith.models.core import LoraSpec, Model, stack
-from fieldsmith.models.editing import check_editor, quantised, states_of, told
+from fieldsmith.models.editing import check_editor, encode_unique, quantised, states_of
 from fieldsmith.paths import noised
 from fieldsmith.runs import Run
-from fieldsmith.training import Optimisation, fit, generator
+from fieldsmith.training import Optimisation, fit, step_generator
 
 NO_VARIANCE = "no group's scores differ"
 
@@ -45,7 +45,7 @@ def edit(model: Model, config: EditConfig, task: Task, channel: Channel, run: Ru
     spent = model.forwards
     setting = Setting.of(model, config, task, channel)
     check_memory(setting)
-    x = model.noise(1, generator(config.seed, 0, stream=1))
+    x = model.noise(1, step_generator(config.seed, 0, stream=1))
     source = torch.zeros_like(x)
     with torch.no_grad():
         base = setting.output(x, torch.zeros(1, dtype=torch.long), setting.nothing, source)
@@ -64,11 +64,11 @@ def edit(model: Model, config: EditConfig, task: Task, channel: Channel, run: Ru
     model.forwards = spent
     carried: list[int] = []  # what an interrupted run had spent before this process took over
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         if not carried:
             earlier = run.history() if run else []
             carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
-        yield from method.losses(step, draws, log)
+        yield from method.losses(step, generator, log)
         log["forwards"] = carried[0] + model.forwards - spent
 
     def over(done: int, log: dict[str, float]) -> str | None:
@@ -110,22 +110,22 @@ class Method:
         # as parameters without gradient, so that checkpoints hold them
         self.old = {f"old.{name}": p.detach().clone() for name, p in self.model.trainable().items()} if slow else {}
 
-    def losses(self, step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         config = self.config
         epoch, update = divmod(step, config.updates)
         rolls = config.objective in ("nft", "grpo") or config.sources == "own" or config.identity or config.steady
         if self.batch is None or self.batch[0] != epoch:
             self.batch = (epoch, self.collected(epoch, log) if rolls else self.planned(epoch, log))
         batch = self.batch[1]
-        order = torch.randperm(len(batch.rows), generator=generator(config.seed, epoch, stream=6))
+        order = torch.randperm(len(batch.rows), generator=step_generator(config.seed, epoch, stream=6))
         mine = order.tensor_split(config.updates)[update]
         yield torch.zeros(())
         for at in mine.split(config.chunk) if len(mine) else ():
             yield self.loss(batch, batch.rows[at]).sum() / len(mine)
         if config.identity:
-            yield from self.stay(batch.collection, draws, log)
+            yield from self.stay(batch.collection, generator, log)
         if config.steady and self.lossy:
-            yield from self.hold(batch.collection, draws, log)
+            yield from self.hold(batch.collection, generator, log)
 
     @property
     def lossy(self) -> bool:
@@ -160,15 +160,15 @@ class Method:
             self.swap()
         try:
             found = collect(setting, epoch)
-            draws = generator(config.seed, epoch, stream=7)
+            generator = step_generator(config.seed, epoch, stream=7)
             if config.objective == "supervised":
-                rows = self.targets(found, epoch, draws)
+                rows = self.targets(found, epoch, generator)
                 advantage = torch.ones(len(found.x_0))
             elif config.objective == "none":
                 rows, advantage = _none(found), torch.zeros(len(found.x_0))
             else:
                 advantage, live = self.advantages(found, log)
-                rows = self.renoised(found, draws) if config.objective == "nft" else _known(found.rows)
+                rows = self.renoised(found, generator) if config.objective == "nft" else _known(found.rows)
                 rows = rows[live[rows.prompt]]
                 self.silent = self.silent + 1 if not len(rows) else 0
         finally:
@@ -202,26 +202,26 @@ class Method:
         by_unit = advantage.flatten(0, 1)
         return by_unit[found.unit, found.turn], live[found.unit // config.rollouts, found.turn]
 
-    def renoised(self, found: Collection, draws: torch.Generator) -> Rows:
+    def renoised(self, found: Collection, generator: torch.Generator) -> Rows:
         """Results noised again at the sampler's own times, the old policy's word beside them."""
         setting, m = self.setting, len(found.x_0)
         many = min(self.config.renoise, len(setting.s))
-        steps = torch.stack([torch.randperm(len(setting.s), generator=draws)[:many] for _ in range(m)]).flatten()
+        steps = torch.stack([torch.randperm(len(setting.s), generator=generator)[:many] for _ in range(m)]).flatten()
         edit_ = torch.arange(m).repeat_interleave(many)
         x_0 = found.x_0[edit_]
-        eps = torch.randn(x_0.shape, generator=draws).to(x_0)
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
         x_t = noised(self.model.path, x_0, eps, setting.s.times[steps].to(x_0))
         with torch.no_grad():
-            said = setting.output(x_t, steps, found.condition(edit_), found.source[edit_])
-        return Rows(x_t, x_0, eps, said, steps, edit_, edit_, torch.ones(len(edit_)))
+            output = setting.output(x_t, steps, found.condition(edit_), found.source[edit_])
+        return Rows(x_t, x_0, eps, output, steps, edit_, edit_, torch.ones(len(edit_)))
 
-    def targets(self, found: Collection, epoch: int, draws: torch.Generator) -> Rows:
+    def targets(self, found: Collection, epoch: int, generator: torch.Generator) -> Rows:
         """Planned results noised anew, for supervised training on the model's own sources."""
         config, setting = self.config, self.setting
         sessions = setting.task.draw(config.groups, self.seed_of(epoch))
         index = torch.arange(config.groups).repeat_interleave(config.rollouts).tolist()
         planned = torch.cat([quantised(sessions.clean(turn))[index] for turn in range(1, config.turns + 1)])
-        return self.noisy(self.latents(planned), draws)
+        return self.noisy(self.latents(planned), generator)
 
     def planned(self, epoch: int, log: dict[str, float]) -> Batch:
         """As many clean pairs as a collection has edits, without rollouts."""
@@ -229,31 +229,31 @@ class Method:
         P, T = config.groups * config.rollouts, config.turns
         sessions = self.setting.task.draw(P, self.seed_of(epoch))
         states = [self.latents(quantised(sessions.clean(turn))) for turn in range(T + 1)]
-        texts = [told(self.model, sessions.prompts(turn)) for turn in range(1, T + 1)]
+        texts = [encode_unique(self.model, sessions.prompts(turn)) for turn in range(1, T + 1)]
         none = torch.zeros(config.groups, config.rollouts, T)
         found = Collection(
             torch.cat(states[:-1]), torch.cat(states[1:]), torch.arange(P * T), torch.arange(T).repeat_interleave(P),
             torch.arange(P).repeat(T), stack(texts), none, none, None,
         )  # fmt: skip
         log["rows"] = float(P * T * config.renoise)
-        return Batch(found, torch.ones(P * T), self.noisy(found.x_0, generator(config.seed, epoch, stream=7)))
+        return Batch(found, torch.ones(P * T), self.noisy(found.x_0, step_generator(config.seed, epoch, stream=7)))
 
     def seed_of(self, epoch: int) -> int:
         """The seed of an epoch's sessions, as `collect` draws it."""
-        draws = generator(self.config.seed, epoch, stream=5)
-        return int(torch.randint(2**31, (1,), generator=draws))
+        generator = step_generator(self.config.seed, epoch, stream=5)
+        return int(torch.randint(2**31, (1,), generator=generator))
 
     def latents(self, images: Tensor) -> Tensor:
         return torch.cat([states_of(self.model, part) for part in images.split(self.config.chunk)])
 
-    def noisy(self, x_0: Tensor, draws: torch.Generator) -> Rows:
+    def noisy(self, x_0: Tensor, generator: torch.Generator) -> Rows:
         """Each state noised at `renoise` of the sampler's times; nothing is said of them yet."""
         setting = self.setting
         many = min(self.config.renoise, len(setting.s))
-        steps = torch.stack([torch.randperm(len(setting.s), generator=draws)[:many] for _ in x_0]).flatten()
+        steps = torch.stack([torch.randperm(len(setting.s), generator=generator)[:many] for _ in x_0]).flatten()
         edit_ = torch.arange(len(x_0)).repeat_interleave(many)
         x_0 = x_0[edit_]
-        eps = torch.randn(x_0.shape, generator=draws).to(x_0)
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
         x_t = noised(self.model.path, x_0, eps, setting.s.times[steps].to(x_0))
         return Rows(x_t, x_0, eps, torch.zeros_like(x_t), steps, edit_, edit_, torch.ones(len(edit_)))
 
@@ -272,12 +272,12 @@ class Method:
             optimality = 0.5 + 0.5 * (advantage / config.advantage_clip).clamp(-1, 1)
             target = setting.s.target(rows.after, rows.noise, rows.step)
             gain = setting.s.gain[rows.step].abs() if config.adaptive else None
-            loss = L.nft_loss(f, rows.said, target, optimality, config.nft_beta, gain) / config.nft_beta
+            loss = L.nft_loss(f, rows.output_old, target, optimality, config.nft_beta, gain) / config.nft_beta
         else:
             w, sigma = setting.s.w[rows.step].to(f), setting.s.sigma[rows.step].to(f)
-            log_rho = L.log_ratio(f, rows.said, rows.noise, w)
+            log_rho = L.log_ratio(f, rows.output_old, rows.noise, w)
             if config.trust == "guard-hinge":
-                log_rho = w * L.dot(f - rows.said, rows.noise)
+                log_rho = w * L.dot(f - rows.output_old, rows.noise)
             loss = L.policy_loss(log_rho, advantage, torch.ones_like(w), config.trust, config.clip, sigma, numbers)
             loss = loss / numbers
         if config.kl:
@@ -288,12 +288,12 @@ class Method:
             loss = loss + config.kl * kl / numbers
         return loss
 
-    def stay(self, found: Collection, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def stay(self, found: Collection, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         """The identity branch: a result is the source, nothing asked, the result the target; every other source as the
         next turn sees it, through the channel, the rest whole, so that whole ones are still kept as they are."""
         config, setting = self.config, self.setting
         many = max(1, len(found.x_0) // config.updates)
-        chosen = torch.randperm(len(found.x_0), generator=draws)[:many]
+        chosen = torch.randperm(len(found.x_0), generator=generator)[:many]
         total = 0.0
         for at in chosen.split(config.chunk):
             images = quantised(self.decoded(found.x_0[at]))
@@ -301,9 +301,9 @@ class Method:
             half = len(at) // 2
             source = whole.clone()
             if half:
-                source[:half] = self.latents(setting.channel(images[:half], draws))
-            eps = torch.randn(whole.shape, generator=draws).to(whole)
-            steps = torch.randint(len(setting.s), (len(at),), generator=draws)
+                source[:half] = self.latents(setting.channel(images[:half], generator))
+            eps = torch.randn(whole.shape, generator=generator).to(whole)
+            steps = torch.randint(len(setting.s), (len(at),), generator=generator)
             x_t = noised(self.model.path, whole, eps, setting.s.times[steps].to(whole))
             f = setting.output(x_t, steps, setting.nothing.repeat(len(at)), source)
             loss = L.square(f - setting.s.target(whole, eps, steps)).sum() / whole[0].numel() / many
@@ -311,21 +311,21 @@ class Method:
             yield config.identity * loss
         log["identity"] = total
 
-    def hold(self, found: Collection, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def hold(self, found: Collection, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         """The steady branch, at results of turns after the first noised anew: the same instruction on the source as it
         came through the channel, and as it was; one time a result."""
         config, setting = self.config, self.setting
         each = config.groups * config.rollouts
         later = torch.arange(each, len(found.x_0))
         many = max(1, len(later) // config.updates)
-        chosen = later[torch.randperm(len(later), generator=draws)[:many]]
+        chosen = later[torch.randperm(len(later), generator=generator)[:many]]
         total = 0.0
         for at in chosen.split(config.chunk):
             images = quantised(self.decoded(found.x_0[at - each]))  # what the turn before made
-            whole, source = self.latents(images), self.latents(setting.channel(images, draws))
+            whole, source = self.latents(images), self.latents(setting.channel(images, generator))
             x_0 = found.x_0[at]
-            eps = torch.randn(x_0.shape, generator=draws).to(x_0)
-            steps = torch.randint(len(setting.s), (len(at),), generator=draws)
+            eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+            steps = torch.randint(len(setting.s), (len(at),), generator=generator)
             x_t = noised(self.model.path, x_0, eps, setting.s.times[steps].to(x_0))
             with torch.no_grad():
                 target = setting.output(x_t, steps, found.condition(at), whole)
@@ -347,8 +347,8 @@ class Method:
         with torch.no_grad(), self.model.reference():
             gap = (setting.output(x, step, setting.nothing, source) - base).abs().max().item()
         preflight.require([preflight.memory(self.model, config.chunk)], quiet=True)  # before anything large runs
-        mend = "this is a defect of fieldsmith: please report it"
-        checks = [preflight.Check("adapter off against base", gap, "0", gap == 0, mend)]
+        fix = "this is a defect of fieldsmith: please report it"
+        checks = [preflight.Check("adapter off against base", gap, "0", gap == 0, fix)]
         log: dict[str, float] = {}
         rolls = config.objective in ("nft", "grpo") or config.sources == "own" or config.identity or config.steady
         batch = self.collected(0, log) if rolls else self.planned(0, log)
@@ -357,7 +357,7 @@ class Method:
             checks.append(self.varies(log))
         if config.objective == "grpo" and len(batch.rows):
             checks.append(self.on_policy(batch))
-        draws = generator(config.seed, 0, stream=8)
+        generator = step_generator(config.seed, 0, stream=8)
         if config.objective in ("nft", "grpo") and not len(batch.rows):
             preflight.require(checks, quiet)  # there is no gradient to look at
         if len(batch.rows):
@@ -366,21 +366,21 @@ class Method:
             first = self.loss(batch, batch.rows[some]).mean()
         else:
             branch = self.stay if config.identity else self.hold
-            first = next(iter(branch(batch.collection, draws, {})))
+            first = next(iter(branch(batch.collection, generator, {})))
         checks += [*preflight.gradients(self.model, first), preflight.memory(self.model, config.chunk)]
         preflight.require(checks, quiet)
 
     def varies(self, log: dict[str, float]) -> preflight.Check:
         live = log["groups with a signal"]
-        mend = "the judge gives all sessions of every group the same; raise rollouts or steps, or ask for harder turns"
-        return preflight.Check("groups with a signal", live, "above 0", live > 0, mend)
+        fix = "the judge gives all sessions of every group the same; raise rollouts or steps, or ask for harder turns"
+        return preflight.Check("groups with a signal", live, "above 0", live > 0, fix)
 
     def on_policy(self, batch: Batch) -> preflight.Check:
         some = torch.arange(min(len(batch.rows), self.config.chunk))
         rows, found = batch.rows[some].to(self.model.device), batch.collection
         with torch.no_grad():
             f = self.setting.output(rows.x, rows.step, found.condition(rows.prompt), found.source[rows.prompt])
-            off = L.log_ratio(f, rows.said, rows.noise, self.setting.s.w[rows.step].to(f)).abs().max().item()
+            off = L.log_ratio(f, rows.output_old, rows.noise, self.setting.s.w[rows.step].to(f)).abs().max().item()
         limit = 1e-3 * max(1.0, f[0].numel() / 512) ** 0.5  # rounding adds up over a state's numbers
         return preflight.Check(
             "log-ratio of the policy to itself", off, f"below {limit:.2g}", off < limit,

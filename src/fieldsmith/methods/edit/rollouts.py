@@ -20,10 +20,10 @@ from fieldsmith.methods.align.rollouts import Plan, Rows, roll
 from fieldsmith.methods.align.schedule import Schedule, schedule
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models.core import Condition, Model, stack
-from fieldsmith.models.editing import quantised, states_of, told
+from fieldsmith.models.editing import encode_unique, quantised, states_of
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.samplers import rollout
-from fieldsmith.training import generator
+from fieldsmith.training import step_generator
 
 NOISE = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.7}
 
@@ -145,8 +145,8 @@ def collect(setting: Setting, epoch: int) -> Collection:
     """One collection under the model's present weights. Raises RunError where the judge fails."""
     config, model = setting.config, setting.model
     P, G, T = config.groups, config.rollouts, config.turns
-    draws = generator(config.seed, epoch, stream=5)
-    seed = int(torch.randint(2**31, (1,), generator=draws))
+    generator = step_generator(config.seed, epoch, stream=5)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
     sessions = setting.task.draw(P, seed)
     index = torch.arange(P).repeat_interleave(G)
     many = sessions[index.tolist()]
@@ -155,18 +155,18 @@ def collect(setting: Setting, epoch: int) -> Collection:
     texts, parts, drawn, waiting = [], [], [], []
     with ThreadPoolExecutor(1, thread_name_prefix="edit-judge") as judge:
         for turn in range(1, T + 1):
-            texts.append(told(model, sessions.prompts(turn)))
+            texts.append(encode_unique(model, sessions.prompts(turn)))
             if config.sources == "clean" and turn > 1:
                 source = before = quantised(many.clean(turn - 1))
-            x = model.noise(P * G, draws)
-            latents, x_0, rows = _turn(setting, source, texts[-1][index], x, draws)
+            x = model.noise(P * G, generator)
+            latents, x_0, rows = _turn(setting, source, texts[-1][index], x, generator)
             after = quantised(_decoded(setting, x_0))
             if processes.is_main():  # the others hear what it was told
                 judged = judge.submit(_judged, setting.task.judge, many, turn, before.clone(), after.clone(), first)
                 waiting.append(judged)
             parts.append((latents, x_0))
             drawn.append(rows)
-            before, source = after, setting.channel(after, draws)
+            before, source = after, setting.channel(after, generator)
         scores = processes.once(lambda: _gathered(waiting, P, G))
     unit = torch.arange(P * G).repeat(T)
     turns = torch.arange(T).repeat_interleave(P * G)
@@ -192,7 +192,7 @@ class _Turned:
         return iter((self.latents, self.x_0, self.rows))
 
 
-def _turn(setting: Setting, source: Tensor, condition: Condition, x: Tensor, draws: torch.Generator) -> _Turned:
+def _turn(setting: Setting, source: Tensor, condition: Condition, x: Tensor, generator: torch.Generator) -> _Turned:
     """One turn of n sessions: sources as latents, results, and GRPO's rows with `prompt` the edit's row."""
     config = setting.config
     model: Any = setting.model
@@ -205,7 +205,7 @@ def _turn(setting: Setting, source: Tensor, condition: Condition, x: Tensor, dra
                 lambda state, t, row: model.predict(state, t, seen[row], config.guidance),  # noqa: B023
                 x[at], torch.arange(len(at)), setting.s,
                 Plan("sde", torch.ones(len(setting.s), dtype=torch.long), setting.drawn), config.sde,
-                setting.noise_level, draws,
+                setting.noise_level, generator,
             )  # fmt: skip
             ends.append(found.x_0)
             kept.append(replace(found.rows, prompt=found.rows.prompt + int(at[0])))

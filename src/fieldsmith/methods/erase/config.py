@@ -169,7 +169,7 @@ def preset(name: str, method: str = "gem") -> EraseConfig:
 
 
 def check(config: EraseConfig) -> None:
-    """Refuse settings that cannot erase. Raises InputError with the value and the mend; needs no model."""
+    """Refuse settings that cannot erase. Raises InputError with the value and the fix; needs no model."""
     if not config.targets:
         raise InputError("no target given; name what to erase, e.g. --targets triangle")
     if not config.anchors:

@@ -20,9 +20,9 @@ from fieldsmith.models.core import Condition, LoraSpec, Model
 from fieldsmith.paths import Kind, Prediction, RectifiedFlow, noised
 from fieldsmith.runs import Run
 from fieldsmith.samplers import flow_sde_step, gaussian_step
-from fieldsmith.training import Fit, Losses, Optimisation, fit, generator
+from fieldsmith.training import Fit, Losses, Optimisation, fit, step_generator
 
-Probe = Callable[[int, dict[str, float]], "str | None"]
+Callback = Callable[[int, dict[str, float]], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pair:
     anchor: Condition
 
 
-def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Probe | None = None) -> Result:
+def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: Callback | None = None) -> Result:
     """Erase config.targets from the model, in place. `probe(step, log)` is called before step 0 and after each step;
     a reason that it returns ends the run.
 
@@ -57,7 +57,7 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     model.encode(config.keep or [""])  # unknown words are refused now
     spent = model.forwards
     if config.method in ("uce", "projection"):
-        return _untrained(model, config, encoded, run, probe)
+        return _untrained(model, config, encoded, run, callback)
 
     base = _prepare(model, config, encoded)
     model.forwards = spent
@@ -73,20 +73,20 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
     if run:
         run.begin()
     per_step = _states_per_step(config)
-    kept = S.kept_states(model, config, generator(config.seed, 0, stream=2))
+    kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=2))
     model.forwards = built + (len(kept.t) if config.retain else 0)  # checks and diagnostics are not the method's cost
 
     carried: list[int] = []  # what an interrupted run had spent before this process took over
 
-    def watched(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def watched(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         if not carried:
             earlier = run.history() if run else []
             carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
-        yield from losses(step, draws, log)
+        yield from losses(step, generator, log)
         if config.retain:
-            some = kept[torch.randint(len(kept.t), (per_step // 4 or 1,), generator=draws)]
-            said = model.predict(some.x, some.t, some.condition, config.loss_guidance)
-            apart = L.norm(S.field_of(said) - some.field).mean()
+            some = kept[torch.randint(len(kept.t), (per_step // 4 or 1,), generator=generator)]
+            pred = model.predict(some.x, some.t, some.condition, config.loss_guidance)
+            apart = L.norm(S.field_of(pred) - some.field).mean()
             log["retain"] = apart.item()
             yield config.retain * (config.gamma if config.method == "gem" else 1.0) * apart
         if step % 5 == 0:
@@ -94,7 +94,7 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
         log["forwards"] = carried[0] + model.forwards - spent
 
     def stop(done: int, log: dict[str, float]) -> str | None:
-        reason = probe(done, log) if probe else None
+        reason = callback(done, log) if callback else None
         if reason:
             return reason
         if config.stop_active is not None and log.get("active", 1.0) < config.stop_active:
@@ -105,8 +105,8 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, probe: Prob
             return "drift"
         return None
 
-    if probe:
-        probe(0, {})
+    if callback:
+        callback(0, {})
     steps = -(-config.budget // per_step)
     model.dropout(config.dropout > 0)
     try:
@@ -133,7 +133,9 @@ def check_model(model: Model, config: EraseConfig) -> None:
         check_text_layers(model, config.method, attention=config.method == "eraseanything")
 
 
-def _untrained(model: Model, config: EraseConfig, encoded: list[Pair], run: Run | None, probe: Probe | None) -> Result:
+def _untrained(
+    model: Model, config: EraseConfig, encoded: list[Pair], run: Run | None, callback: Callback | None
+) -> Result:
     """UCE and the projection: no steps, and no forwards of the network."""
     spent = model.forwards
     _separations(model, config, encoded)
@@ -142,8 +144,8 @@ def _untrained(model: Model, config: EraseConfig, encoded: list[Pair], run: Run 
         run.begin()
     if config.method == "uce":
         _closed_form(model, config)
-    if probe:
-        probe(0, {})
+    if callback:
+        callback(0, {})
     return Result(0, 0.0, 0, "closed form" if config.method == "uce" else "training-free")
 
 
@@ -158,9 +160,9 @@ def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> f
     """Mean relative distance of the field to the reference's on kept prompts; not counted as cost."""
     counted = model.forwards
     some = kept[torch.arange(0, len(kept.t), every)]
-    said = model.predict(some.x, some.t, some.condition, config.loss_guidance)
+    pred = model.predict(some.x, some.t, some.condition, config.loss_guidance)
     model.forwards = counted
-    change = (S.field_of(said) - some.field).flatten(1).norm(dim=1) / some.field.flatten(1).norm(dim=1)
+    change = (S.field_of(pred) - some.field).flatten(1).norm(dim=1) / some.field.flatten(1).norm(dim=1)
     return change.mean().item()
 
 
@@ -169,15 +171,15 @@ def _field(model: Model, x: Tensor, t: Tensor, condition: Condition, config: Era
 
 
 def _probe_point(model: Model, config: EraseConfig) -> tuple[Tensor, Tensor]:
-    x = model.noise(min(config.batch, 4), generator(config.seed, 0, stream=1))
+    x = model.noise(min(config.batch, 4), step_generator(config.seed, 0, stream=1))
     return x, model.grid(config.steps)[min(config.window[0], config.steps - 1)]
 
 
 @torch.no_grad()
 def _separations(model: Model, config: EraseConfig, encoded: list[Pair]) -> list[preflight.Check]:
     x, t = _probe_point(model, config)
-    said = [[_field(model, x, t, c, config) for c in (p.anchor, p.target)] for p in encoded]
-    checks = [preflight.separation(a, n, pair.name) for (a, n), pair in zip(said, encoded, strict=True)]
+    output = [[_field(model, x, t, c, config) for c in (p.anchor, p.target)] for p in encoded]
+    checks = [preflight.separation(a, n, pair.name) for (a, n), pair in zip(output, encoded, strict=True)]
     preflight.require(checks, quiet=True)
     return checks
 
@@ -200,21 +202,21 @@ def _first_look(
     """The preflight, on the first step's own draws."""
     x, t = _probe_point(model, config)
     checks = [preflight.adapter_off(model, x, t, encoded[0].target, base), *_separations(model, config, encoded)]
-    first = next(iter(losses(0, generator(config.seed, 0), {})))
+    first = next(iter(losses(0, step_generator(config.seed, 0), {})))
     checks += [*preflight.gradients(model, first), preflight.memory(model, min(config.chunk, _states_per_step(config)))]
     preflight.require(checks, quiet)
 
 
-def _pick(encoded: list[Pair], draws: torch.Generator) -> Pair:
-    return encoded[int(torch.randint(len(encoded), (1,), generator=draws))]
+def _pick(encoded: list[Pair], generator: torch.Generator) -> Pair:
+    return encoded[int(torch.randint(len(encoded), (1,), generator=generator))]
 
 
 def gem(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
     """GEM (section 2.4 of the notes): a window of states of a target rollout, contrasted with two frozen velocities."""
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, draws)
-        states = S.window(model, pair.target, config, draws)
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, generator)
+        states = S.window(model, pair.target, config, generator)
         left = config.budget - step * len(states)
         weights = torch.ones_like(states.t)
         if config.timestep_weight == "tb":
@@ -245,9 +247,9 @@ def esd(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses,
     """ESD: one teacher state a rollout, regressed to negative guidance (section 3.1)."""
     null = model.encode([""])
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, draws)
-        at = S.single(model, pair.target, config, draws)
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, generator)
+        at = S.single(model, pair.target, config, generator)
         v, u, n = _contrast(model, at, Pair("", pair.target, null), config)
         yield L.square_loss(v, L.esd_target(n, u, config.eta))
 
@@ -256,25 +258,25 @@ def esd(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses,
 
 def concept_ablation(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
     """Concept ablation, model-based: on noised anchor images the target prompt follows the anchor prompt (3.3)."""
-    draws = generator(config.seed, 0, stream=3)
+    generator = step_generator(config.seed, 0, stream=3)
     images = []
     with model.reference():
-        images = [[S.roll(model, pair.anchor, config, draws).last for _ in range(4)] for pair in encoded]
+        images = [[S.roll(model, pair.anchor, config, generator).last for _ in range(4)] for pair in encoded]
     bank = {id(pair): torch.cat(part) for pair, part in zip(encoded, images, strict=True)}
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, draws)
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, generator)
         x_0 = bank[id(pair)]
-        x_0 = x_0[torch.randint(len(x_0), (config.batch,), generator=draws)]
-        eps = torch.randn(x_0.shape, generator=draws).to(x_0)
-        t = S.uniform_times(model, len(x_0), draws).to(x_0)
+        x_0 = x_0[torch.randint(len(x_0), (config.batch,), generator=generator)]
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        t = S.uniform_times(model, len(x_0), generator).to(x_0)
         x_t = noised(model.path, x_0, eps, t)
         with torch.no_grad():  # the moving target is the current network, as released
             goal = _field(model, x_t, t, pair.anchor, config)
         yield L.square_loss(_field(model, x_t, t, pair.target, config), goal)
         if config.prior:
-            said = _field(model, x_t, t, pair.anchor, config)
-            yield config.prior * L.square_loss(said, eps - x_0 if isinstance(model.path, RectifiedFlow) else eps)
+            output = _field(model, x_t, t, pair.anchor, config)
+            yield config.prior * L.square_loss(output, eps - x_0 if isinstance(model.path, RectifiedFlow) else eps)
 
     return losses, {}
 
@@ -284,24 +286,24 @@ def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[L
     log_z = torch.zeros((), requires_grad=True)
     grid = model.grid(config.steps)
 
-    def log_prob(said: Prediction, after: Tensor, t_next: Tensor) -> Tensor:
-        step = flow_sde_step(said, t_next, config.noise_level, grid[1])
+    def log_prob(pred: Prediction, after: Tensor, t_next: Tensor) -> Tensor:
+        step = flow_sde_step(pred, t_next, config.noise_level, grid[1])
         return step.log_prob(after) / after[0].numel()
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, draws)
-        x = model.noise(config.batch, draws)
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        pair = _pick(encoded, generator)
+        x = model.noise(config.batch, generator)
         states, on_anchor = [x], []
         with torch.no_grad():
             for t, t_next in zip(grid[:-1], grid[1:], strict=True):
-                said = model.predict(x, t, pair.anchor, config.rollout_guidance)
-                x = gaussian_step("flow-sde", said, t_next, config.noise_level, grid[1]).sample(draws)
-                on_anchor.append(log_prob(said, x, t_next))
+                pred = model.predict(x, t, pair.anchor, config.rollout_guidance)
+                x = gaussian_step("flow-sde", pred, t_next, config.noise_level, grid[1]).sample(generator)
+                on_anchor.append(log_prob(pred, x, t_next))
                 states.append(x)
         on_target = []
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-            said = model.predict(states[k], t, pair.target, config.rollout_guidance)  # as the anchor's, to cancel
-            on_target.append(log_prob(said, states[k + 1], t_next))
+            pred = model.predict(states[k], t, pair.target, config.rollout_guidance)  # as the anchor's, to cancel
+            on_target.append(log_prob(pred, states[k + 1], t_next))
         loss = L.flow_balance(torch.stack(on_target), torch.stack(on_anchor), log_z, config.beta).mean()
         log["log_z"] = log_z.item()
         yield loss
@@ -312,14 +314,14 @@ def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[L
 def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
     """EraseAnything: negative guidance and attention on even steps, preservation on odd ones (3.4).
 
-    Mended: the teacher is frozen, states match their times, irrelevant words are the kept prompts, and preservation
+    Fixed: the teacher is frozen, states match their times, irrelevant words are the kept prompts, and preservation
     regresses the reference's velocity on kept prompts, the mean of flow matching on its images (on images of the
     concept, as released, it would teach the concept back). The keyword is the whole target prompt.
     """
     from fieldsmith.models.text_layers import attention_maps, word_positions
 
     names = [target for target, _ in pairs(config)]
-    kept = S.kept_states(model, config, generator(config.seed, 0, stream=3))
+    kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=3))
     irrelevant = list(config.keep[:3] or ("",))
 
     def column(prompt: str, states: S.States) -> tuple[Tensor, list[Tensor]]:
@@ -328,10 +330,10 @@ def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tup
             velocity = _field(model, states.x, states.t, model.encode([prompt]), config)
         return maps[0][:, 0, :, words].mean(-1), [velocity, maps[0]]
 
-    def losses(step: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        which = int(torch.randint(len(encoded), (1,), generator=draws))
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        which = int(torch.randint(len(encoded), (1,), generator=generator))
         pair = encoded[which]
-        at = S.single(model, pair.target, config, draws)
+        at = S.single(model, pair.target, config, generator)
         if step % 2 == 0:
             with torch.no_grad(), model.reference():
                 u = _field(model, at.x, at.t, pair.anchor, config)
@@ -341,9 +343,9 @@ def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tup
             # the released negative guidance from the anchor sentence: u - eta (n - u)
             yield L.square_loss(v, u - config.eta * (n - u)) + config.attention_weight * L.attention_loss(maps, words)
         else:
-            some = kept[torch.randint(len(kept.t), (config.batch,), generator=draws)]
-            said = _field(model, some.x, some.t, some.condition, config)
-            yield config.preserve_weight * L.square_loss(said, some.field)
+            some = kept[torch.randint(len(kept.t), (config.batch,), generator=generator)]
+            output = _field(model, some.x, some.t, some.condition, config)
+            yield config.preserve_weight * L.square_loss(output, some.field)
             synonym = column((config.synonyms or (names[which],))[0], at)[0]
             others = torch.stack([column(word, at)[0] for word in irrelevant])
             yield config.preserve_weight * L.contrast_loss(synonym, column(names[which], at)[0], others)
@@ -384,11 +386,11 @@ class Projected:
         return getattr(self.__dict__["model"], name)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
-        said = self.model.predict(x_t, t, condition, guidance)
-        field = S.field_of(said)
+        pred = self.model.predict(x_t, t, condition, guidance)
+        field = S.field_of(pred)
         for target, anchor in self.pairs:
             n = S.field_of(self.model.predict(x_t, t, target, guidance))
             p = S.field_of(self.model.predict(x_t, t, anchor, guidance))
             field = L.project(field, p, n)
-        kind: Kind = "velocity" if isinstance(said.path, RectifiedFlow) else "eps"
-        return Prediction(kind, field, x_t, said.t, said.path)
+        kind: Kind = "velocity" if isinstance(pred.path, RectifiedFlow) else "eps"
+        return Prediction(kind, field, x_t, pred.t, pred.path)

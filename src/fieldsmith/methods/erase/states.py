@@ -16,14 +16,14 @@ from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving
 from fieldsmith.samplers import Trajectory, rollout
 
 
-def field_of(said: Prediction) -> Tensor:
+def field_of(pred: Prediction) -> Tensor:
     """What the losses compare: velocities on rectified flow, eps on a variance-preserving path, as ESD has it."""
-    return said.velocity if isinstance(said.path, RectifiedFlow) else said.eps
+    return pred.velocity if isinstance(pred.path, RectifiedFlow) else pred.eps
 
 
-def uniform_times(model: Model, n: int, draws: torch.Generator) -> Tensor:
+def uniform_times(model: Model, n: int, generator: torch.Generator) -> Tensor:
     """Times in (0, 1), (n,); those that the network was trained at where they are discrete."""
-    t = torch.rand(n, generator=draws)
+    t = torch.rand(n, generator=generator)
     if isinstance(model.path, VariancePreserving):
         t = model.path.time((t * model.path.length).floor())
     return t
@@ -105,9 +105,9 @@ def kept_states(model: Model, config: EraseConfig, generator: torch.Generator) -
     fields = []
 
     def field(x: Tensor, t: Tensor) -> Prediction:
-        said = model.predict(x, t, condition, config.loss_guidance)
-        fields.append(field_of(said))
-        return said
+        pred = model.predict(x, t, condition, config.loss_guidance)
+        fields.append(field_of(pred))
+        return pred
 
     with model.reference():
         path = rollout(field, model.noise(rollouts, generator), model.grid(config.steps))

@@ -111,7 +111,7 @@ def preset(name: str, scale: str = "laptop") -> SharpenConfig:
 
 
 def check(config: SharpenConfig) -> None:
-    """Raises InputError with the value and the mend; needs neither model nor data."""
+    """Raises InputError with the value and the fix; needs neither model nor data."""
     check_word(config.method, METHODS, "sharpen's methods")
     for name, least in (("steps", 1), ("batch", 1), ("bank", 2), ("share_every", 1), ("samples", 2),
                         ("sampler_steps", 1), ("threads", 1)):  # fmt: skip

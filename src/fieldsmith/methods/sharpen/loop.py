@@ -23,7 +23,7 @@ from fieldsmith.models.variance_head import LAST
 from fieldsmith.paths import VariancePreserving, noised, snr
 from fieldsmith.runs import Run
 from fieldsmith.samplers import range_log_variance, single_step
-from fieldsmith.training import Fit, Optimisation, fit, generator
+from fieldsmith.training import Fit, Optimisation, fit, step_generator
 
 DOMINATES = 1.0  # a term whose gradient is longer than the rest's
 
@@ -56,40 +56,40 @@ class Step:
         self.times = t[inside]
         self.images = data.ndim == 4 and model.family != "dit"  # whose states are latents, not 8-bit pixels
 
-    def draw(self, draws: torch.Generator) -> Rows:
+    def draw(self, generator: torch.Generator) -> Rows:
         n = self.config.batch
-        rows = torch.randint(len(self.data), (n,), generator=draws)
-        t = self.times[torch.randint(len(self.times), (n,), generator=draws)]
+        rows = torch.randint(len(self.data), (n,), generator=generator)
+        t = self.times[torch.randint(len(self.times), (n,), generator=generator)]
         x_0 = self.data[rows]
-        eps = torch.randn(x_0.shape, generator=draws, dtype=x_0.dtype)
+        eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
         if self.config.perturbation:
-            shaken = eps + self.config.perturbation * torch.randn(x_0.shape, generator=draws, dtype=x_0.dtype)
+            shaken = eps + self.config.perturbation * torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
         else:
             shaken = eps
         device = self.model.device
         x_0, eps, shaken, t = x_0.to(device), eps.to(device), shaken.to(device), t.to(device)
         x_t = noised(self.path, x_0, shaken, t.to(x_0))
         if self.config.method == "neighbours":
-            return self._among_neighbours(x_0, x_t, t, draws)
+            return self._among_neighbours(x_0, x_t, t, generator)
         return Rows(x_0, x_t, t, eps)
 
-    def _among_neighbours(self, x_0: Tensor, x_t: Tensor, t: Tensor, draws: torch.Generator) -> Rows:
+    def _among_neighbours(self, x_0: Tensor, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Rows:
         """Targets that are posterior means over a bank, at data's states and at states between two of them."""
         n, off = len(x_0), round(self.config.off_path * len(x_0))
-        picked = torch.randint(len(self.data), (self.config.bank,), generator=draws)
+        picked = torch.randint(len(self.data), (self.config.bank,), generator=generator)
         bank = torch.cat((x_0, self.data[picked].to(x_0)))
         if off:
-            other = x_0[torch.randperm(n, generator=draws)[:off].to(x_0.device)]
-            mix = torch.rand(off, *(1,) * (x_0.ndim - 1), generator=draws).to(x_0)
+            other = x_0[torch.randperm(n, generator=generator)[:off].to(x_0.device)]
+            mix = torch.rand(off, *(1,) * (x_0.ndim - 1), generator=generator).to(x_0)
             alpha = self.path.alpha(t[:off]).to(x_0).reshape(mix.shape)
             x_t = torch.cat((x_t[:off] + mix * alpha * (other - x_0[:off]), x_t[off:]))
         alpha, sigma = self.path.alpha(t).to(x_t), self.path.sigma(t).to(x_t)
         return Rows(x_0, x_t, t, terms.neighbours(x_t, alpha, sigma, bank))
 
-    def __call__(self, rows: Rows, draws: torch.Generator, log: dict[str, float]) -> Terms:
+    def __call__(self, rows: Rows, generator: torch.Generator, log: dict[str, float]) -> Terms:
         config = self.config
-        said = self.model.predict(rows.x_t, rows.t.to(rows.x_t), self.condition)
-        eps_hat = said.eps
+        pred = self.model.predict(rows.x_t, rows.t.to(rows.x_t), self.condition)
+        eps_hat = pred.eps
         errors = terms.simple(eps_hat, rows.eps)
         log["eps error"] = errors.mean().item()
         if config.min_snr:
@@ -97,14 +97,14 @@ class Step:
         base = errors.mean()
         term: Tensor | None = None
         if config.method in NEEDS_HEAD:
-            log_variance = said.log_variance if said.fraction is None else None
+            log_variance = pred.log_variance if pred.fraction is None else None
             if log_variance is None:
-                assert said.fraction is not None
-                log_variance = range_log_variance(self.path, rows.t, said.fraction)
+                assert pred.fraction is not None
+                log_variance = range_log_variance(self.path, rows.t, pred.fraction)
             if not bool(torch.isfinite(log_variance).all()):
                 raise RunError("the learned log-variance is no longer finite; lower the learning rate or the strength")
-            if said.fraction is not None:
-                log["fraction of the range"] = said.fraction.mean().item()
+            if pred.fraction is not None:
+                log["fraction of the range"] = pred.fraction.mean().item()
             if config.method != "covariance":
                 bound = self._bound(rows, eps_hat.detach(), log_variance)
                 log["L_vb"] = bound.item()
@@ -115,9 +115,9 @@ class Step:
                 term = (weight * terms.variance_penalty(log_variance)).mean()
             if config.method == "covariance":
                 base = base * 0 if config.train == "head" else base
-                term = config.strength * self._covariance(rows, log_variance, draws)
+                term = config.strength * self._covariance(rows, log_variance, generator)
         elif config.method in JACOBIAN:
-            term = config.strength * self._jacobian(rows, draws)
+            term = config.strength * self._jacobian(rows, generator)
         return Terms(base, term)
 
     def _bound(self, rows: Rows, eps_hat: Tensor, log_variance: Tensor) -> Tensor:
@@ -146,26 +146,26 @@ class Step:
         """The rows at which a Jacobian is asked: the first, since rows come in random order."""
         return slice(0, max(1, round(self.config.probes * len(rows.t))))
 
-    def _jacobian(self, rows: Rows, draws: torch.Generator) -> Tensor:
+    def _jacobian(self, rows: Rows, generator: torch.Generator) -> Tensor:
         part = self._probed(rows)
         x_t, t = rows.x_t[part], rows.t[part].to(rows.x_t)
-        probe = torch.randn(x_t.shape, generator=draws, dtype=x_t.dtype).to(x_t)
+        callback = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype).to(x_t)
         if self.config.method == "jacobian-match":
-            probe = probe / probe.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x_t.ndim - 1))
-        found = jvp(lambda x: self.model.predict(x, t, self.condition).eps, x_t, probe)
+            callback = callback / callback.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x_t.ndim - 1))
+        found = jvp(lambda x: self.model.predict(x, t, self.condition).eps, x_t, callback)
         sigma = self._wide(self.path.sigma(t), x_t)
         along = -sigma * found.along
         if self.config.method == "jacobian-match":
             residual = (rows.eps[part] - found.value).detach()
-            return terms.jacobian_match(along, probe, residual).mean()
+            return terms.jacobian_match(along, callback, residual).mean()
         return terms.jacobian_floor(along if self.config.kind == "normalised" else along / sigma**2).mean()
 
-    def _covariance(self, rows: Rows, log_variance: Tensor, draws: torch.Generator) -> Tensor:
+    def _covariance(self, rows: Rows, log_variance: Tensor, generator: torch.Generator) -> Tensor:
         part = self._probed(rows)
         x_t, t = rows.x_t[part], rows.t[part]
-        probe = rademacher(x_t, draws)
+        callback = rademacher(x_t, generator)
         with torch.no_grad():
-            along = jvp(lambda x: self.model.predict(x, t.to(x), self.condition).eps, x_t, probe).along
+            along = jvp(lambda x: self.model.predict(x, t.to(x), self.condition).eps, x_t, callback).along
         along = -self._wide(self.path.sigma(t), x_t) * along
         t_next = (t - 1 / self.path.length).clamp(min=1 / self.path.length)  # the last step adds no noise anyway
         sigma, beta = self.path.sigma(t), single_step(self.path, t).high
@@ -173,7 +173,7 @@ class Step:
         low = single_step(self.path, t).low
         numbers = (part_.to(x_t) for part_ in (low, c, self.path.alpha(t), sigma))
         curvature = terms.implied_curvature(log_variance[part], *numbers)
-        return terms.covariance_match(curvature, along, probe).mean()
+        return terms.covariance_match(curvature, along, callback).mean()
 
 
 @dataclass(frozen=True)
@@ -258,8 +258,8 @@ def sharpen(model: Model, data: Tensor, config: SharpenConfig, run: Run | None =
         run.begin()
     counted = model.forwards
 
-    def losses(at: int, draws: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        found = step(step.draw(draws), draws, log)
+    def losses(at: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        found = step(step.draw(generator), generator, log)
         if found.term is not None:
             log["term"] = found.term.item()
             if at % config.share_every == 0:
@@ -285,18 +285,18 @@ def warnings_of(share: float | None, config: SharpenConfig) -> tuple[str, ...]:
     """What a share of the gradient says of a strength."""
     if share is None or config.train == "head":
         return ()
-    said = f"strength={config.strength:g}: the term's gradient is {share:.2g} times the rest's"
+    output = f"strength={config.strength:g}: the term's gradient is {share:.2g} times the rest's"
     if share > DOMINATES:
-        return (f"{said}; it dominates, lower it",)
+        return (f"{output}; it dominates, lower it",)
     if share < 1e-4:
-        return (f"{said}; it does next to nothing",)
+        return (f"{output}; it does next to nothing",)
     return ()
 
 
 def _preflight(step: Step, config: SharpenConfig, quiet: bool) -> list[float]:
     """One step's worth, thrown away: every trained layer is reached; the term's share of the gradient."""
-    counted, draws = step.model.forwards, generator(config.seed, 0, stream=14)
-    found = step(step.draw(draws), draws, {})
+    counted, generator = step.model.forwards, step_generator(config.seed, 0, stream=14)
+    found = step(step.draw(generator), generator, {})
     parameters = list(step.model.trainable().values())
     shares = [] if found.term is None else [gradient_share(found, parameters)]
     checks = [] if config.train == "head" else preflight.gradients(step.model, found.total)

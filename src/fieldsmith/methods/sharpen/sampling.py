@@ -28,8 +28,8 @@ def conditioned(model: Model, condition: Condition) -> Field:
     return lambda x_t, t: model.predict(x_t, t, condition)
 
 
-def _with_eps(said: Prediction, eps: Tensor) -> Prediction:
-    return replace(said, kind="eps", value=eps)
+def _with_eps(pred: Prediction, eps: Tensor) -> Prediction:
+    return replace(pred, kind="eps", value=eps)
 
 
 def laplacian(field: Field, strength: float, generator: torch.Generator, probes: int = 1, reach: float = 0.5) -> Field:
@@ -39,13 +39,13 @@ def laplacian(field: Field, strength: float, generator: torch.Generator, probes:
     """
 
     def sharper(x_t: Tensor, t: Tensor) -> Prediction:
-        said = field(x_t, t)
-        away = reach * said.path.sigma(t).to(x_t)
-        eps, bend = said.eps, torch.zeros_like(x_t)
+        output = field(x_t, t)
+        away = reach * output.path.sigma(t).to(x_t)
+        eps, bend = output.eps, torch.zeros_like(x_t)
         for _ in range(probes):
             step = away.reshape(-1, *(1,) * (x_t.ndim - 1)) * rademacher(x_t, generator)
             bend = bend + (field(x_t + step, t).eps - 2 * eps + field(x_t - step, t).eps) / probes
-        return _with_eps(said, eps - strength / reach**2 * bend)
+        return _with_eps(output, eps - strength / reach**2 * bend)
 
     return sharper
 
@@ -54,12 +54,12 @@ def steered(field: Field, worse: Field, scale: float, window: tuple[float, float
     """worse + scale (field - worse) at noise levels sigma in the window: what both get wrong, the worse one more."""
 
     def away(x_t: Tensor, t: Tensor) -> Prediction:
-        said = field(x_t, t)
-        sigma = float(said.path.sigma(t.flatten()[0]))
+        output = field(x_t, t)
+        sigma = float(output.path.sigma(t.flatten()[0]))
         if scale == 1.0 or not window[0] <= sigma <= window[1]:
-            return said
+            return output
         eps_worse = worse(x_t, t).eps
-        return _with_eps(said, eps_worse + scale * (said.eps - eps_worse))
+        return _with_eps(output, eps_worse + scale * (output.eps - eps_worse))
 
     return away
 
