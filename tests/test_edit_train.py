@@ -508,7 +508,7 @@ def test_sessions_without_planned_images_cannot_supervise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "output"),
+    ("settings", "text"),
     [
         ({"turns": 0}, "turns=0"), ({"rollouts": 1}, "use at least 2"), ({"evaluate": 1}, "evaluate=1"),
         ({"steps": 1}, "steps=1"), ({"identity": -1.0}, "identity=-1.0"),
