@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks import samplers, steps
 from fieldsmith.commands.plan_error import plan_error
 from fieldsmith.reproduce.claims import opening, table
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 OUT = pathlib.Path("results/bench")
 COMMAND = "make bench"

@@ -38,7 +38,7 @@ from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipelin
 from fieldsmith.models.unet import UNet
 from fieldsmith.rewards import Named
 from fieldsmith.rewards.sessions import Exact
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 

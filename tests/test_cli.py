@@ -231,7 +231,7 @@ def test_the_model_chooses_the_preset_and_the_method_its_numbers(tmp_path):
 
 
 def test_a_runs_own_config_repeats_it(tmp_path):
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
 
     words = [*PAIR, "--preset", "paper", "--method", "eraseflow", "--alpha", "None", "--keep", "star", ""]
     config = configure(words)

@@ -28,7 +28,7 @@ from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import noised
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.training import Optimisation, fit, step_generator
 from fieldsmith.worlds.classes import digits
 

@@ -23,7 +23,7 @@ from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith.rewards.sessions import Exact
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld, Sessions
 from fieldsmith.worlds.scenes_judge import Channel
 

@@ -18,7 +18,7 @@ from fieldsmith.methods.erase.config import METHODS, EraseConfig
 from fieldsmith.methods.erase.loop import Projected, erase
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 
 QUICK = EraseConfig(
     targets=("red circle",), anchors=("blue circle",), steps=6, window=(1, 3), budget=6, rollout_guidance=1.0,

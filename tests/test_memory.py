@@ -231,7 +231,7 @@ def bitsandbytes(monkeypatch):
 
 
 def test_an_8_bit_run_resumes_exactly(bitsandbytes, tmp_path):
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
 
     def train(folder, steps, limit=None):
         p, q = torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)

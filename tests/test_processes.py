@@ -20,7 +20,7 @@ from fieldsmith.commands.erase import configure
 from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import loop
 from fieldsmith.models import load
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 
 HERE = pathlib.Path(__file__).parent
 # what is a sum of many numbers differs in its order alone; a gradient that is 0 but for rounding is left out

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from fieldsmith.errors import InputError
-from fieldsmith.runs import Run, write_atomically
+from fieldsmith.run import Run, write_atomically
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.models.unet import STATES_FILE, UNet
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.samplers import ancestral_step, ddim_grid, flow_grid, variance_bounds
 from fieldsmith.worlds.mixtures import lattice, line
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fieldsmith import training
 from fieldsmith.errors import RunError
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.training import Fit, Optimisation, fit
 
 PLAN = Optimisation(steps=20, lr=0.05, clip=1.0, ema=0.9, cosine=True, warmup=4, checkpoint_every=5, seed=3)

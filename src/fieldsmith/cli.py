@@ -30,6 +30,8 @@ VERBS = {
     "demo": "Each verb once on small models, and the page that leads to what they made.",
 }
 
+METHODS = ("align", "distill", "edit", "erase", "sharpen")
+
 
 def usage() -> str:
     from fieldsmith import __version__
@@ -70,9 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes.begin()
         verb = words[0]
         check_word(verb, tuple(VERBS), "fieldsmith's verbs")
-        module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
-        command = importlib.import_module(f"fieldsmith.commands.{module}")
-        getattr(command, verb)(words[1:])
+        if verb in METHODS:
+            importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
+        else:
+            module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
+            getattr(importlib.import_module(f"fieldsmith.commands.{module}"), verb)(words[1:])
     except SystemExit as end:  # --help
         return int(end.code or 0)
     except InputError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.errors import InputError
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

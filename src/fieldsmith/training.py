@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fieldsmith import processes
 from fieldsmith.errors import RunError
 from fieldsmith.optimizers import adamw
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 
 Losses = Callable[[int, torch.Generator, dict[str, float]], Iterator[Tensor]]
 

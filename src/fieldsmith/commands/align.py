@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fieldsmith.models.core import Model
     from fieldsmith.report.page import Page
     from fieldsmith.rewards import Reward
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
 
 NOTES = f"""--preset NAME picks a recipe (default: flow-grpo): {", ".join(RECIPES)}.
 --scale laptop|paper picks the numbers that it runs at (default: laptop for zoo models, else paper where

@@ -18,7 +18,7 @@ from fieldsmith.errors import InputError, check_word
 if TYPE_CHECKING:
     from fieldsmith.methods.align.audit import Truths
     from fieldsmith.methods.align.setting import Setting
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
 
 EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fieldsmith.commands import align, arguments, distill, edit, erase, sharpen
 
 if TYPE_CHECKING:
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fieldsmith.errors import InputError
 if TYPE_CHECKING:
     from fieldsmith.diagnose.guidance import Guidance, GuidedSampler, Tuples
     from fieldsmith.models.core import Model
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
     from fieldsmith.worlds.classes import Classes
 
 INSTRUMENTS = {

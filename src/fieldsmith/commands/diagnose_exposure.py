@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fieldsmith.diagnose.exposure import Exposure
     from fieldsmith.models.core import Model
     from fieldsmith.report.page import Page
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
     from fieldsmith.worlds.scenes import ScenesWorld, Sessions
 
 SHOWN = 6  # sessions on the page

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fieldsmith.metrics.judges import JudgeMeasures
     from fieldsmith.report.page import Page
     from fieldsmith.rewards.edits import EditJudge
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
     from fieldsmith.worlds.scenes_graded import Graded
 
 SIZE, UPSCALE = 24, 8  # the scenes' pixels, and the side of each as the judge sees it

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fieldsmith.commands.diagnose import DiagnoseConfig
     from fieldsmith.models.core import Model
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
     from fieldsmith.worlds.judged import JudgedWorld
 
 LOOKS = 10  # times at which the profile looks

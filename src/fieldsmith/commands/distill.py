@@ -17,7 +17,7 @@ from fieldsmith.methods.distill.config import OBJECTIVES, PRESETS, DistillConfig
 
 if TYPE_CHECKING:
     from fieldsmith.models.core import Model
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
     from fieldsmith.worlds.classes import Classes
 
 NOTES = f"""--preset NAME picks a recipe (default: the objective's own, else fieldsmith): {", ".join(PRESETS)}.

@@ -14,7 +14,7 @@ from fieldsmith.diagnose.sweep import Sweep, best
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.models.core import Model
 from fieldsmith.report.page import Caption, Page, Pair, Panel
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 
 SHOWN = 5  # classes
 EACH = 8  # images of a class

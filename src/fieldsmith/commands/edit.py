@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fieldsmith.methods.edit.rollouts import Task
     from fieldsmith.models.core import Model
     from fieldsmith.rewards.edits import EditJudge
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
     from fieldsmith.worlds.scenes_judge import Channel
 
 NOTES = f"""--preset NAME picks a recipe (default: fieldsmith): {", ".join(PRESETS)}.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fieldsmith.commands import arguments
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.report.page import Caption, Page, Pair, Panel
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 
 if TYPE_CHECKING:
     from fieldsmith.commands.edit import Measured

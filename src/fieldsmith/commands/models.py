@@ -179,7 +179,7 @@ def evaluate(words: Sequence[str]) -> None:
     from rich.table import Table
 
     from fieldsmith.diagnose.concepts import ask, by_attribute
-    from fieldsmith.runs import write_atomically
+    from fieldsmith.run import write_atomically
     from fieldsmith.worlds.shapes import concepts
 
     rows = by_attribute(ask(draw, world, concepts(), config.each, config.seed))

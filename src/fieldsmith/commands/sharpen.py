@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fieldsmith.metrics.distances import Features
     from fieldsmith.models.core import Model
-    from fieldsmith.runs import Run
+    from fieldsmith.run import Run
     from fieldsmith.samplers import Field
     from fieldsmith.worlds.judged import JudgedWorld
 

@@ -194,8 +194,13 @@ class Model:
         if processes.sharded():
             _shard(self.network)
 
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter or unfrozen weights are attached."""
+        return bool(self.spec or self._base)
+
     def _refuse_second_training(self) -> None:
-        if self.spec or self._base:
+        if self.trains:
             raise ValueError(f"{self.name} is being trained already; call remove_training() or load a fresh model")
 
     def unfreeze(self, subset: str) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from fieldsmith.report.grid import picture
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 # Okabe and Ito's colours, told apart with any common colour blindness; their yellow, too faint on white, is out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -78,6 +78,7 @@ class Page:
     title: str
     subtitle: str = ""
     sections: list[Section] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)  # every pair that `before_after` was given, in order
 
     def verdict(self, sentence: str, good: bool | None, word: str = "") -> None:
         """A banner that answers the reader's first question; good=None is the middle (amber)."""
@@ -135,6 +136,7 @@ class Page:
         """Each prompt's images before over those after; a tuple in Pair's order will do for a Pair."""
         grids = []
         for pair in (Pair(*row) for row in rows):
+            self.pairs.append(pair)
             before = line_of(sides[0], f"{pair.label}, {sides[0]}", pair.before, pair.before_captions)
             after = line_of(sides[1], f"{pair.label}, {sides[1]}", pair.after, pair.after_captions)
             grids.append(grid_of(pair.label, [before, after]))

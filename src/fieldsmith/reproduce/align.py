@@ -29,7 +29,7 @@ from fieldsmith.models.core import Model
 from fieldsmith.reproduce import align_mixture as mixture
 from fieldsmith.reproduce.align_summary import reward_of, summarise
 from fieldsmith.rewards import load as load_reward
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 from fieldsmith.worlds.shapes import HELD_OUT, ShapesWorld, caption, concepts
 
 SWEEP_SEED = 100

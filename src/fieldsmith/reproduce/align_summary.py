@@ -17,7 +17,7 @@ import torch
 from fieldsmith.metrics.intervals import Interval, mean_interval
 from fieldsmith.reproduce.align_mixture import ceiling
 from fieldsmith.reproduce.claims import entry, opening, table
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 PAPER = "RSM, arXiv 2604.17415"
 claim = partial(entry, PAPER)

@@ -29,7 +29,7 @@ from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.shrink import shrink
-from fieldsmith.runs import plain, write_atomically
+from fieldsmith.run import plain, write_atomically
 from fieldsmith.worlds.classes import Classes
 from fieldsmith.worlds.classes import load as load_data
 

@@ -20,7 +20,7 @@ from fieldsmith.diagnose.sweep import best
 from fieldsmith.metrics.intervals import Interval, mean_interval
 from fieldsmith.reproduce.claims import entry
 from fieldsmith.reproduce.distill import FINE, SCALES
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 PAPER = "DASH, arXiv 2606.00798"
 claim = partial(entry, PAPER)

@@ -28,7 +28,7 @@ from fieldsmith.models import load
 from fieldsmith.reproduce.jobs import Job, check_part, slug, work_through
 from fieldsmith.rewards.edits import EditScores
 from fieldsmith.rewards.sessions import Exact
-from fieldsmith.runs import Run, plain
+from fieldsmith.run import Run, plain
 from fieldsmith.worlds.scenes import ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 

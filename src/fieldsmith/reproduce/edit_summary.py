@@ -15,7 +15,7 @@ import torch
 
 from fieldsmith.metrics.intervals import Interval, mean_interval
 from fieldsmith.reproduce.claims import entry, opening, table
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 PAPER = "MT-EditFlow, arXiv 2606.01985"
 claim = partial(entry, PAPER)

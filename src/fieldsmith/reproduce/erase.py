@@ -34,7 +34,7 @@ from fieldsmith.methods.erase.config import preset
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.reproduce.erase_summary import choice, summarise
-from fieldsmith.runs import plain, write_atomically
+from fieldsmith.run import plain, write_atomically
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, parse
 
 SWEEP_SEED = 100

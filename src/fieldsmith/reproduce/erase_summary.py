@@ -16,7 +16,7 @@ import torch
 
 from fieldsmith.metrics.intervals import Interval, mean_interval, wilson
 from fieldsmith.reproduce.claims import entry
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 ORDER = (
     "gem", "gem+margin", "gem+retain", "gem+margin+retain", "esd", "concept-ablation", "eraseflow", "eraseanything",

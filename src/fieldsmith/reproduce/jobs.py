@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldsmith.errors import InputError
-from fieldsmith.runs import plain, write_atomically
+from fieldsmith.run import plain, write_atomically
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from fieldsmith.metrics.intervals import Interval, mean_interval
 from fieldsmith.reproduce.claims import entry
 from fieldsmith.reproduce.sharpen_mixture import reference_of
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 PAPER = "VSM, arXiv 2606.00377"
 claim = partial(entry, PAPER)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError, RunError, check_word
 from fieldsmith.rewards.replies import Reply, data_uri, read_number, read_reply, read_yes_no
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 
 SCORE = (
     "How well does this image show: {prompt}? Rate it from 0 (not at all) to 10 (fully); reply with the number alone."

@@ -20,7 +20,7 @@ from fieldsmith.methods.distill.losses import weighted
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import noised
-from fieldsmith.runs import Run, plain, write_atomically
+from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Optimisation, fit
 from fieldsmith.worlds.classes import Classes, digits, shapes
 

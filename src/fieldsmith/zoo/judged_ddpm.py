@@ -18,7 +18,7 @@ from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.models.variance_head import with_variance_head
-from fieldsmith.runs import Run, plain, write_atomically
+from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.worlds.judged import JudgedWorld, load
 
 POOL = 20_000  # images drawn for training

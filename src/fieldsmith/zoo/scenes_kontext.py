@@ -20,7 +20,7 @@ from fieldsmith.metrics.editing import scores
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.paths import noised
-from fieldsmith.runs import Run, plain, write_atomically
+from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Optimisation, fit
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 

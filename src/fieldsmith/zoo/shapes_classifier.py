@@ -18,7 +18,7 @@ from torch.nn.functional import nll_loss
 
 from fieldsmith.metrics.intervals import share
 from fieldsmith.rewards.learned import FOLDER, log_probabilities, network
-from fieldsmith.runs import plain, write_atomically
+from fieldsmith.run import plain, write_atomically
 from fieldsmith.worlds.shapes import Shapes, ShapesWorld
 
 SIZE = 32

@@ -18,7 +18,7 @@ from fieldsmith.diagnose.concepts import ask, by_attribute, sampler
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.paths import noised
-from fieldsmith.runs import Run, plain, write_atomically
+from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Optimisation, fit
 from fieldsmith.worlds.shapes import VOCABULARY, ShapesWorld, concepts
 

@@ -23,7 +23,7 @@ from fieldsmith.methods.align.schedule import effective_strength, multiplier, st
 from fieldsmith.methods.align.setting import Setting
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.rewards import Reward
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.samplers import euler
 from fieldsmith.training import Optimisation, fit, step_generator
 

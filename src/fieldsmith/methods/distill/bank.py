@@ -25,7 +25,7 @@ from fieldsmith.methods.distill.curriculum import length_of, times_of
 from fieldsmith.models.branches import Branches, branches
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import noised, truth
-from fieldsmith.runs import write_atomically
+from fieldsmith.run import write_atomically
 from fieldsmith.training import step_generator
 
 SHARD = 2_048  # rows

@@ -26,7 +26,7 @@ from fieldsmith.models import pipeline_folder
 from fieldsmith.models.branches import Branches, branches
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import tag
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.training import Fit, Optimisation, fit, step_generator
 
 PROFILE = 4_096  # states at which a frozen teacher's losses are measured

@@ -21,7 +21,7 @@ from fieldsmith.methods.edit.rollouts import Channel, Collection, Setting, Task,
 from fieldsmith.models.core import LoraSpec, Model, stack
 from fieldsmith.models.editing import check_editor, encode_unique, quantised, states_of
 from fieldsmith.paths import noised
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.training import Optimisation, fit, step_generator
 
 NO_VARIANCE = "no group's scores differ"

@@ -2,55 +2,68 @@
 
 from __future__ import annotations
 
-import pathlib
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
-from fieldsmith.errors import InputError
+from pydantic import Field
+
+from fieldsmith.config import (
+    Config,
+    Count,
+    LoraConfig,
+    MemoryConfig,
+    NonNegative,
+    OptimConfig,
+    Positive,
+    Share,
+    Words,
+    config,
+)
+from fieldsmith.errors import InputError, check_word
 
 Method = Literal["gem", "esd", "uce", "concept-ablation", "eraseflow", "eraseanything", "projection"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 
-@dataclass(frozen=True)
-class EraseConfig:
+@config
+class EraseConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Erase concepts from a rectified-flow model. Defaults are GEM as released for FLUX.1-dev."""
 
-    targets: tuple[str, ...] = ()
+    NOTES = """--preset tiny|demo|paper|paper-gore|paper-sd3 (default: tiny for zoo models, else paper) sets the
+fields below, --config FILE.toml (such as a run's config.toml) sets them again, and flags come last."""
+
+    targets: Words = ()
     """Prompts to erase, e.g. `--targets triangle trigon`; one pair is drawn per step."""
-    anchors: tuple[str, ...] = ()
+    anchors: Words = ()
     """What each target should give instead: one per target, or one for all."""
     model: str = "zoo:shapes-flux"
     """A diffusers pipeline folder, a hub id, or a zoo model."""
-    out: pathlib.Path | None = None
-    """The run directory to write (new, empty, or this same run interrupted)."""
-    method: Method = "gem"
-    """GEM or one of the baselines, sharing states, adapters and evaluation."""
-    keep: tuple[str, ...] = ()
+    method: str = "gem"
+    """gem, or a baseline that shares its states, adapters and evaluation: esd, uce, concept-ablation, eraseflow,
+    eraseanything, projection; or `file.py:name`, a method of your own (docs/extend.md)."""
+    keep: Words = ()
     """Prompts whose drift is logged; with `retain` > 0 also trained to stay. Empty: the empty prompt."""
-    synonyms: tuple[str, ...] = ()
+    synonyms: Words = ()
     """Other words for the target (EraseAnything's contrast only); empty: the target itself."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Image side in pixels; None: the model's own, at most 512."""
-    seed: int = 0
-    """Everything random follows from it."""
 
-    eta: float = 1.0
+    eta: NonNegative = 1.0
     """Push away from the target: GEM's repulsion, or ESD's and EraseAnything's negative guidance."""
-    gamma: float = 100.0
+    gamma: Positive = 100.0
     """GEM's loss scale; under AdamW it hardly matters."""
-    margin: float = 0.0
+    margin: NonNegative = 0.0
     """Relative margin kappa (ours): 0 is the paper's hinge, 1 stops exactly at the anchor when eta is 1."""
     timestep_weight: Literal["uniform", "tb"] = "uniform"
     """Weight of each state's hinge: uniform (the paper) or tb, trajectory-likelihood weights of mean 1."""
-    retain: float = 0.0
+    retain: NonNegative = 0.0
     """Weight of the distance to the reference on `keep` prompts (ours), in units of the pull; 0 is the paper."""
 
-    budget: int = 250
+    budget: Count = 250
     """State evaluations to spend; GEM's released budget is 250 (23 steps of 11 states)."""
-    batch: int = 1
+    batch: Count = 1
     """Rollouts per step."""
-    steps: int = 28
+    steps: Count = 28
     """Sampler steps of a whole rollout."""
     window: tuple[int, int] = (1, 11)
     """First and last supervised state of a GEM rollout; state k lives at the grid's time k."""
@@ -62,47 +75,82 @@ class EraseConfig:
     """Guidance in the loss's forwards."""
     official_pairing: bool = False
     """Pair state k with time k-1, as the released code does."""
-    chunk: int = 6
+    chunk: Count = 6
     """States per forward; lower it when memory is short."""
 
-    subset: str = "qk_dual"
-    """Which layers train: a subset of the family (qk_dual, attention, all-linear, ...)."""
-    full: bool = False
-    """Train full weights of the subset instead of a LoRA."""
-    rank: int = 16
-    """LoRA rank."""
-    alpha: float | None = None
-    """LoRA alpha; None: equal to the rank."""
-    dropout: float = 0.1
+    subset: str | None = None
+    """Which layers train (qk_dual, attention, all-linear, ...); None: the family's own for erasing, FLUX's qk_dual."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """LoRA dropout, active in rollouts and loss as released."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """AdamW's learning rate; with the number of steps the true strength of the erasure."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     """AdamW's weight decay."""
 
     beta: float = 2.5
     """EraseFlow's log-reward."""
-    noise_level: float = 0.7
+    noise_level: Positive = 0.7
     """Noise of EraseFlow's stochastic rollouts and of the tb weights."""
-    prior: float = 0.0
+    prior: NonNegative = 0.0
     """Concept ablation's weight of the flow-matching loss on anchor images."""
-    attention_weight: float = 1e-3
+    attention_weight: NonNegative = 1e-3
     """EraseAnything's weight of the attention on the keyword."""
-    preserve_weight: float = 0.1
+    preserve_weight: NonNegative = 0.1
     """EraseAnything's weight of its preserving step."""
-    uce_lambda: float = 0.5
+    uce_lambda: Positive = 0.5
     """UCE: how much the old weights weigh."""
 
-    stop_active: float | None = None
+    stop_active: Share | None = None
     """Stop when the share of states with a positive hinge falls below this."""
     stop_lambda: float | None = None
     """Stop when the mean progress from target (0) to anchor (1) exceeds this."""
-    stop_drift: float | None = None
+    stop_drift: NonNegative | None = None
     """Stop when the relative drift on kept prompts exceeds this."""
-    evaluate: int = 16
-    """Images per prompt in the report's evaluation."""
+    evaluate: Annotated[int, Field(ge=0)] = 16
+    """Images per prompt in the report's evaluation; 0 trains and saves only."""
     attacks: bool = False
     """Also try to bring the concept back (learned word, free embeddings, relearning, other samplers and scales)."""
+
+    @classmethod
+    def preset_of(cls, name: str | None, scale: str | None, given: Mapping[str, Any]) -> Self:
+        model, method = given.get("model", cls.model), given.get("method", cls.method)
+        if scale is not None:
+            raise InputError(f"scale '{scale}' has no meaning for erase, whose presets carry their sizes; leave it out")
+        if ":" not in method:
+            check_word(method, METHODS, "erase's methods")
+        known = method if method in METHODS else "esd"  # a method of the user's own starts from the simplest one's
+        name = name or ("tiny" if model.startswith("zoo:") else "paper")
+        if name in ("tiny", "demo"):
+            return cls(**{"method": method, **LAPTOP, **TINY[known], **(DEMO if name == "demo" else {})})
+        check_word(name, (*PRESETS, "tiny", "demo"), "erase's presets")
+        if method != "gem" and name != "paper":
+            raise InputError(f"preset '{name}' is GEM's; for method '{method}' use paper or tiny")
+        return cls(**{"method": method, **PAPER[known], **PRESETS[name]})
+
+    def check(self) -> None:
+        if not self.targets:
+            raise InputError("no target given; name what to erase, e.g. --targets triangle")
+        if not self.anchors:
+            raise InputError("no anchor given; name what the target should give instead, e.g. --anchors circle")
+        for name in ("targets", "anchors"):
+            if not all(word.strip() for word in getattr(self, name)):
+                raise InputError(f"one of the {name} is empty; name a concept in words")
+        if len(self.anchors) not in (1, len(self.targets)):
+            raise InputError(
+                f"{len(self.targets)} targets and {len(self.anchors)} anchors; give one anchor a target, or one for all"
+            )
+        for target, anchor in self.pairs:
+            if " ".join(target.lower().split()) == " ".join(anchor.lower().split()):
+                raise InputError(f"target '{target}' is its own anchor; name another anchor")
+        first, last = self.window
+        if not (0 if not self.official_pairing else 1) <= first <= last <= self.steps - 1:
+            raise InputError(f"window {first}..{last} does not fit {self.steps} sampler steps; use 1..{self.steps - 1}")
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(target, anchor) prompts, a single anchor for all."""
+        anchors = self.anchors * len(self.targets) if len(self.anchors) == 1 else self.anchors
+        return list(zip(self.targets, anchors, strict=True))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -152,56 +200,3 @@ DEMO: dict[str, Any] = {
         "a colored cross", "a colored ring", "a colored star", "",
     ),
 }  # fmt: skip
-
-
-def preset(name: str, method: str = "gem") -> EraseConfig:
-    """The settings of a preset for a method. Raises InputError at an unknown name of either."""
-    if method not in METHODS:
-        raise InputError(f"method '{method}' is unknown; known: {', '.join(METHODS)}")
-    base = EraseConfig(method=cast(Method, method))
-    if name in ("tiny", "demo"):
-        return replace(base, **{**LAPTOP, **TINY[method], **(DEMO if name == "demo" else {})})
-    if name not in PRESETS:
-        raise InputError(f"preset '{name}' is unknown; known: {', '.join((*PRESETS, 'tiny', 'demo'))}")
-    if method != "gem" and name != "paper":
-        raise InputError(f"preset '{name}' is GEM's; for method '{method}' use paper or tiny")
-    return replace(base, **PAPER[method], **PRESETS[name])
-
-
-def check(config: EraseConfig) -> None:
-    """Refuse settings that cannot erase. Raises InputError with the value and the fix; needs no model."""
-    if not config.targets:
-        raise InputError("no target given; name what to erase, e.g. --targets triangle")
-    if not config.anchors:
-        raise InputError("no anchor given; name what the target should give instead, e.g. --anchors circle")
-    if len(config.anchors) not in (1, len(config.targets)):
-        raise InputError(
-            f"{len(config.targets)} targets and {len(config.anchors)} anchors; give one anchor a target, or one for all"
-        )
-    for target, anchor in pairs(config):
-        if " ".join(target.lower().split()) == " ".join(anchor.lower().split()):
-            raise InputError(f"target '{target}' is its own anchor; name another anchor")
-    positive = ("budget", "batch", "steps", "chunk", "rank", "evaluate")
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)} must be at least 1")
-    first, last = config.window
-    if not (0 if not config.official_pairing else 1) <= first <= last <= config.steps - 1:
-        raise InputError(f"window {first}..{last} does not fit {config.steps} sampler steps; use 1..{config.steps - 1}")
-    for name in ("lr", "gamma", "uce_lambda", "noise_level"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"{name}={getattr(config, name)} must be above 0")
-    if not 0 <= config.dropout < 1:
-        raise InputError(f"dropout={config.dropout} must be in [0, 1)")
-    for name in ("alpha", "resolution"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise InputError(f"{name}={getattr(config, name)} must be above 0")
-    for name in ("eta", "margin", "retain", "weight_decay"):
-        if not getattr(config, name) >= 0:
-            raise InputError(f"{name}={getattr(config, name)} must not be negative")
-
-
-def pairs(config: EraseConfig) -> list[tuple[str, str]]:
-    """(target, anchor) pairs, a single anchor broadcast."""
-    anchors = config.anchors * len(config.targets) if len(config.anchors) == 1 else config.anchors
-    return list(zip(config.targets, anchors, strict=True))

@@ -21,7 +21,7 @@ from fieldsmith.models.families import NO_STEPS
 from fieldsmith.models.jacobians import jvp, rademacher
 from fieldsmith.models.variance_head import LAST
 from fieldsmith.paths import VariancePreserving, noised, snr
-from fieldsmith.runs import Run
+from fieldsmith.run import Run
 from fieldsmith.samplers import range_log_variance, single_step
 from fieldsmith.training import Fit, Optimisation, fit, step_generator
 

@@ -1,7 +1,7 @@
-"""The run directory (design: one contract for all verbs): what was asked, what happened, what came out.
+"""The run directory, one contract for all verbs: what was asked, what happened, what came out.
 
-config.toml, metrics.jsonl (a line a step), metrics.json (final numbers), checkpoints/, adapter/ or model/, report.html.
-Files are written beside and renamed, so that a reader or a resumed run never sees half of one.
+config.toml, metrics.jsonl (a line a step), metrics.json (final numbers), checkpoints/, adapter/ or model/, samples/,
+report.html. Files are written beside and renamed, so that a reader or a resumed run never sees half of one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import tempfile
 import tomllib
 from typing import Any
 
@@ -31,6 +32,23 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def check_out(out: pathlib.Path, folder: bool) -> None:
+    """Raises InputError where `out` cannot become a folder (or a file): it is the other one, or cannot be written."""
+    if folder and out.is_file():
+        raise InputError(f"out '{out}' is a file; name a folder that is new or empty")
+    if not folder and out.is_dir():
+        raise InputError(f"out '{out}' is a folder; name a file")
+    places = (out.absolute(), *out.absolute().parents) if folder else out.absolute().parents
+    above = next(place for place in places if place.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=above, prefix=".fieldsmith-").cleanup()
+    except OSError as error:
+        raise InputError(
+            f"out '{out}' cannot be written, '{above}' is not a folder that you may write to ({error.strerror}); name "
+            "another"
+        ) from error
+
+
 def plain(value: Any) -> Any:
     """Dataclasses, paths and tuples as what TOML and JSON hold; None values are left out of mappings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -46,6 +64,7 @@ class Run:
     """A run directory; the same command on a directory that it began resumes it, another command is refused."""
 
     def __init__(self, folder: str | pathlib.Path, verb: str, config: Any):
+        """Nothing is written yet. Raises InputError where the folder cannot become this run's."""
         self.folder = pathlib.Path(folder)
         self.verb = verb
         self.settings = {"verb": verb, **plain(config)}
@@ -54,9 +73,8 @@ class Run:
 
     def _check(self) -> None:
         path = self.folder / "config.toml"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"out '{self.folder}' is a file; name a folder that is new or empty")
         if not path.exists():
+            check_out(self.folder, folder=True)
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise InputError(f"out folder '{self.folder}' holds other files; name one that is new or empty")
             return
@@ -108,6 +126,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / "metrics.json").exists()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a checkpoint waits to be gone on from."""
+        return any((self.folder / "checkpoints").glob("step-*"))
 
 
 def _version(name: str) -> str:

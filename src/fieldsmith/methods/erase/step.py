@@ -1,38 +1,31 @@
-"""The run: states -> loss -> training.fit, for GEM and for every baseline.
+"""`erase` prepared: pairs encoded, what trains attached, and each method's losses, GEM's and the baselines'.
 
-In: a model, a configuration, a run directory (or None). Out: the model, trained in place, and a Result.
+In: a model, a configuration. Out: a Job for verb.py. A method is a function (model, config, pairs) -> Method; one of
+your own has the same form (docs/extend.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fieldsmith import preflight, processes
+from fieldsmith import preflight
 from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
-from fieldsmith.methods.erase.config import EraseConfig, check, pairs
-from fieldsmith.models.core import Condition, LoraSpec, Model
+from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.text_layers import attention_maps, check_text_layers, text_inputs, word_positions
 from fieldsmith.paths import Kind, Prediction, RectifiedFlow, noised
-from fieldsmith.runs import Run
+from fieldsmith.preflight import Check
 from fieldsmith.samplers import flow_sde_step, gaussian_step
-from fieldsmith.training import Fit, Losses, Optimisation, fit, step_generator
-
-Callback = Callable[[int, dict[str, float]], "str | None"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run did: optimiser steps, seconds, forward-equivalents, why it stopped."""
-
-    steps: int
-    seconds: float
-    forward_equivalents: int
-    stopped: str
+from fieldsmith.training import Losses, Optimisation, step_generator
+from fieldsmith.verb import Job, attach
 
 
 @dataclass(frozen=True)
@@ -44,59 +37,64 @@ class Pair:
     anchor: Condition
 
 
-def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: Callback | None = None) -> Result:
-    """Erase config.targets from the model, in place. `probe(step, log)` is called before step 0 and after each step;
-    a reason that it returns ends the run.
+@dataclass(frozen=True)
+class Method:
+    """What a method trains on: its losses, how many states a step evaluates, and parameters of its own."""
 
-    Raises InputError before anything is trained (settings, prompts, preflight), RunError if training breaks.
+    losses: Losses
+    states_per_step: int
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+Build = Callable[[Model, EraseConfig, "list[Pair]"], Method]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given beside its settings: who judges its images, and a method of the user's own."""
+
+    world: Any = None  # a world of known truth (worlds/), or None
+    method: Build | None = None
+
+
+def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
+    """Erase config.targets from the model, in place.
+
+    Raises InputError where prompts or method do not fit the model, before anything is attached.
     """
-    check(config)
-    processes.check_share(config.batch, "batch")
-    check_model(model, config)
-    encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
+    _check_model(model, config)
+    pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
     model.encode(config.keep or [""])  # unknown words are refused now
-    spent = model.forwards
+    config = config.replace(subset=model.subset(config.subset, "erase"))
     if config.method in ("uce", "projection"):
-        return _untrained(model, config, encoded, run, callback)
+        return _untrained(model, config, pairs)
 
-    base = _prepare(model, config, encoded)
-    model.forwards = spent
-    parameters = model.trainable()
-    losses, extra = LOSSES[config.method](model, config, encoded)
-    parameters = {**parameters, **extra}
-    built = model.forwards  # what the method itself spent on preparation
-    try:
-        _first_look(model, config, encoded, losses, base, quiet=run is None)
-    except BaseException:
-        model.remove_training()  # refused before anything was trained: the model can be used again
-        raise
-    if run:
-        run.begin()
-    per_step = _states_per_step(config)
-    kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=2))
-    model.forwards = built + (len(kept.t) if config.retain else 0)  # checks and diagnostics are not the method's cost
+    x = model.noise(min(config.batch, 4), step_generator(config.seed, 0, stream=1))
+    t = model.grid(config.steps)[min(config.window[0], config.steps - 1)]
+    attached = attach(model, config, lambda: model.predict(x, t, pairs[0].target).velocity, config.dropout, config.seed)
+    with model.uncounted():
+        separations = _separations(model, config, pairs, x, t)
+    method = (inputs.method or METHODS[config.method])(model, config, pairs)
+    # kept states are for the log alone unless they are trained on
+    with contextlib.nullcontext() if config.retain else model.uncounted():
+        kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=2))
 
-    carried: list[int] = []  # what an interrupted run had spent before this process took over
-
-    def watched(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        if not carried:
-            earlier = run.history() if run else []
-            carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
-        yield from losses(step, generator, log)
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        yield from method.losses(step, generator, log)
         if config.retain:
-            some = kept[torch.randint(len(kept.t), (per_step // 4 or 1,), generator=generator)]
-            pred = model.predict(some.x, some.t, some.condition, config.loss_guidance)
-            apart = L.norm(S.field_of(pred) - some.field).mean()
-            log["retain"] = apart.item()
-            yield config.retain * (config.gamma if config.method == "gem" else 1.0) * apart
+            some = kept[torch.randint(len(kept.t), (method.states_per_step // 4 or 1,), generator=generator)]
+            distance = L.norm(_field(model, some.x, some.t, some.condition, config) - some.field).mean()
+            log["retain"] = distance.item()
+            yield config.retain * (config.gamma if config.method == "gem" else 1.0) * distance
         if step % 5 == 0:
             log["drift"] = drift(model, kept, config)
-        log["forwards"] = carried[0] + model.forwards - spent
+
+    def checks(resumes: bool) -> list[Check]:
+        first = next(iter(method.losses(0, step_generator(config.seed, 0), {})))
+        states = min(config.chunk, method.states_per_step)
+        return [attached, *separations, *preflight.gradients(model, first), preflight.memory(model, states)]
 
     def stop(done: int, log: dict[str, float]) -> str | None:
-        reason = callback(done, log) if callback else None
-        if reason:
-            return reason
         if config.stop_active is not None and log.get("active", 1.0) < config.stop_active:
             return "active fraction"
         if config.stop_lambda is not None and log.get("lambda", 0.0) > config.stop_lambda:
@@ -105,117 +103,81 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: C
             return "drift"
         return None
 
-    if callback:
-        callback(0, {})
-    steps = -(-config.budget // per_step)
-    model.dropout(config.dropout > 0)
-    try:
-        done: Fit = fit(
-            parameters, watched,
-            Optimisation(steps, config.lr, config.weight_decay, checkpoint_every=10, seed=config.seed), run, stop,
-        )  # fmt: skip
-    finally:
-        model.dropout(False)
-    history = run.history() if run else []
-    cost = int(history[-1]["forwards"]) if history else model.forwards - spent
-    return Result(done.steps, done.seconds, cost, done.stopped)
+    @contextlib.contextmanager
+    def dropout() -> Iterator[None]:
+        model.dropout(config.dropout > 0)
+        try:
+            yield
+        finally:
+            model.dropout(False)
+
+    steps = -(-config.budget // method.states_per_step)
+    optimisation = Optimisation(
+        steps, config.lr, config.weight_decay, checkpoint_every=10, seed=config.seed, optimizer=config.optimizer
+    )
+    parameters = {**model.trainable(), **method.extra}
+    return Job(model, losses, optimisation, parameters, checks, stop, around=dropout)
 
 
-def check_model(model: Model, config: EraseConfig) -> None:
+def _check_model(model: Model, config: EraseConfig) -> None:
     """Raises InputError where the method has no meaning on the model's path, or no place in its network."""
     flow = isinstance(model.path, RectifiedFlow)
     for setting, asked in (("method", config.method), ("timestep_weight", config.timestep_weight)):
         if not flow and asked in ("eraseflow", "tb"):
             raise InputError(f"{setting} '{asked}' needs a rectified flow, which {model.name} is not; choose another")
     if config.method in ("uce", "eraseanything"):
-        from fieldsmith.models.text_layers import check_text_layers
-
         check_text_layers(model, config.method, attention=config.method == "eraseanything")
 
 
-def _untrained(
-    model: Model, config: EraseConfig, encoded: list[Pair], run: Run | None, callback: Callback | None
-) -> Result:
-    """UCE and the projection: no steps, and no forwards of the network."""
-    spent = model.forwards
-    _separations(model, config, encoded)
-    model.forwards = spent
-    if run:
-        run.begin()
+def _untrained(model: Model, config: EraseConfig, pairs: list[Pair]) -> Job:
+    """UCE and the projection: no steps, and no forwards of the network but the preflight's."""
+
+    def checks(resumes: bool) -> list[Check]:
+        x = model.noise(min(config.batch, 4), step_generator(config.seed, 0, stream=1))
+        return _separations(model, config, pairs, x, model.grid(config.steps)[min(config.window[0], config.steps - 1)])
+
+    none = Optimisation(0, config.lr, seed=config.seed)
     if config.method == "uce":
-        _closed_form(model, config)
-    if callback:
-        callback(0, {})
-    return Result(0, 0.0, 0, "closed form" if config.method == "uce" else "training-free")
+        return Job(model, _no_losses, none, {}, checks, stopped="closed form", begin=lambda: closed_form(model, config))
+    return Job(
+        model, _no_losses, none, {}, checks, stopped="training-free", trained=Projected(model, config),
+        ship=lambda model, folder: "none: the projection acts while sampling",
+    )  # fmt: skip
 
 
-def _states_per_step(config: EraseConfig) -> int:
-    first, last = config.window
-    per_rollout = {"gem": last - first + 1, "eraseflow": config.steps}
-    return config.batch * per_rollout.get(config.method, 1)
+def _no_losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    yield from ()
 
 
 @torch.no_grad()
 def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> float:
     """Mean relative distance of the field to the reference's on kept prompts; not counted as cost."""
-    counted = model.forwards
     some = kept[torch.arange(0, len(kept.t), every)]
-    pred = model.predict(some.x, some.t, some.condition, config.loss_guidance)
-    model.forwards = counted
-    change = (S.field_of(pred) - some.field).flatten(1).norm(dim=1) / some.field.flatten(1).norm(dim=1)
-    return change.mean().item()
+    with model.uncounted():
+        change = (_field(model, some.x, some.t, some.condition, config) - some.field).flatten(1).norm(dim=1)
+    return (change / some.field.flatten(1).norm(dim=1)).mean().item()
 
 
 def _field(model: Model, x: Tensor, t: Tensor, condition: Condition, config: EraseConfig) -> Tensor:
     return S.field_of(model.predict(x, t, condition, config.loss_guidance))
 
 
-def _probe_point(model: Model, config: EraseConfig) -> tuple[Tensor, Tensor]:
-    x = model.noise(min(config.batch, 4), step_generator(config.seed, 0, stream=1))
-    return x, model.grid(config.steps)[min(config.window[0], config.steps - 1)]
-
-
 @torch.no_grad()
-def _separations(model: Model, config: EraseConfig, encoded: list[Pair]) -> list[preflight.Check]:
-    x, t = _probe_point(model, config)
-    output = [[_field(model, x, t, c, config) for c in (p.anchor, p.target)] for p in encoded]
-    checks = [preflight.separation(a, n, pair.name) for (a, n), pair in zip(output, encoded, strict=True)]
-    preflight.require(checks, quiet=True)
-    return checks
+def _separations(model: Model, config: EraseConfig, pairs: list[Pair], x: Tensor, t: Tensor) -> list[Check]:
+    """Every target differs from its anchor, or there is nothing to learn."""
+    fields = [(_field(model, x, t, pair.anchor, config), _field(model, x, t, pair.target, config)) for pair in pairs]
+    return [preflight.separation(*both, pair.name) for both, pair in zip(fields, pairs, strict=True)]
 
 
-@torch.no_grad()
-def _prepare(model: Model, config: EraseConfig, encoded: list[Pair]) -> Tensor:
-    """Attach what trains; the base's velocity at a probe point, from before."""
-    x, t = _probe_point(model, config)
-    base = model.predict(x, t, encoded[0].target).velocity
-    if config.full:
-        model.unfreeze(config.subset)
-    else:
-        model.adapt(LoraSpec(config.subset, config.rank, config.alpha, config.dropout, config.seed))
-    return base
+def _pick(pairs: list[Pair], generator: torch.Generator) -> Pair:
+    return pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
 
 
-def _first_look(
-    model: Model, config: EraseConfig, encoded: list[Pair], losses: Losses, base: Tensor, quiet: bool
-) -> None:
-    """The preflight, on the first step's own draws."""
-    x, t = _probe_point(model, config)
-    checks = [preflight.adapter_off(model, x, t, encoded[0].target, base), *_separations(model, config, encoded)]
-    first = next(iter(losses(0, step_generator(config.seed, 0), {})))
-    checks += [*preflight.gradients(model, first), preflight.memory(model, min(config.chunk, _states_per_step(config)))]
-    preflight.require(checks, quiet)
-
-
-def _pick(encoded: list[Pair], generator: torch.Generator) -> Pair:
-    return encoded[int(torch.randint(len(encoded), (1,), generator=generator))]
-
-
-def gem(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+def gem(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """GEM (section 2.4 of the notes): a window of states of a target rollout, contrasted with two frozen velocities."""
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, generator)
+        pair = _pick(pairs, generator)
         states = S.window(model, pair.target, config, generator)
         left = config.budget - step * len(states)
         weights = torch.ones_like(states.t)
@@ -232,7 +194,8 @@ def gem(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses,
         means = torch.cat(seen, 1).mean(1).tolist()
         log |= dict(zip(("d_plus", "d_minus", "lambda", "active"), means, strict=True))
 
-    return losses, {}
+    first, last = config.window
+    return Method(losses, config.batch * (last - first + 1))
 
 
 def _contrast(model: Model, some: S.States, pair: Pair, config: EraseConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,29 +206,29 @@ def _contrast(model: Model, some: S.States, pair: Pair, config: EraseConfig) -> 
     return _field(model, some.x, some.t, pair.target, config), p, n
 
 
-def esd(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+def esd(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """ESD: one teacher state a rollout, regressed to negative guidance (section 3.1)."""
     null = model.encode([""])
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, generator)
+        pair = _pick(pairs, generator)
         at = S.single(model, pair.target, config, generator)
         v, u, n = _contrast(model, at, Pair("", pair.target, null), config)
         yield L.square_loss(v, L.esd_target(n, u, config.eta))
 
-    return losses, {}
+    return Method(losses, config.batch)
 
 
-def concept_ablation(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+def concept_ablation(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """Concept ablation, model-based: on noised anchor images the target prompt follows the anchor prompt (3.3)."""
     generator = step_generator(config.seed, 0, stream=3)
     images = []
     with model.reference():
-        images = [[S.roll(model, pair.anchor, config, generator).last for _ in range(4)] for pair in encoded]
-    bank = {id(pair): torch.cat(part) for pair, part in zip(encoded, images, strict=True)}
+        images = [[S.roll(model, pair.anchor, config, generator).last for _ in range(4)] for pair in pairs]
+    bank = {id(pair): torch.cat(part) for pair, part in zip(pairs, images, strict=True)}
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, generator)
+        pair = _pick(pairs, generator)
         x_0 = bank[id(pair)]
         x_0 = x_0[torch.randint(len(x_0), (config.batch,), generator=generator)]
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
@@ -278,10 +241,10 @@ def concept_ablation(model: Model, config: EraseConfig, encoded: list[Pair]) -> 
             output = _field(model, x_t, t, pair.anchor, config)
             yield config.prior * L.square_loss(output, eps - x_0 if isinstance(model.path, RectifiedFlow) else eps)
 
-    return losses, {}
+    return Method(losses, config.batch)
 
 
-def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+def eraseflow(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """EraseFlow: trajectory balance on the student's own anchor trajectories (1.3); memory grows with `steps`."""
     log_z = torch.zeros((), requires_grad=True)
     grid = model.grid(config.steps)
@@ -291,7 +254,7 @@ def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[L
         return step.log_prob(after) / after[0].numel()
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        pair = _pick(encoded, generator)
+        pair = _pick(pairs, generator)
         x = model.noise(config.batch, generator)
         states, on_anchor = [x], []
         with torch.no_grad():
@@ -308,19 +271,17 @@ def eraseflow(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[L
         log["log_z"] = log_z.item()
         yield loss
 
-    return losses, {"eraseflow.log_z": log_z}
+    return Method(losses, config.batch * config.steps, {"eraseflow.log_z": log_z})
 
 
-def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tuple[Losses, dict[str, Tensor]]:
+def eraseanything(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """EraseAnything: negative guidance and attention on even steps, preservation on odd ones (3.4).
 
     Fixed: the teacher is frozen, states match their times, irrelevant words are the kept prompts, and preservation
     regresses the reference's velocity on kept prompts, the mean of flow matching on its images (on images of the
     concept, as released, it would teach the concept back). The keyword is the whole target prompt.
     """
-    from fieldsmith.models.text_layers import attention_maps, word_positions
-
-    names = [target for target, _ in pairs(config)]
+    names = [target for target, _ in config.pairs]
     kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=3))
     irrelevant = list(config.keep[:3] or ("",))
 
@@ -331,8 +292,8 @@ def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tup
         return maps[0][:, 0, :, words].mean(-1), [velocity, maps[0]]
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        which = int(torch.randint(len(encoded), (1,), generator=generator))
-        pair = encoded[which]
+        which = int(torch.randint(len(pairs), (1,), generator=generator))
+        pair = pairs[which]
         at = S.single(model, pair.target, config, generator)
         if step % 2 == 0:
             with torch.no_grad(), model.reference():
@@ -350,10 +311,10 @@ def eraseanything(model: Model, config: EraseConfig, encoded: list[Pair]) -> tup
             others = torch.stack([column(word, at)[0] for word in irrelevant])
             yield config.preserve_weight * L.contrast_loss(synonym, column(names[which], at)[0], others)
 
-    return losses, {}
+    return Method(losses, config.batch)
 
 
-LOSSES: dict[str, Callable[[Model, EraseConfig, list[Pair]], tuple[Losses, dict[str, Tensor]]]] = {
+METHODS: dict[str, Build] = {
     "gem": gem,
     "esd": esd,
     "concept-ablation": concept_ablation,
@@ -362,11 +323,9 @@ LOSSES: dict[str, Callable[[Model, EraseConfig, list[Pair]], tuple[Losses, dict[
 }
 
 
-def _closed_form(model: Model, config: EraseConfig) -> None:
+def closed_form(model: Model, config: EraseConfig) -> None:
     """UCE on the layers where text enters."""
-    from fieldsmith.models.text_layers import text_inputs
-
-    targets, anchors = (text_inputs(model, side) for side in zip(*pairs(config), strict=True))
+    targets, anchors = (text_inputs(model, side) for side in zip(*config.pairs, strict=True))
     kept = text_inputs(model, config.keep or ("",))
     model.unfreeze("text-inputs")
     for name, erased in targets.items():
@@ -380,7 +339,7 @@ class Projected:
 
     def __init__(self, model: Model, config: EraseConfig):
         self.model, self.config = model, config
-        self.pairs = [(model.encode([t]), model.encode([a])) for t, a in pairs(config)]
+        self.pairs = [(model.encode([t]), model.encode([a])) for t, a in config.pairs]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["model"], name)

@@ -1,0 +1,43 @@
+"""`fieldsmith align|distill|edit|erase|sharpen`: words -> preset, file, flags -> a config -> the public function.
+
+What can be refused from the words alone is refused before torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from fieldsmith.commands import arguments
+from fieldsmith.config import from_file
+from fieldsmith.errors import InputError
+from fieldsmith.models import pipeline_folder
+
+CONFIGS = {
+    "align": "AlignConfig", "distill": "DistillConfig", "edit": "EditConfig", "erase": "EraseConfig",
+    "sharpen": "SharpenConfig",
+}  # fmt: skip
+
+
+def settings(verb: str, words: Sequence[str]) -> Any:
+    """The config of a command line: preset, then file, then flags. Raises InputError at anything unknown."""
+    kind = getattr(importlib.import_module(f"fieldsmith.methods.{verb}.config"), CONFIGS[verb])
+    words = list(words)
+    preset, scale, path = (arguments.take(words, flag) for flag in ("--preset", "--scale", "--config"))
+    file = from_file(path, kind, verb) if path else {}
+    # a preset depends on some settings, which flags may give: those are parsed in full on top of it
+    flags = {name: arguments.peek(words, f"--{name}") for name in ("model", "teacher", "method", "objective")}
+    given = file | {name: value for name, value in flags.items() if value is not None}
+    return arguments.parse(kind.preset_of(preset, scale, given).replace(**file), words, verb, kind.NOTES)
+
+
+def run(verb: str, words: Sequence[str]) -> None:
+    """The whole verb. Raises InputError before anything is written."""
+    config = settings(verb, words)
+    config.check()
+    if config.out is None:
+        raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{verb}")
+    pipeline_folder(getattr(config, "model", None) or config.teacher)  # an unknown zoo model is refused now
+    api = importlib.import_module("fieldsmith.api")  # imports torch: only once the words are known to be good
+    getattr(api, verb)(config=config)

@@ -1,0 +1,182 @@
+"""What a run gives back: the trained model, its numbers with intervals, pictures before and after, and files of it."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import pathlib
+import shutil
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fieldsmith.errors import InputError, check_word
+from fieldsmith.models import load, load_adapter
+from fieldsmith.models.core import Model
+from fieldsmith.models.export import adapter_of, check_format, sizes_of, write
+from fieldsmith.report.grid import picture
+from fieldsmith.report.page import Pair, png_uri
+from fieldsmith.run import plain, write_atomically
+
+Format = Literal["diffusers", "kohya", "comfyui", "merged"]
+FORMATS = ("diffusers", "kohya", "comfyui", "merged")
+SHOWN = 8  # rows of `show`
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: what verbs return, and what `fieldsmith.open_run` reads back."""
+
+    verb: str
+    config: Any  # the verb's config, or the settings of config.toml where a run was opened
+    metrics: dict[str, Any] = field(repr=False)  # as metrics.json has them: before, after, side effects, cost
+    pairs: tuple[Pair, ...] = field(repr=False)  # images (n, 3, h, w) in [0, 1] before and after, at equal seeds
+    out: pathlib.Path | None = None  # the run directory, where one was written
+    trained: Model | None = field(default=None, repr=False)
+
+    @staticmethod
+    def open(folder: str | pathlib.Path) -> Result:
+        """The result of a finished run directory. Raises InputError where the folder is no finished run."""
+        folder = pathlib.Path(folder)
+        if not (folder / "metrics.json").is_file() or not (folder / "config.toml").is_file():
+            raise InputError(f"'{folder}' is no finished run: it has no metrics.json; repeat its command to finish it")
+        settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return Result(settings.pop("verb"), settings, metrics, tuple(_load_samples(folder / "samples")), folder)
+
+    @property
+    def model(self) -> Model:
+        """The trained model; of an opened run it is loaded when it is first asked for."""
+        if self.trained is None:
+            object.__setattr__(self, "trained", self._load())
+        assert self.trained is not None
+        return self.trained
+
+    def _load(self) -> Model:
+        assert self.out is not None
+        shipped = self.metrics.get("adapter") or "model"
+        if (self.out / shipped).is_dir() and shipped != "adapter":
+            return load(self.out / shipped)
+        if not (self.out / shipped).is_dir():
+            raise InputError(f"run '{self.out}' shipped no weights ({shipped})")
+        model = load(self.config["model"], self.config.get("resolution"))
+        load_adapter(model, self.out / "adapter")
+        return model
+
+    def save(self, path: str | pathlib.Path, format: Format = "diffusers") -> pathlib.Path:
+        """Write what others load: an adapter as one .safetensors file (diffusers', kohya's or ComfyUI's keys) or as a
+        folder that diffusers loads, or the whole pipeline, with the adapter merged into its weights ('merged').
+
+        Raises InputError at an unknown format, and where the family or the run has no adapter to write.
+        """
+        path = pathlib.Path(path)
+        check_word(format, FORMATS, "Result.save's formats")
+        model = self.model
+        if format == "merged" or (format == "diffusers" and path.suffix != ".safetensors"):
+            if path.suffix == ".safetensors":
+                raise InputError(f"a merged pipeline is a folder; name '{path.with_suffix('')}' instead of '{path}'")
+            model.save(path, merged=format == "merged")
+            return path
+        if not model.spec:
+            raise InputError(f"this run trained full weights, which no adapter file holds; save(format='merged')")
+        if path.suffix != ".safetensors":
+            raise InputError(f"'{path}' is no name of a safetensors file; call it {path}.safetensors")
+        check_format(model.family, format)
+        write(adapter_of(model), model.family, sizes_of(model.network), format, path)
+        return path
+
+    def show(self) -> Figure:
+        """Before and after at equal seeds, a row a prompt; a matplotlib figure."""
+        rows = self.pairs[:SHOWN]
+        if not rows:
+            raise InputError("this run drew no pictures; run it with evaluate above 0")
+        columns = max(len(pair.before) for pair in rows)
+        figure = Figure(figsize=(2.2 * columns + 0.6, 1.3 * len(rows) + 0.5), layout="constrained")
+        axes = figure.subplots(len(rows), 2, squeeze=False)
+        for (left, right), pair in zip(axes, rows, strict=True):
+            for place, side, images in ((left, "before", pair.before), (right, "after", pair.after)):
+                place.imshow(_strip(images), interpolation="nearest")
+                place.set_axis_off()
+                place.set_title(f"{pair.label}: {side}" if pair.label else side, fontsize=8)
+        return figure
+
+    def _repr_html_(self) -> str:
+        """Pictures before and after, and the table of numbers, for a notebook."""
+        rows = [
+            f"<tr><td>{html.escape(pair.label)}</td>"
+            + "".join(f'<td><img alt="{side}" src="{png_uri(_strip(images))}"></td>' for side, images in sides)
+            + "</tr>"
+            for pair in self.pairs[:SHOWN]
+            for sides in [(("before", pair.before), ("after", pair.after))]
+        ]
+        pictures = f"<table><tr><th></th><th>before</th><th>after</th></tr>{''.join(rows)}</table>" if rows else ""
+        cells = "".join(
+            f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in values) + "</tr>"
+            for name, values in self.table()
+        )
+        head = f"<h4>fieldsmith {html.escape(self.verb)}</h4>"
+        return f"{head}{pictures}<table><tr><th>measure</th><th>before</th><th>after</th></tr>{cells}</table>"
+
+    def table(self) -> list[tuple[str, tuple[str, str]]]:
+        """Each measure with its value and interval before and after."""
+        before, after = self.metrics.get("before", {}), self.metrics.get("after", {})
+        return [(name, (_short(before.get(name)), _short(value))) for name, value in after.items() if _short(value)]
+
+
+def _short(value: Any) -> str:
+    """'0.4 [0.3, 0.5]' of a number as metrics.json has it; '' of what is no single number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
+        return ""
+    if isinstance(value, dict):
+        if "value" not in value:
+            return ""
+        ends = f" [{value['low']:.3g}, {value['high']:.3g}]" if value.get("low") is not None else ""
+        return f"{value['value']:.3g}{ends}"
+    return f"{value:.3g}"
+
+
+def _strip(images: torch.Tensor | Sequence[torch.Tensor]) -> Image.Image:
+    """Images side by side, two pixels apart, on white."""
+    pictures = [picture(image) for image in images]
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (len(pictures) * (width + 2) - 2, height), "white")
+    for place, one in enumerate(pictures):
+        sheet.paste(one, (place * (width + 2), 0))
+    return sheet
+
+
+def save_samples(pairs: Sequence[Pair], folder: pathlib.Path) -> None:
+    """Write pairs as strips of PNG, with what they show in samples.json."""
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    listed = []
+    for place, pair in enumerate(pairs):
+        names = {side: f"{place:03d}-{side}.png" for side in ("before", "after")}
+        for side, images in (("before", pair.before), ("after", pair.after)):
+            buffer = io.BytesIO()
+            _strip(images).save(buffer, format="PNG")
+            (beside / names[side]).write_bytes(buffer.getvalue())
+        listed.append({"label": pair.label, "images": len(pair.before), **names})
+    write_atomically(beside / "samples.json", json.dumps(plain(listed), indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def _load_samples(folder: pathlib.Path) -> Iterator[Pair]:
+    if not (folder / "samples.json").is_file():
+        return
+    for row in json.loads((folder / "samples.json").read_text(encoding="utf-8")):
+        sides = []
+        for side in ("before", "after"):
+            sheet = torch.from_numpy(numpy.array(Image.open(folder / row[side]).convert("RGB"))).permute(2, 0, 1) / 255
+            width = (sheet.shape[2] + 2) // row["images"] - 2
+            sides.append(torch.stack([sheet[:, :, k * (width + 2) :][:, :, :width] for k in range(row["images"])]))
+        yield Pair(row["label"], *sides)

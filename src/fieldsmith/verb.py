@@ -1,0 +1,280 @@
+"""What every verb does, written once: check, open the run, load, prepare, preflight, train, ship, measure, write the page.
+
+A verb gives four functions (`Verb`): `prepare` makes a `Job` of a model and a config, `measure` looks at the model
+before and after, `report` compares the two. Everything else about a run is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fieldsmith import preflight
+from fieldsmith.config import Config, LoraConfig
+from fieldsmith.errors import InputError
+from fieldsmith.models import load
+from fieldsmith.models.core import LoraSpec, Model
+from fieldsmith.models.memory import checkpoint_activations, offload
+from fieldsmith.preflight import Check
+from fieldsmith.report.page import Page, Panel
+from fieldsmith.result import Result, save_samples
+from fieldsmith.run import Run
+from fieldsmith.training import Fit, Losses, Optimisation, fit
+
+Side = Literal["before", "after"]
+Callback = Callable[[int, dict[str, float]], "str | None"]  # steps done, the step's log -> a reason to stop, or None
+
+
+@dataclass
+class Job:
+    """What a verb prepared: which tensors train, on which losses, how it is checked, and what is looked at afterwards."""
+
+    model: Model  # whose weights train: the model itself, a student, a guide
+    losses: Losses
+    optimisation: Optimisation
+    parameters: dict[str, Tensor]  # all that moves, or that a checkpoint must hold
+    checks: Callable[[bool], list[Check]]  # preflight; told whether the run resumes, when rollouts are not repeated
+    stop: Callback | None = None
+    begin: Callable[[], None] = lambda: None  # called once all is checked, before the first step
+    stopped: str = ""  # why no step is taken, where none is
+    trained: Any = None  # what is measured after training; None: the model
+    base: Any = None  # what is measured before; None: the model under `reference()`
+    ship: Callable[[Model, pathlib.Path], str] = lambda model, folder: _ship(model, folder)
+    cost: Callable[[Fit, int], dict[str, Any]] = lambda done, nfe: {"nfe": nfe}  # for metrics.json
+    facts: Callable[[], dict[str, Any]] = dict  # more for metrics.json, asked after training
+    advice: Callable[[Fit], list[str]] = lambda done: []  # sentences to print after training
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # open while training, such as dropout
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Any]:
+        """What the run started from."""
+        if self.base is not None:
+            yield self.base
+            return
+        with self.model.reference():
+            yield self.model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did: steps in all, seconds in this process, why it stopped, network evaluations in all."""
+
+    steps: int
+    seconds: float
+    stopped: str
+    nfe: int
+    cost: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb's report is made from."""
+
+    config: Any
+    job: Job
+    inputs: Any
+    model: Model
+    before: Any  # what `measure` gave for the reference
+    after: Any
+    metrics: dict[str, Any]  # so far: cost, steps, seconds
+    history: list[dict[str, float]]  # lines of metrics.jsonl
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A method as data; methods/*/__init__ has one each."""
+
+    name: str
+    config: type[Config]
+    prepare: Callable[[Model, Any, Any], Job]  # model, config, inputs; refuses bad input before it attaches anything
+    measure: Callable[[Any, Any, Job, Side], Any]  # a model, config, job, side -> what `report` compares; equal seeds
+    report: Callable[[Page, Outcome], dict[str, Any]]  # fills the page; what goes into metrics.json
+    source: str = "model"  # the config's field that names what is loaded
+    frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
+
+
+def run(
+    verb: Verb,
+    config: Any,
+    inputs: Any = None,
+    model: Model | None = None,
+    callback: Callback | None = None,
+    quiet: bool = False,
+) -> Result:
+    """The whole verb. A run directory that holds this run already is not run again.
+
+    Raises InputError before anything is written, RunError where training or measuring breaks.
+    """
+    config.check()
+    check_memory(verb, config)
+    console = Console(stderr=True, quiet=quiet)
+    folder = Run(config.out, verb.name, config) if config.out else None
+    if folder and folder.finished:
+        console.print(f"this run is complete: {folder.folder / 'report.html'}")
+        return Result.open(folder.folder)
+    model = model or load_model(verb, config)
+    job, trained = train(verb, model, config, inputs, folder, callback, quiet)
+    shipped = job.ship(job.model, folder.folder) if folder else ""
+    for sentence in job.advice(Fit(trained.steps, trained.seconds, trained.stopped)):
+        console.print(sentence)
+    metrics: dict[str, Any] = {
+        "seconds": trained.seconds, "steps": trained.steps, "stopped": trained.stopped, "adapter": shipped,
+        **trained.cost, **job.facts(),
+    }  # fmt: skip
+    page = Page("")
+    if getattr(config, "evaluate", 1):
+        console.print(f"{trained.steps} steps in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
+        with job.model.uncounted():
+            with job.reference() as base:
+                before = verb.measure(base, config, job, "before")
+            after = verb.measure(job.trained if job.trained is not None else job.model, config, job, "after")
+        history = folder.history() if folder else []
+        metrics |= verb.report(page, Outcome(config, job, inputs, model, before, after, metrics, history, folder))
+    else:
+        page.title = f"{verb.name}: {getattr(config, verb.source)}"
+        page.text("", "evaluate is 0: nothing was measured.")
+    result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
+    if folder:
+        page.command("Repeat it, load it", _repeat(verb, config, folder, shipped))
+        page.write(folder.folder / "report.html")
+        save_samples(result.pairs, folder.folder / "samples")
+        folder.finish(metrics)
+        console.print(f"page: {folder.folder / 'report.html'}")
+    return result
+
+
+def train(
+    verb: Verb,
+    model: Model,
+    config: Any,
+    inputs: Any = None,
+    run: Run | None = None,
+    callback: Callback | None = None,
+    quiet: bool = True,
+) -> tuple[Job, Trained]:
+    """Prepare, check and train, in place; `callback(steps, log)` is called before the first step and after each.
+
+    Raises InputError before anything is trained or written, RunError where training breaks.
+    """
+    config.check()
+    resumes = run is not None and run.resumes
+    began_plain = not model.trains
+    with contextlib.ExitStack() as stack:
+        nfe = stack.enter_context(model.count_nfe())
+        try:
+            job = verb.prepare(model, config, inputs)
+            if job.model is not model:  # a student or a guide has a count of its own
+                nfe = stack.enter_context(job.model.count_nfe())
+            with job.model.uncounted():
+                preflight.require(job.checks(resumes), quiet)
+            if config.checkpointing:
+                checkpoint_activations(job.model)
+        except BaseException:
+            if began_plain:
+                model.remove_training()  # refused before anything was trained: the model can be used again
+            raise
+        if run:
+            run.begin()
+        job.begin()
+        # what an interrupted run had spent; its preparation, done again now, is in there already
+        carried = int(run.history()[-1]["nfe"]) - nfe.total if run and resumes else 0
+        if callback:
+            callback(0, {})
+
+        def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+            yield from job.losses(step, generator, log)
+            log["nfe"] = carried + nfe.total
+
+        def stop(done: int, log: dict[str, float]) -> str | None:
+            reason = callback(done, log) if callback else None
+            return reason or (job.stop(done, log) if job.stop else None)
+
+        stack.enter_context(job.around())
+        done = fit(job.parameters, losses, job.optimisation, run, stop)
+        spent = carried + nfe.total
+    return job, Trained(done.steps, done.seconds, job.stopped or done.stopped, spent, job.cost(done, spent))
+
+
+def attach(
+    model: Model, config: LoraConfig, output: Callable[[], Tensor], dropout: float = 0.0, seed: int = 0
+) -> Check:
+    """Attach what trains, a LoRA or full weights; the check that the reference gives what `output` gave before."""
+    with torch.no_grad(), model.uncounted():
+        base = output()
+        if config.full:
+            model.unfreeze(config.subset)
+        else:
+            model.adapt(LoraSpec(config.subset, config.rank, config.alpha, dropout, seed))
+        with model.reference():
+            gap = (output() - base).abs().max().item()
+    fix = "this is a defect of fieldsmith: please report it"
+    return Check("adapter off against base", gap, "0", gap == 0, fix)
+
+
+def load_model(verb: Verb, config: Any) -> Model:
+    """What the config names, with its frozen weights in their type and its other parts where they wait."""
+    dtype = torch.bfloat16 if config.dtype == "bf16" else None
+    model = load(getattr(config, verb.source), getattr(config, "resolution", None), dtype)
+    if config.offload:
+        parts = offload(model)
+        where = f"{', '.join(parts)} wait on the CPU" if parts else "nothing to do, the model is on the CPU already"
+        Console(stderr=True).print(f"offload: {where}")
+    return model
+
+
+def check_memory(verb: Verb, config: Any) -> None:
+    """Raises InputError where the memory options do not fit what trains."""
+    if config.dtype == "bf16" and not verb.frozen(config):
+        raise InputError(
+            "dtype 'bf16' is for frozen weights, but this run trains full ones, which need float32; leave out --dtype, "
+            "or train a LoRA"
+        )
+
+
+def curves(page: Page, outcome: Outcome, panels: dict[str, tuple[str, ...]]) -> None:
+    """A section with the training curves: panel title -> keys of metrics.jsonl; what was never logged is left out."""
+    drawn = []
+    for title, keys in panels.items():
+        series = {}
+        for key in keys:
+            rows = [row for row in outcome.history if key in row]
+            if rows:
+                series[key] = ([row["step"] for row in rows], [row[key] for row in rows])
+        if series:
+            drawn.append(Panel(title, series, "step"))
+    cost, m = outcome.metrics["nfe"], outcome.metrics
+    calls = int(sum(row.get("reward calls", 0) for row in outcome.history))
+    judged = f", {calls:,} reward calls" if calls else ""
+    note = f"{m['steps']} steps, {m['seconds']:.0f} s, {cost:,} network evaluations (a forward of one state is 1, its backward 2)"
+    if drawn:
+        page.curves("The run", drawn, note=f"{note}{judged}.")
+
+
+def _ship(model: Model, folder: pathlib.Path) -> str:
+    """Save the adapter, or the whole model where no adapter trained; the folder's name."""
+    name = "adapter" if model.spec else "model"
+    model.save(folder / name)
+    return name
+
+
+def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
+    """How to repeat a run and, where it made an adapter, how plain diffusers loads it."""
+    lines = [f"fieldsmith {verb.name} --config {run.folder / 'config.toml'} --out ANOTHER-FOLDER"]
+    if shipped == "adapter":
+        lines += [
+            "",
+            "# in Python, with diffusers alone",
+            f'pipe = DiffusionPipeline.from_pretrained("{getattr(config, verb.source)}")',
+            f'pipe.load_lora_weights("{run.folder / "adapter"}")',
+        ]
+    return lines
