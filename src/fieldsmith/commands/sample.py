@@ -5,15 +5,10 @@ In: the words after the command. Out: a PNG, or a table of verdicts and a JSON f
 
 from __future__ import annotations
 
-import json
 import pathlib
-from collections.abc import Sequence
 from typing import Literal
 
-from fieldsmith.commands import arguments
 from fieldsmith.config import Count, Seed, config
-from fieldsmith.errors import InputError
-from fieldsmith.run import check_out
 
 
 @config

@@ -19,8 +19,8 @@ from fieldsmith.diagnose.concepts import (
     paraphrases,
     sampler,
 )
-from fieldsmith.metrics.intervals import Interval
 from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.metrics.intervals import Interval
 from fieldsmith.verb import Job, Side
 
 
