@@ -61,7 +61,7 @@ RUNS: dict[str, list[str]] = {
     "sharpen-guide": [*SHARPEN, "--preset", "guide"],
     "sharpen-vsm": [*SHARPEN, "--preset", "vsm", "--add-head"],
 }
-QUICK = ("edit-grpo", "erase-gem", "sharpen-guide")  # what the test suite trains
+QUICK = ("erase-gem", "sharpen-guide")  # what the test suite trains
 
 
 def environment(**more: str) -> dict[str, str]:
