@@ -239,7 +239,7 @@ def steps_of(config: ReproduceDistill, world: str, arm: str) -> int:
 
 def main(config: ReproduceDistill) -> None:
     """Run what is missing, then write the summary once all of it is there."""
-    from fieldsmith.reproduce.distill_summary import summarise
+    from experiments.distill_summary import summarise
 
     _check(config)
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """The recipe of zoo:columns-ddpm: an unconditional pixel-space DDPM of a world with a judge, with a learned variance.
 
 It predicts x_0 on the cosine schedule and works on folded images. The variance head is trained last and alone, which
-leaves the mean as it is. `fieldsmith pretrain columns-ddpm --out DIR` repeats it.
+leaves the mean as it is. `python -m experiments pretrain columns-ddpm --out DIR` repeats it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def untrained(world: JudgedWorld, config: JudgedDDPM, learned_variance: bool = T
     return UNet(pipeline, f"zoo:{config.world}-ddpm", fold=config.fold)
 
 
-def train(config: JudgedDDPM, folder: pathlib.Path) -> ClassDDPM:
+def train(config: JudgedDDPM, folder: pathlib.Path, name: str) -> ClassDDPM:
     """Train from nothing, resumably; the pipeline is in folder/model."""
     torch.set_num_threads(config.threads)
     world = load(config.world, config.size)
@@ -78,7 +78,7 @@ def write_card(model: ClassDDPM, config: JudgedDDPM, folder: pathlib.Path) -> No
     card = {
         "data": config.world,
         "size": config.size,
-        "command": f"fieldsmith pretrain {config.world}-ddpm --out DIR",
+        "command": f"python -m experiments pretrain {config.world}-ddpm --out DIR",
         "settings": plain(config),
         "parameters": parameters,
     }

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from experiments import sharpen_images as images
+from experiments import sharpen_judges as judges
+from experiments import sharpen_mixture as mixture
+from experiments.jobs import Job, check_part, slug, work_through
 from fieldsmith.errors import InputError, check_word
-from fieldsmith.reproduce import sharpen_images as images
-from fieldsmith.reproduce import sharpen_judges as judges
-from fieldsmith.reproduce import sharpen_mixture as mixture
-from fieldsmith.reproduce.jobs import Job, check_part, slug, work_through
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def main(config: ReproduceSharpen) -> None:
     if missing:
         print(f"{missing} runs are still missing; the summary is written when all are there")
         return
-    from fieldsmith.reproduce.sharpen_summary import summarise
+    from experiments.sharpen_summary import summarise
 
     files = [job.path for group in groups(config) for job in group]
     summarise(files, config.out, config.seeds, "fieldsmith reproduce sharpen")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.claims import opening, table
+from experiments.sharpen_mixture import INDICES, reference_of
+from experiments.sharpen_summary import Runs, best, equal, rate, ratio, reduction
 from fieldsmith.metrics.hallucination import hallucination
 from fieldsmith.metrics.intervals import Interval
-from fieldsmith.reproduce.claims import opening, table
-from fieldsmith.reproduce.sharpen_mixture import INDICES, reference_of
-from fieldsmith.reproduce.sharpen_summary import Runs, best, equal, rate, ratio, reduction
 
 
 def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:

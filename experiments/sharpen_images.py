@@ -21,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from experiments.oracles.chess import ChessWorld
+from experiments.oracles.likelihood import feature_likelihood
+from experiments.zoo.judged_ddpm import JudgedDDPM, untrained
 from fieldsmith.diagnose.smoothness import SharpestJacobian, TrajectoryVariance
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
@@ -28,14 +31,11 @@ from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
 from fieldsmith.metrics.classifier import Classifier, train_classifier
 from fieldsmith.metrics.distances import frechet_distance, precision_recall
 from fieldsmith.metrics.hallucination import auroc, coverage, threshold
-from fieldsmith.metrics.likelihood import feature_likelihood
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.unet import UNet
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.samplers import Field, Variance, ancestral
-from fieldsmith.worlds.chess import ChessWorld
 from fieldsmith.worlds.judged import JudgedWorld, load
-from fieldsmith.zoo.judged_ddpm import JudgedDDPM, untrained
 
 Settings = dict[str, Any]
 POOL = 20_000  # training images

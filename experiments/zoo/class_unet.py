@@ -1,7 +1,7 @@
 """The recipe of zoo:digits-unet and zoo:shapes-unet: class-conditional teachers in pixels, with a null class.
 
 DDPM noise prediction on the cosine schedule, each label dropped with probability 0.1 for itself, uniform weights in
-time. `fieldsmith pretrain digits-unet --out DIR` repeats it: minutes on one core.
+time. `python -m experiments pretrain digits-unet --out DIR` repeats it: minutes on one core.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def pipeline_for(data: Classes, config: ClassUNet) -> UNet:
     return UNet(pipeline, f"zoo:{config.data}-unet", classes=data.names)
 
 
-def train(config: ClassUNet, folder: pathlib.Path) -> UNet:
+def train(config: ClassUNet, folder: pathlib.Path, name: str) -> UNet:
     """Train from nothing, resumably; the pipeline is in folder/model."""
     check(config)
     torch.set_num_threads(config.threads)
@@ -109,7 +109,7 @@ def write_card(model: UNet, config: ClassUNet, folder: pathlib.Path) -> None:
     card = {
         "data": config.data,
         "size": model.size[0],
-        "command": f"fieldsmith pretrain {config.data}-unet --out DIR",
+        "command": f"python -m experiments pretrain {config.data}-unet --out DIR",
         "settings": plain(config),
         "parameters": parameters,
     }

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.pushforward import Mass, gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
-from fieldsmith.diagnose.pushforward import smoothed_score_field as smoothed
+from experiments.oracles.perceptron import Head, Perceptron
+from experiments.oracles.pushforward import Mass, gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
+from experiments.oracles.pushforward import smoothed_score_field as smoothed
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
 from fieldsmith.models.jacobians import jvp
-from fieldsmith.models.perceptron import Head, Perceptron
 from fieldsmith.paths import VariancePreserving
 from fieldsmith.samplers import Field, Variance, ancestral
 from fieldsmith.worlds.mixtures import NOWHERE, Mixture, lattice, line

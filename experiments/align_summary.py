@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from experiments.align_mixture import ceiling
+from experiments.claims import entry, opening, table
 from fieldsmith.metrics.intervals import Interval, mean_interval
-from fieldsmith.reproduce.align_mixture import ceiling
-from fieldsmith.reproduce.claims import entry, opening, table
 from fieldsmith.run import write_atomically
 
 PAPER = "RSM, arXiv 2604.17415"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from experiments.claims import entry
+from experiments.sharpen_mixture import reference_of
 from fieldsmith.metrics.intervals import Interval, mean_interval
-from fieldsmith.reproduce.claims import entry
-from fieldsmith.reproduce.sharpen_mixture import reference_of
 from fieldsmith.run import write_atomically
 
 PAPER = "VSM, arXiv 2606.00377"
@@ -217,7 +217,7 @@ def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any
 
 def summarise(files: Sequence[Path], folder: Path, seeds: Sequence[int], command: str) -> None:
     """Write summary.json, the plots and README.md from the runs in `files`."""
-    from fieldsmith.reproduce.sharpen_readme import figures, readme
+    from experiments.sharpen_readme import figures, readme
 
     runs = Runs(files)
     listed = claims(runs, seeds, command)

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose.sweep import best
-from fieldsmith.metrics.intervals import mean_interval
-from fieldsmith.reproduce.claims import opening, table
-from fieldsmith.reproduce.distill_summary import (
+from experiments.claims import opening, table
+from experiments.distill_summary import (
     PARTS,
     Measure,
     Run,
@@ -23,6 +21,8 @@ from fieldsmith.reproduce.distill_summary import (
     guided_error,
     worst_rho,
 )
+from fieldsmith.diagnose.sweep import best
+from fieldsmith.metrics.intervals import mean_interval
 
 HEADERS = ("arm", "distance, best w", "w=1", "w=1.5", "w=2", "right, best w", "drift, w=1.5", "cost")
 BRANCHES = ("arm", "rho", "worst rho", "cosine", "gap error", "E_c", "E_u", "G(2)", "G(2) on its path", "verdict")

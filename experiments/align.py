@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from experiments import align_mixture as mixture
+from experiments.align_summary import reward_of, summarise
 from fieldsmith.diagnose.concepts import sampler
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.config import preset
@@ -26,8 +28,6 @@ from fieldsmith.methods.align.measures import path_kl
 from fieldsmith.metrics.distances import diversity, pixel_features
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
-from fieldsmith.reproduce import align_mixture as mixture
-from fieldsmith.reproduce.align_summary import reward_of, summarise
 from fieldsmith.rewards import load as load_reward
 from fieldsmith.run import write_atomically
 from fieldsmith.worlds.shapes import HELD_OUT, ShapesWorld, caption, concepts

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.jobs import Job, check_part, slug, work_through
 from fieldsmith.commands.edit import HELD_OUT, task_of
 from fieldsmith.diagnose.exposure import exposure
 from fieldsmith.errors import InputError, check_word
@@ -25,7 +26,6 @@ from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.metrics import editing
 from fieldsmith.metrics.judges import coarse, lenient
 from fieldsmith.models import load
-from fieldsmith.reproduce.jobs import Job, check_part, slug, work_through
 from fieldsmith.rewards.edits import EditScores
 from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run, plain
@@ -225,7 +225,7 @@ def main(config: ReproduceEdit) -> None:
     if missing or config.arms:
         print(f"{missing} runs are still missing; the summary is written when all are there")
         return
-    from fieldsmith.reproduce.edit_summary import summarise
+    from experiments.edit_summary import summarise
 
     paths = [job.path for group in jobs(config) for job in group]
     arms = [paths[i : i + len(config.seeds)] for i in range(0, len(paths), len(config.seeds))]

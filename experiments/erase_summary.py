@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from experiments.claims import entry
 from fieldsmith.metrics.intervals import Interval, mean_interval, wilson
-from fieldsmith.reproduce.claims import entry
 from fieldsmith.run import write_atomically
 
 ORDER = (

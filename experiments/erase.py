@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from experiments.erase_summary import choice, summarise
 from fieldsmith.diagnose import attacks
 from fieldsmith.diagnose.concepts import (
     Asked,
@@ -33,7 +34,6 @@ from fieldsmith.methods.erase import loop
 from fieldsmith.methods.erase.config import preset
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
-from fieldsmith.reproduce.erase_summary import choice, summarise
 from fieldsmith.run import plain, write_atomically
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, parse
 

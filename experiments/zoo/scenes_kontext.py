@@ -2,7 +2,7 @@
 
 First its VAE (24 pixels to 6 x 6 x 16 latents, so 9 tokens, one a cell), then transformer and text encoders together
 on clean pairs: planned state before, instruction, planned state after. It never sees its own outputs.
-`fieldsmith pretrain scenes-kontext --out DIR` repeats it.
+`python -m experiments pretrain scenes-kontext --out DIR` repeats it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ScenesKontext:
     threads: int = 1
 
 
-def train(config: ScenesKontext, folder: pathlib.Path, name: str = "scenes-kontext") -> FluxKontext:
+def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext:
     """Train from nothing, resumably; the pipeline is in folder/model."""
     torch.set_num_threads(config.threads)
     run, vae_run = Run(folder / "flow", "pretrain", config), Run(folder / "vae", "pretrain", config)
@@ -132,7 +132,7 @@ def write_card(model: FluxKontext, config: ScenesKontext, folder: pathlib.Path, 
     card = {
         "world": "scenes",
         "size": config.size,
-        "command": f"fieldsmith pretrain {name} --out DIR",
+        "command": f"python -m experiments pretrain {name} --out DIR",
         "settings": plain(config),
         "parameters": sum(p.numel() for p in model.network.parameters()),
         "held-out sessions of 3 turns, dependency 0.7, 8 steps": numbers,

@@ -1,12 +1,11 @@
 """The recipe of the rewards `classifier` and `classifier-heldout`: two small networks that read the shapes world.
 
-`python -m fieldsmith.zoo.shapes_classifier --out DIR` repeats it: about two minutes on one core. The two differ in
-widths, seed and data, so that images that fool one need not fool the other.
+`python -m experiments pretrain shapes-classifier --out DIR` repeats it: about two minutes on one core. The two differ
+in widths, seed and data, so that images that fool one need not fool the other.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 from fieldsmith.metrics.intervals import share
-from fieldsmith.rewards.learned import FOLDER, log_probabilities, network
+from fieldsmith.rewards.learned import log_probabilities, network
 from fieldsmith.run import plain, write_atomically
 from fieldsmith.worlds.shapes import Shapes, ShapesWorld
 
@@ -27,7 +26,7 @@ TEST_SEED = 1_000  # of the held-out renders; no network trains on it
 
 @dataclass(frozen=True)
 class Classifier:
-    """Settings of one network; the defaults made `classifier`."""
+    """One network; the defaults made `classifier`."""
 
     seed: int = 0
     widths: tuple[int, ...] = (16, 32, 32)
@@ -38,10 +37,17 @@ class Classifier:
     noise: float = 0.3  # each image gets Gaussian noise of a standard deviation drawn from [0, noise]
 
 
+@dataclass(frozen=True)
+class Classifiers:
+    """Both networks."""
+
+    threads: int = 1
+
+
 NETWORKS = {"classifier": Classifier(), "classifier-heldout": Classifier(seed=1, widths=(24, 24, 48))}
 
 
-def train(config: Classifier) -> nn.Sequential:
+def fit(config: Classifier) -> nn.Sequential:
     """One network from nothing, in eval mode."""
     data = ShapesWorld(SIZE).sample(config.images, config.seed, hold_out=False)
     generator = torch.Generator().manual_seed(config.seed)
@@ -71,39 +77,29 @@ def right(net: nn.Module, data: Shapes, noise: float, generator: torch.Generator
     return (read[0] == data.shape) & (read[1] == data.colour)
 
 
-def make(folder: pathlib.Path) -> None:
+def train(config: Classifiers, folder: pathlib.Path, name: str) -> None:
     """Train both, write NAME.safetensors each, card.json and README.md."""
+    torch.set_num_threads(config.threads)
     test = ShapesWorld(SIZE).sample(4_000, TEST_SEED, hold_out=False)
     card = {
         "world": "shapes",
         "size": SIZE,
         "data": "ShapesWorld(32).sample(images, seed, hold_out=False), noise added; read on 4000 renders of seed 1000",
-        "command": "python -m fieldsmith.zoo.shapes_classifier --out DIR",
+        "command": f"python -m experiments pretrain {name} --out DIR",
     }
     networks = {}
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["# The rewards `classifier` and `classifier-heldout`", "", f"Made by `{card['command']}`.", ""]
     lines += ["| network | parameters | noise | shape and colour right [95%] |", "|---|---|---|---|"]
-    for name, config in NETWORKS.items():
-        net = train(config)
+    for which, settings in NETWORKS.items():
+        net = fit(settings)
         read = {
             str(noise): share(right(net, test, noise, torch.Generator().manual_seed(TEST_SEED)))
             for noise in (0.0, 0.1, 0.3)
         }
         parameters = sum(p.numel() for p in net.parameters())
-        networks[name] = {**plain(config), "parameters": parameters, "right, by noise": plain(read)}
-        lines += [f"| {name} | {parameters:,} | {noise} | {interval} |" for noise, interval in read.items()]
-        save_file(net.state_dict(), folder / f"{name}.safetensors")
+        networks[which] = {**plain(settings), "parameters": parameters, "right, by noise": plain(read)}
+        lines += [f"| {which} | {parameters:,} | {noise} | {interval} |" for noise, interval in read.items()]
+        save_file(net.state_dict(), folder / f"{which}.safetensors")
     write_atomically(folder / "card.json", json.dumps({**card, "networks": networks}, indent=1) + "\n")
     write_atomically(folder / "README.md", "\n".join(lines) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help=f"the folder to write; the zoo's is {FOLDER}")
-    torch.set_num_threads(1)
-    make(parser.parse_args().out)
-
-
-if __name__ == "__main__":
-    main()

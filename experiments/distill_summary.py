@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from experiments.claims import entry
+from experiments.distill import FINE, SCALES
 from fieldsmith.diagnose.sweep import best
 from fieldsmith.metrics.intervals import Interval, mean_interval
-from fieldsmith.reproduce.claims import entry
-from fieldsmith.reproduce.distill import FINE, SCALES
 from fieldsmith.run import write_atomically
 
 PAPER = "DASH, arXiv 2606.00798"
@@ -278,7 +278,7 @@ def grade(found: Interval, most: float) -> str:
 
 def summarise(files: Sequence[Path], folder: Path, seeds: Sequence[int], command: str) -> None:
     """Write summary.json, the plots and README.md from the runs in `files`."""
-    from fieldsmith.reproduce.distill_readme import readme
+    from experiments.distill_readme import readme
 
     runs = Runs(files, seeds)
     listed = claims(runs, seeds, command)

@@ -1,7 +1,7 @@
 """The recipe of zoo:shapes-flux and its small, half-trained sister: real Flux pipelines that draw the shapes world.
 
 First its VAE (32 pixels to 8 x 8 x 8 latents, so 16 tokens), then transformer and text encoders together.
-`fieldsmith pretrain shapes-flux --out DIR` repeats it: about an hour on one core.
+`python -m experiments pretrain shapes-flux --out DIR` repeats it: about an hour on one core.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ShapesFlux:
     threads: int = 1
 
 
-def train(config: ShapesFlux, folder: pathlib.Path, name: str = "shapes-flux") -> Flux:
+def train(config: ShapesFlux, folder: pathlib.Path, name: str) -> Flux:
     """Train from nothing, resumably; the pipeline is in folder/model."""
     torch.set_num_threads(config.threads)
     run, vae_run = Run(folder / "flow", "pretrain", config), Run(folder / "vae", "pretrain", config)
@@ -114,7 +114,7 @@ def write_card(model: Flux, config: ShapesFlux, folder: pathlib.Path, name: str,
     card = {
         "world": "shapes",
         "size": model.resolution,
-        "command": f"fieldsmith pretrain {name} --out DIR",
+        "command": f"python -m experiments pretrain {name} --out DIR",
         "settings": plain(config),
         "parameters": sum(p.numel() for p in model.network.parameters()),
         "judged right, 28 steps": numbers,

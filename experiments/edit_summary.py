@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from experiments.claims import entry, opening, table
 from fieldsmith.metrics.intervals import Interval, mean_interval
-from fieldsmith.reproduce.claims import entry, opening, table
 from fieldsmith.run import write_atomically
 
 PAPER = "MT-EditFlow, arXiv 2606.01985"
