@@ -44,6 +44,7 @@ class Job:
     checks: Callable[[bool], list[Check]]  # preflight; told whether the run resumes, when rollouts are not repeated
     stop: Callback | None = None
     inputs: Any = None  # what the run was given beside its settings: a world, a judge, data
+    context: Any = None  # what `prepare` made that `measure` reads
     begin: Callable[[], None] = lambda: None  # called once all is checked, before the first step
     stopped: str = ""  # why no step is taken, where none is
     trained: Any = None  # what is measured after training; None: the model
