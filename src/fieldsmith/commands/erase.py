@@ -58,8 +58,8 @@ def run(config: EraseConfig, fits: Memory = memory.DEFAULT) -> Run:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
     model = memory.loaded(fits, config.model, config.resolution)
-    with memory.trained(fits, model):
-        result = loop.erase(model, config, directory)
+    memory.prepare_training(fits, model)
+    result = loop.erase(model, config, directory, optimizer=fits.optimizer)
     shipped = _ship(model, config, directory)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; judging what changed")
 

@@ -6,9 +6,7 @@ beside each verb's own settings, and a run's config.toml names those that are no
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,14 +75,9 @@ def loaded(memory: Memory, name: str, resolution: int | None = None) -> Model:
     return model
 
 
-@contextlib.contextmanager
-def trained(memory: Memory, model: Model) -> Iterator[None]:
-    """Inside, this model is trained as the options say; a network that trains whole is float32."""
-    from fieldsmith import optimizers
-
+def prepare_training(memory: Memory, model: Model) -> None:
+    """Set the model up to be trained as the options say."""
     if memory.checkpointing:
         from fieldsmith.models.memory import checkpoint_activations
 
         checkpoint_activations(model)
-    with optimizers.using(memory.optimizer):
-        yield

@@ -16,7 +16,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
 from fieldsmith.methods.erase.config import EraseConfig, check, pairs
-from fieldsmith.models.core import Condition, LoraSpec, Model
+from fieldsmith.models.core import Condition, LoraSpec, Model, Nfe
 from fieldsmith.paths import Kind, Prediction, RectifiedFlow, noised
 from fieldsmith.runs import Run
 from fieldsmith.samplers import flow_sde_step, gaussian_step
@@ -44,7 +44,13 @@ class Pair:
     anchor: Condition
 
 
-def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: Callback | None = None) -> Result:
+def erase(
+    model: Model,
+    config: EraseConfig,
+    run: Run | None = None,
+    callback: Callback | None = None,
+    optimizer: str = "adamw",
+) -> Result:
     """Erase config.targets from the model, in place. `probe(step, log)` is called before step 0 and after each step;
     a reason that it returns ends the run.
 
@@ -55,33 +61,46 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: C
     check_model(model, config)
     encoded = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in pairs(config)]
     model.encode(config.keep or [""])  # unknown words are refused now
-    spent = model.forwards
     if config.method in ("uce", "projection"):
         return _untrained(model, config, encoded, run, callback)
+    with model.count_nfe() as nfe:
+        return _erase(model, config, encoded, run, callback, optimizer, nfe)
 
-    base = _prepare(model, config, encoded)
-    model.forwards = spent
+
+def _erase(
+    model: Model,
+    config: EraseConfig,
+    encoded: list[Pair],
+    run: Run | None,
+    callback: Callback | None,
+    optimizer: str,
+    nfe: Nfe,
+) -> Result:
+    with model.uncounted():
+        base = _prepare(model, config, encoded)
     parameters = model.trainable()
     losses, extra = LOSSES[config.method](model, config, encoded)
     parameters = {**parameters, **extra}
-    built = model.forwards  # what the method itself spent on preparation
     try:
-        _first_look(model, config, encoded, losses, base, quiet=run is None)
+        with model.uncounted():
+            _first_look(model, config, encoded, losses, base, quiet=run is None)
     except BaseException:
         model.remove_training()  # refused before anything was trained: the model can be used again
         raise
     if run:
         run.begin()
     per_step = _states_per_step(config)
-    kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=2))
-    model.forwards = built + (len(kept.t) if config.retain else 0)  # checks and diagnostics are not the method's cost
+    with model.uncounted():  # diagnostics are not the method's cost
+        kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=2))
+    if config.retain:
+        model.add_nfe(len(kept.t))
 
     carried: list[int] = []  # what an interrupted run had spent before this process took over
 
     def watched(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         if not carried:
             earlier = run.history() if run else []
-            carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
+            carried.append(int(earlier[-1]["forwards"]) - nfe.total if earlier else 0)
         yield from losses(step, generator, log)
         if config.retain:
             some = kept[torch.randint(len(kept.t), (per_step // 4 or 1,), generator=generator)]
@@ -91,7 +110,7 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: C
             yield config.retain * (config.gamma if config.method == "gem" else 1.0) * apart
         if step % 5 == 0:
             log["drift"] = drift(model, kept, config)
-        log["forwards"] = carried[0] + model.forwards - spent
+        log["forwards"] = carried[0] + nfe.total
 
     def stop(done: int, log: dict[str, float]) -> str | None:
         reason = callback(done, log) if callback else None
@@ -112,12 +131,15 @@ def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: C
     try:
         done: Fit = fit(
             parameters, watched,
-            Optimisation(steps, config.lr, config.weight_decay, checkpoint_every=10, seed=config.seed), run, stop,
+            Optimisation(
+                steps, config.lr, config.weight_decay, checkpoint_every=10, seed=config.seed, optimizer=optimizer
+            ),
+            run, stop,
         )  # fmt: skip
     finally:
         model.dropout(False)
     history = run.history() if run else []
-    cost = int(history[-1]["forwards"]) if history else model.forwards - spent
+    cost = int(history[-1]["forwards"]) if history else nfe.total
     return Result(done.steps, done.seconds, cost, done.stopped)
 
 
@@ -137,9 +159,8 @@ def _untrained(
     model: Model, config: EraseConfig, encoded: list[Pair], run: Run | None, callback: Callback | None
 ) -> Result:
     """UCE and the projection: no steps, and no forwards of the network."""
-    spent = model.forwards
-    _separations(model, config, encoded)
-    model.forwards = spent
+    with model.uncounted():
+        _separations(model, config, encoded)
     if run:
         run.begin()
     if config.method == "uce":
@@ -158,10 +179,9 @@ def _states_per_step(config: EraseConfig) -> int:
 @torch.no_grad()
 def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> float:
     """Mean relative distance of the field to the reference's on kept prompts; not counted as cost."""
-    counted = model.forwards
     some = kept[torch.arange(0, len(kept.t), every)]
-    pred = model.predict(some.x, some.t, some.condition, config.loss_guidance)
-    model.forwards = counted
+    with model.uncounted():
+        pred = model.predict(some.x, some.t, some.condition, config.loss_guidance)
     change = (S.field_of(pred) - some.field).flatten(1).norm(dim=1) / some.field.flatten(1).norm(dim=1)
     return change.mean().item()
 
