@@ -12,7 +12,7 @@ from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import collect, log_ratio_slope
 from fieldsmith.methods.align.config import AlignConfig, check, preset
 from fieldsmith.methods.align.loop import align
-from fieldsmith.methods.align.setting import Setting, named_prompts
+from fieldsmith.methods.align.context import AlignContext, named_prompts
 from fieldsmith.models import load
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import VariancePreserving
@@ -163,13 +163,13 @@ def test_a_pathwise_reward_that_breaks_is_named():
 
 def test_prompt_files_and_long_prompts(tmp_path):
     long = "a very long prompt " * 40
-    assert named_prompts((long,)) == (long,)
-    assert named_prompts(("a red circle",)) == ("a red circle",)
+    assert read_prompts((long,)) == (long,)
+    assert read_prompts(("a red circle",)) == ("a red circle",)
     file = tmp_path / "words.txt"
     file.write_text(" a red star \n\na blue ring\n")
-    assert named_prompts((str(file),)) == ("a red star", "a blue ring")
+    assert read_prompts((str(file),)) == ("a red star", "a blue ring")
     with pytest.raises(InputError, match="cannot be read"):
-        named_prompts((str(tmp_path / "absent.txt"),))
+        read_prompts((str(tmp_path / "absent.txt"),))
     file.write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(InputError, match="UTF-8"):
-        named_prompts((str(file),))
+        read_prompts((str(file),))

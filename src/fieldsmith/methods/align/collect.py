@@ -63,7 +63,7 @@ def collect(context: AlignContext, epoch: int, log: dict[str, float]) -> Batch:
 
 def choose(context: AlignContext, generator: torch.Generator) -> Tensor:
     """The prompt of each root, (prompts_per_epoch * rollouts,): prompts without repeats as far as there are enough."""
-    order = torch.randperm(len(context.prompts), generator=generator)
+    order = torch.randperm(len(context.config.prompts), generator=generator)
     chosen = order[torch.arange(context.config.prompts_per_epoch) % len(order)]
     return chosen.repeat_interleave(context.config.rollouts)
 
