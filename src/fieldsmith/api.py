@@ -52,7 +52,9 @@ def align(
     which rewards may still be functions. out=None writes nothing.
     Raises InputError before anything is trained or written, RewardError and RunError where training breaks.
     """
-    held_out = (held_out_rewards,) if callable(held_out_rewards) or isinstance(held_out_rewards, str) else held_out_rewards
+    held_out = (
+        (held_out_rewards,) if callable(held_out_rewards) or isinstance(held_out_rewards, str) else held_out_rewards
+    )
     named: dict[str, Any] = {"reward": _name(reward), "held_out_rewards": tuple(map(_name, held_out)) or None}
     if prompts is not None:
         named["prompts"] = (str(prompts),) if isinstance(prompts, (str, pathlib.Path)) else tuple(prompts)

@@ -134,7 +134,11 @@ def _estimated(setting: AlignContext, rollout: Rollout) -> tuple[int, int]:
         again = ends * min(config.renoise, K)
         return again, again
     generator = torch.Generator().manual_seed(0)
-    kept = thinned(rollout, config.train_steps, generator) if config.train_steps else torch.arange(len(rollout.transitions))
+    kept = (
+        thinned(rollout, config.train_steps, generator)
+        if config.train_steps
+        else torch.arange(len(rollout.transitions))
+    )
     spent = len(rollout.transitions) if config.soft else 0
     if config.estimator == "tweedie" or config.auxiliary in ("residual", "value"):
         some = rollout.transitions if config.auxiliary != "none" else rollout.transitions[kept]

@@ -1,6 +1,7 @@
 """How good each estimate of value guidance is on a given model and reward, before training (RSM notes, 2 and 5).
 
-In: a AlignContext whose policy is the reference, step ids, states. Out: a Moment a time: bias, variance, cost by estimator.
+In: an AlignContext whose policy is the reference, step ids, states. Out: a Moment a time: bias, variance, cost by
+estimator.
 What is estimated is grad E_ref[r(x_0) | x_t], in units of score: the limit of alpha grad V for a reward small beside
 alpha. On a chain of steps it is omega E[grad E_ref[r | x_{k+1}] | x_k], which policy gradients follow (section 1.3).
 """
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.methods.align.probes import Kind, estimates, follow, reference
 from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.align.probes import Kind, estimates, follow, reference
 from fieldsmith.training import step_generator
 
 
@@ -140,7 +141,9 @@ def measure(
     seed = context.config.seed
     with context.model.reference():
         generator = step_generator(seed, 0, stream=8)
-        prompt = torch.randperm(max(states, len(context.config.prompts)), generator=generator)[:states] % len(context.prompts)
+        prompt = torch.randperm(max(states, len(context.config.prompts)), generator=generator)[:states] % len(
+            context.prompts
+        )
         along = follow(context, context.model.noise(states, generator), 0, prompt, generator)
         moments = []
         for k in sorted(steps):

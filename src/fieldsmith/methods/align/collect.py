@@ -1,6 +1,7 @@
 """One collection: rollouts of the current policy, their rewards, and what follows for every transition.
 
-In: an AlignContext, an epoch. Out: a Batch of transitions with advantages (zeroth order) or guidance in score units (first order).
+In: an AlignContext, an epoch. Out: a Batch of transitions with advantages (zeroth order) or guidance in score units
+(first order).
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Batch:
 
     def __getitem__(self, at: Tensor) -> Batch:
         some = [None if part is None else part[at] for part in (self.returns, self.guidance, self.neighbour, self.ends)]
-        return Batch(replace(self.rollout, transitions=self.rollout.transitions[at]), self.rewards, self.advantage[at], *some)
+        return Batch(
+            replace(self.rollout, transitions=self.rollout.transitions[at]), self.rewards, self.advantage[at], *some
+        )
 
 
 def collect(context: AlignContext, epoch: int, log: dict[str, float]) -> Batch:
@@ -68,9 +71,7 @@ def choose(context: AlignContext, generator: torch.Generator) -> Tensor:
     return chosen.repeat_interleave(context.config.rollouts)
 
 
-def policy(
-    context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tensor, log: dict[str, float]
-) -> Batch:
+def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tensor, log: dict[str, float]) -> Batch:
     """Advantages of drawn transitions."""
     config, rows, s = context.config, rollout.transitions, context.schedule
     free = config.advantage == "std" and config.auxiliary == "none" and not config.soft  # of alpha: it cancels
@@ -134,7 +135,9 @@ def regression(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: T
     if config.state == "next":
         guidance = over(context.schedule.omega[rows.step], guidance) * guidance
     nothing = torch.zeros(len(rows))
-    return Batch(replace(rollout, transitions=rows), rewards, nothing, guidance=guidance, neighbour=neighbour, ends=ends)
+    return Batch(
+        replace(rollout, transitions=rows), rewards, nothing, guidance=guidance, neighbour=neighbour, ends=ends
+    )
 
 
 def neighbours(context: AlignContext, rollout: Rollout, plain: Tensor) -> Tensor:

@@ -172,9 +172,13 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
                 "use at least 2, 8 is a good start"
             )
         if self.soft and self.rollout not in ("sde", "tree"):
-            raise InputError(f"soft needs the density of every later step, which rollout '{self.rollout}' lacks; use sde")
+            raise InputError(
+                f"soft needs the density of every later step, which rollout '{self.rollout}' lacks; use sde"
+            )
         if self.soft and self.window:
-            raise InputError(f"soft needs the density of every later step, window {self.window} leaves some out; drop it")
+            raise InputError(
+                f"soft needs the density of every later step, window {self.window} leaves some out; drop it"
+            )
         pairs = {"flow": "balance", "baseline": "reverse-noise", "residual": "tweedie", "value": "tweedie"}
         needs = pairs.get(self.auxiliary, self.estimator)
         if needs != self.estimator or (self.estimator == "balance" and self.auxiliary != "flow"):
@@ -187,7 +191,9 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
             raise InputError(f"window {self.window} hides the end from estimator '{self.estimator}'; drop it")
         policy = self.estimator in ("reverse-noise", "balance")
         if policy and self.strength not in ("ratio", "tempflow", "pcpo", "guard"):
-            raise InputError(f"strength '{self.strength}' is a first-order recipe's; use ratio, tempflow, pcpo or guard")
+            raise InputError(
+                f"strength '{self.strength}' is a first-order recipe's; use ratio, tempflow, pcpo or guard"
+            )
         if self.shared_noise and self.rollout == "branches" and self.rollouts > 1:
             raise InputError("with shared_noise all ODE roots of a prompt are one; use rollouts 1 and more branches")
         drawn = self.estimator in ("reverse-noise", "balance", "adjoint")

@@ -52,9 +52,7 @@ def transition_losses(context: AlignContext, batch: Batch) -> tuple[Tensor, dict
     return loss, log
 
 
-def _policy(
-    context: AlignContext, f: Tensor, rows: Transitions, advantage: Tensor, log: dict[str, float]
-) -> Tensor:
+def _policy(context: AlignContext, f: Tensor, rows: Transitions, advantage: Tensor, log: dict[str, float]) -> Tensor:
     """The policy gradient under its trust region."""
     config, s, dim = context.config, context.schedule, f[0].numel()
     w, sigma = s.w[rows.step].to(f), s.sigma[rows.step].to(f)
@@ -103,9 +101,7 @@ def _regression(
     return loss + config.proximal * L.square(f - old) / f[0].numel()
 
 
-def _learned_field(
-    context: AlignContext, rows: Transitions, batch: Batch, guidance: Tensor
-) -> tuple[Tensor, Tensor]:
+def _learned_field(context: AlignContext, rows: Transitions, batch: Batch, guidance: Tensor) -> tuple[Tensor, Tensor]:
     """Guidance with the learned field added, and the field's own loss by row."""
     s, helper = context.schedule, context.helper
     assert helper is not None and batch.neighbour is not None and batch.ends is not None
@@ -130,9 +126,7 @@ def _learned_field(
     return guidance + ahead.detach() / eta.clamp(min=1e-6), own_loss
 
 
-def anchor_losses(
-    context: AlignContext, states: OdeStates, rows: int, generator: torch.Generator
-) -> Iterator[Tensor]:
+def anchor_losses(context: AlignContext, states: OdeStates, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
     """KL to the reference on ODE states where nothing branched: at most a tenth of the update's `rows`, in chunks."""
     config = context.config
     chosen = torch.randperm(len(states.step), generator=generator)[: max(1, rows // 10)]
