@@ -668,7 +668,9 @@ def test_what_a_function_keeps_and_changes_later_is_not_the_reward():
 def test_images_that_hold_nan_are_not_the_rewards_fault():
     images = noise()
     images[1, 0, 0, 0] = torch.nan
-    with pytest.raises(RunError, match=r"1 of 3 images hold NaN or infinity: the model's weights have diverged") as caught:
+    with pytest.raises(
+        RunError, match=r"1 of 3 images hold NaN or infinity: the model's weights have diverged"
+    ) as caught:
         returning(ZEROS)(images, PROMPTS)
     assert not isinstance(caught.value, RewardError)
     with pytest.raises(RunError, match="hold NaN or infinity at step 12 with lr=0.5: the model's weights"):
