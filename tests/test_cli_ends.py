@@ -1,4 +1,4 @@
-"""How the command line ends where something outside fieldsmith fails: a closed pipe, the disk, the network, a user's code."""
+"""How the command line ends where something outside fails: a closed pipe, the disk, the network, a user's code."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_what_is_not_utf8_is_refused_with_its_line(file, read):
 
 def test_utf16_is_refused(file):
     file.write_text("a red star\n", encoding="utf-16")
-    with pytest.raises(InputError, match="line 1 of prompt file .* is not UTF-8"):
+    with pytest.raises(InputError, match=r"line 1 of prompt file .* is not UTF-8"):
         read_prompts([str(file)])
 
 
@@ -83,7 +83,7 @@ def test_what_has_another_format_is_refused(file):
         read_toml(file)
     for text in ("{", "[" * 100_000):
         file.write_text(text)
-        with pytest.raises(InputError, match="student config '.*' is not JSON"):
+        with pytest.raises(InputError, match=r"student config '.*' is not JSON"):
             read_json(file, "student config")
     file.write_text('{"a": 1}\n\n[1]\n')
     with pytest.raises(InputError, match=r"line 3 of '.*' is no JSON object but \[1\]; write \{\}"):

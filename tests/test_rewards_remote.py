@@ -38,8 +38,8 @@ def completion(*texts: str, **more: Any) -> dict[str, Any]:
 class Server:
     """A chat server whose answer to the n-th question (from 0) is `answer(body, n)`.
 
-    That is a dict (sent as JSON), bytes (sent as they are), (status, headers[, bytes]), 'reset', 'hang up', 'huge', or a
-    number of seconds to wait before an answer that nobody may hear.
+    That is a dict (sent as JSON), bytes (sent as they are), (status, headers[, bytes]), 'reset', 'hang up', 'huge', or
+    a number of seconds to wait before an answer that nobody may hear.
     """
 
     def __init__(self) -> None:
@@ -405,7 +405,7 @@ def test_an_answer_that_is_huge_is_not_read_to_its_end(server, answer, monkeypat
 def test_a_redirect_is_not_followed_but_named(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     server.in_turn((307, {"Location": f"{server.base}/elsewhere"}))
-    with pytest.raises(RewardError, match="failed after 1 attempts: status 307, it points to .*/elsewhere; give that"):
+    with pytest.raises(RewardError, match=r"failed after 1 attempts: status 307, it points to .*/elsewhere; give that"):
         server.judge(QUICK + "&key=JUDGE_KEY")(IMAGE, ["a"])
     assert len(server.bodies) == 1
 

@@ -34,7 +34,7 @@ class Server:
     def __init__(
         self, address: str, key: str = "", timeout: float = 60.0, retries: int = 4, pause: float = 1.0, seed: int = 0
     ):
-        """`timeout` in seconds; `pause` in seconds before the first retry, doubled before each, with jitter (`seed`)."""
+        """`timeout`, and `pause` before the first retry, in seconds; it doubles each time, with jitter by `seed`."""
         self.address = address.rstrip("/")
         self.retries, self.pause, self.seed = retries, pause, seed
         self._key = key
