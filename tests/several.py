@@ -18,9 +18,10 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
-from fieldsmith import processes
-from fieldsmith.methods.align import loop as align_loop
+from fieldsmith import processes, verb
 from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
@@ -36,7 +37,7 @@ from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
@@ -68,10 +69,9 @@ def align(run: Run, **settings: Any) -> tuple[Model, int]:
         prompts=("red circle", "blue square", "a"), prompts_per_epoch=3, rollouts=3, steps=3, epochs=2, updates=1,
         rank=2, chunk=4, **settings,
     )  # fmt: skip
-    reward = Named("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
-    with model.count_nfe() as nfe:
-        align_loop.align(model, config, reward, run)
-    return model, nfe.total
+    reward = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
+    _, done = verb.train(ALIGN, model, config, Inputs(reward), run)
+    return model, done.nfe
 
 
 def edit(run: Run) -> tuple[Model, int]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fieldsmith import rewards, verb
 from fieldsmith.config import Config, configure
 from fieldsmith.errors import InputError
-from fieldsmith.functions import name_of
+from fieldsmith.functions import load_function, name_of
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.align.verb import ALIGN
@@ -104,7 +104,7 @@ def erase(
     given = {"targets": targets, "anchors": anchors, "method": f"function:{named}" if build else named}
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
     if build is None and ":" in config.method:
-        build = load_function(config.method)
+        build = load_function(config.method, "method")
     return verb.run(ERASE, config, EraseInputs(world_of(config.model), build), model, callback)
 
 

@@ -147,9 +147,8 @@ def _setting(config: AuditConfig) -> tuple[AlignContext, Truths | None]:
     """The reference policy, and for exact worlds grad E r and alpha grad V."""
     from fieldsmith.methods.align.config import AlignConfig
     from fieldsmith.methods.align.context import AlignContext
-    from fieldsmith.read import read_prompts
     from fieldsmith.models import load
-    from fieldsmith.rewards import checked
+    from fieldsmith.read import read_prompts
     from fieldsmith.rewards import load as reward_of
     from fieldsmith.worlds.model_cards import world_of
 
@@ -167,7 +166,7 @@ def _setting(config: AuditConfig) -> tuple[AlignContext, Truths | None]:
         from fieldsmith.worlds.shapes import caption, concepts
 
         plain = dataclasses.replace(plain, prompts=tuple(caption(concept) for concept in concepts()))
-    return AlignContext.of(model, plain, checked(reward_of(config.reward, world))), None
+    return AlignContext.of(model, plain, reward_of(config.reward, world)), None
 
 
 def _triangle(config: AuditConfig, plain: Any) -> tuple[AlignContext, Truths | None]:
@@ -177,7 +176,7 @@ def _triangle(config: AuditConfig, plain: Any) -> tuple[AlignContext, Truths | N
     from fieldsmith.methods.align.context import AlignContext
     from fieldsmith.models.exact import Exact
     from fieldsmith.paths import RectifiedFlow
-    from fieldsmith.rewards import Named
+    from fieldsmith.rewards import Reward
     from fieldsmith.samplers import flow_grid
     from fieldsmith.worlds.mixtures import triangle
 
@@ -189,7 +188,7 @@ def _triangle(config: AuditConfig, plain: Any) -> tuple[AlignContext, Truths | N
         x64, t64 = x.double(), t.double()
         return (alpha * (tilted.score(x64, t64, path) - mixture.score(x64, t64, path))).to(x)
 
-    reward = Named("linear", True, lambda images, _: images @ b.to(images) + 3)
+    reward = Reward("linear", True, lambda images, _: images @ b.to(images) + 3)
     model = Exact(mixture, path, flow_grid(config.steps))
     setting = AlignContext.of(model, dataclasses.replace(plain, prompts=("a point",)), reward)
     truths = Truths(lambda x, t: pulled(x, t, 1e5), lambda x, t: pulled(x, t, config.temperature))

@@ -55,7 +55,7 @@ class DiagnoseConfig:
     """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used.
     With --smoothness: columns, cards or a folder; None: what the model's card names."""
     judge: str | None = None
-    """With --smoothness and a folder: module:function, file.py:function or http:// address that says what is valid."""
+    """With --smoothness and a folder: file.py:name, package.module:name or http:// address that says what is valid."""
     prompts: tuple[str, ...] = ()
     """Prompts or class names to follow, or one text file with one a line; empty: every class."""
     out: pathlib.Path | None = None
@@ -155,8 +155,8 @@ def run(config: DiagnoseConfig) -> Run:
 
     from fieldsmith.commands.diagnose_page import page_of
     from fieldsmith.diagnose.guidance import VERDICTS, ask, liveness, measure
-    from fieldsmith.read import read_prompts
     from fieldsmith.models import load
+    from fieldsmith.read import read_prompts
 
     console = Console(stderr=True)
     if directory.finished:
