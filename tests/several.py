@@ -27,7 +27,7 @@ from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.edit import loop as edit_loop
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Task
-from fieldsmith.methods.erase import loop as erase_loop
+from tests import trained
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen import loop as sharpen_loop
 from fieldsmith.methods.sharpen.config import SharpenConfig
@@ -56,7 +56,7 @@ def erase(run: Run) -> Model:
         targets=("red circle",), anchors=("blue square",), steps=3, window=(0, 2), batch=3, budget=18, rank=2, chunk=4,
         rollout_guidance=2.0, dropout=0.0,
     )  # fmt: skip
-    erase_loop.erase(model, config, run)
+    trained.erase(model, config, run)
     return model
 
 

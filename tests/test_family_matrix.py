@@ -31,7 +31,7 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.loop import edit
 from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import erase
+from tests.trained import erase
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import export, shrink
