@@ -199,9 +199,10 @@ def train(
             return reason or (job.stop(done, log) if job.stop else None)
 
         stack.enter_context(job.around())
-        done = fit(job.parameters, losses, job.optimisation, run, stop)
+        nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
+        done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
         spent = carried + nfe.total
-    return job, Trained(done.steps, done.seconds, job.stopped or done.stopped, spent, job.cost(done, spent))
+    return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
 
 
 def attach(
