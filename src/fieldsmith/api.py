@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fieldsmith import verb
 from fieldsmith.config import Config, configure
 from fieldsmith.errors import InputError
+from fieldsmith.functions import load_function
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.verb import ERASE
