@@ -75,3 +75,8 @@ def test_links_of_a_page_lead_somewhere(page: pathlib.Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_a_verb_of_ones_own_is_a_file_of_under_120_lines() -> None:
+    longest = max(len(block.splitlines()) for _, block in blocks(ROOT / "docs" / "extend.md", "python"))
+    assert longest < 120
