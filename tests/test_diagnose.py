@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose import attacks
-from fieldsmith.diagnose.concepts import (
+from fieldsmith.measure import attacks
+from fieldsmith.measure.detection import (
     Asked,
     ask,
     by_attribute,
@@ -24,7 +24,7 @@ from fieldsmith.diagnose.concepts import (
     sampler,
 )
 from fieldsmith.errors import InputError
-from fieldsmith.metrics.intervals import Interval
+from fieldsmith.measure.intervals import Interval
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.worlds.model_cards import card_of, world_of

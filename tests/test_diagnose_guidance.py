@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.cli import main
-from fieldsmith.diagnose.guidance import (
+from fieldsmith.measure.guidance import (
     Guidance,
     ask,
     liveness,

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
-from fieldsmith.metrics.hallucination import (
+from fieldsmith.measure.hallucination import (
     auroc,
     average_precision,
     coverage,
@@ -22,8 +22,8 @@ from fieldsmith.metrics.hallucination import (
     threshold,
     tpr_at,
 )
-from fieldsmith.metrics.intervals import wilson
-from fieldsmith.metrics.likelihood import feature_likelihood, fitted_log_variances
+from fieldsmith.measure.intervals import wilson
+from fieldsmith.measure.likelihood import feature_likelihood, fitted_log_variances
 
 
 def seeded(seed: int = 0) -> torch.Generator:

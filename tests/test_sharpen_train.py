@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from fieldsmith.diagnose.pushforward import (
+from fieldsmith.measure.pushforward import (
     gap_mass,
     last_steps,
     posterior_covariance,

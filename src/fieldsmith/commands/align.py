@@ -18,7 +18,7 @@ from fieldsmith.methods.align.config import RECIPES, AlignConfig, check, preset,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fieldsmith.diagnose.concepts import Sampler
+    from fieldsmith.measure.drawing import Sampler
     from fieldsmith.methods.align.loop import Result
     from fieldsmith.models.core import Model
     from fieldsmith.report.page import Page
@@ -63,7 +63,7 @@ def run(config: AlignConfig, fits: Memory = memory.DEFAULT) -> Run:
     memory.check(fits, not config.full, "--full")
     from rich.console import Console
 
-    from fieldsmith.diagnose.concepts import sampler
+    from fieldsmith.measure.drawing import sampler
     from fieldsmith.methods.align import loop
     from fieldsmith.methods.align.setting import named_prompts
     from fieldsmith.rewards import checked
@@ -145,8 +145,9 @@ def _page(
     """Rewards at equal seeds, the rest, pictures, curves."""
     import torch
 
-    from fieldsmith.metrics.distances import pixel_features
-    from fieldsmith.metrics.rest import compare
+    from fieldsmith.measure.distances import pixel_features
+    from fieldsmith.measure.intervals import from_json
+    from fieldsmith.measure.side_effects import compare
     from fieldsmith.processes import once
     from fieldsmith.report.page import Caption, Page, Pair
     from fieldsmith.training import step_generator
@@ -168,7 +169,7 @@ def _page(
     hacked = [name for name in list(scores)[1:] if found[name]["change"]["high"] < 0]
     grew = change["low"] > 0
     words = f"{first} went from {found[first]['before']['value']:.3g} to {found[first]['after']['value']:.3g}"
-    words += f" [{change['low']:+.3g}, {change['high']:+.3g}] at equal seeds, {len(asked)} images"
+    words += f"{from_json(change).bounds('+.3g')} at equal seeds, {len(asked)} images"
     words += f"; but {' and '.join(hacked)} fell: the reward is being hacked." if hacked else "."
     page.verdict(words if grew else f"No gain that {len(asked)} images can show: {words}", grew and not hacked)
     shown = list(dict.fromkeys(asked))
@@ -206,7 +207,7 @@ def _in_parts(judge: Reward, images: Tensor, asked: list[str], size: int = 256) 
 
 
 def _rewards(scores: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Any], dict[str, Any]]:
-    from fieldsmith.metrics.intervals import mean_interval
+    from fieldsmith.measure.intervals import mean_interval
 
     rows, found = [], {}
     for name, (old, new) in scores.items():

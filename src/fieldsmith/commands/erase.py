@@ -14,7 +14,8 @@ from fieldsmith.commands.memory import Memory
 from fieldsmith.methods.erase.config import EraseConfig, check, preset
 
 if TYPE_CHECKING:
-    from fieldsmith.diagnose.concepts import Erasure, Sampler
+    from fieldsmith.measure.detection import Erasure
+    from fieldsmith.measure.drawing import Sampler
     from fieldsmith.models.core import Model
     from fieldsmith.report.page import Page
     from fieldsmith.runs import Run
@@ -63,7 +64,7 @@ def run(config: EraseConfig, fits: Memory = memory.DEFAULT) -> Run:
     shipped = _ship(model, config, directory)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; judging what changed")
 
-    from fieldsmith.diagnose.concepts import sampler
+    from fieldsmith.measure.drawing import sampler
 
     changed: Any = loop.Projected(model, config) if config.method == "projection" else model
     steps = max(28, config.steps)  # every method is judged with the same sampler
@@ -118,16 +119,18 @@ def _page(
 def _judged(
     page: Page, model: Model, config: EraseConfig, world: Any, before: Sampler, after: Sampler
 ) -> dict[str, Any]:
-    from fieldsmith.diagnose.attacks import battery
-    from fieldsmith.diagnose.concepts import detected, erased_concepts, erasure, paraphrases
-    from fieldsmith.metrics.distances import pixel_features
-    from fieldsmith.metrics.rest import compare
+    from fieldsmith.measure.attacks import battery
+    from fieldsmith.measure.detection import detected, erasure
+    from fieldsmith.measure.distances import pixel_features
+    from fieldsmith.measure.side_effects import compare
     from fieldsmith.training import step_generator
+    from fieldsmith.worlds.shapes_groups import erased_concepts, groups, paraphrases
 
     found: dict[str, Any] = {"concepts": {}}
     targets = erased_concepts(config.targets)
     for place, target in enumerate(targets):
-        e = erasure(before, after, world, target, config.evaluate, config.seed, others=targets)
+        judged_on = groups(target, targets)
+        e = erasure(before, after, world, target, judged_on, config.evaluate, config.seed)
         words = detected(after, world, target, paraphrases(target), config.evaluate, config.seed + 9)
         n = e.numbers
         lost = n.get("unrelated drop points")  # nothing is unrelated to 'a colored shape'
@@ -151,7 +154,7 @@ def _judged(
         rows.append(("anchor leak: the anchor's own images, before, that show it", leak.short(), leak.n))
         page.table(f"Judged: {target}", ["measure", "value [95% interval]", "n"], rows)
         if config.attacks and model.family == "flux" and config.method != "projection":
-            attacked = battery(model, world, target, config.seed)
+            attacked = battery(model, world, target, judged_on["target"], config.seed)
             page.table(f"Bringing it back: {target}", ["attack", "share that shows it again"], _flat(attacked))
             found.setdefault("attacks", {})[str(target)] = attacked
         found["concepts"][str(target)] = {**e.to_json(), "paraphrases detected": words.value, "anchor leak": leak.value}
@@ -169,8 +172,8 @@ def _judged(
 
 def _unjudged(page: Page, config: EraseConfig, before: Sampler, after: Sampler) -> dict[str, Any]:
     """A model whose images nobody here can judge: pictures at equal seeds and the rest on kept prompts."""
-    from fieldsmith.metrics.distances import pixel_features
-    from fieldsmith.metrics.rest import compare
+    from fieldsmith.measure.distances import pixel_features
+    from fieldsmith.measure.side_effects import compare
     from fieldsmith.report.page import Pair
     from fieldsmith.training import step_generator
 
@@ -227,7 +230,7 @@ def _pairs(e: Erasure, group: str, target: Any, most: int = 6, columns: int = 8)
         places = [i for i, asked in enumerate(old.asked) if asked == concept][:columns]
         marks = []
         for side in (old, new):
-            names, right, shows = side.names(), side.right(), side.seen.shows(target)
+            names, right, shows = side.seen.names(), side.right(), side.seen.shows(target)
             # after an erasure a target prompt is right where the target is gone and something is still there
             gone = side.seen.valid & ~shows
             good = gone if group == "target" and side is new else right

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose.concepts import sampler
 from fieldsmith.errors import InputError, RunError
+from fieldsmith.measure.distances import diversity, pixel_features
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.align.config import preset
 from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.align.measures import path_kl
-from fieldsmith.metrics.distances import diversity, pixel_features
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.reproduce import align_mixture as mixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.intervals import Interval, mean_interval
 from fieldsmith.reproduce.align_mixture import ceiling
 from fieldsmith.reproduce.claims import entry, opening, table
 from fieldsmith.runs import write_atomically

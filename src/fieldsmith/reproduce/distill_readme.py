@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose.sweep import best
-from fieldsmith.metrics.intervals import mean_interval
+from fieldsmith.measure.intervals import mean_interval
+from fieldsmith.measure.sweep import best
 from fieldsmith.reproduce.claims import opening, table
 from fieldsmith.reproduce.distill_summary import (
     PARTS,

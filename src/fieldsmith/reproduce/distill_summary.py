@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose.sweep import best
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.intervals import Interval, mean_interval
+from fieldsmith.measure.sweep import best
 from fieldsmith.reproduce.claims import entry
 from fieldsmith.reproduce.distill import FINE, SCALES
 from fieldsmith.runs import write_atomically

@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from fieldsmith.commands.edit import HELD_OUT, task_of
-from fieldsmith.diagnose.exposure import exposure
 from fieldsmith.errors import InputError, check_word
+from fieldsmith.measure import editing
+from fieldsmith.measure.exposure import exposure, identity_drift
+from fieldsmith.measure.judges import coarse, lenient
 from fieldsmith.methods.edit import loop
 from fieldsmith.methods.edit.config import EditConfig, preset
 from fieldsmith.methods.edit.rollouts import Task
-from fieldsmith.metrics import editing
-from fieldsmith.metrics.judges import coarse, lenient
 from fieldsmith.models import load
 from fieldsmith.reproduce.jobs import Job, check_part, slug, work_through
 from fieldsmith.rewards.edits import EditScores
 from fieldsmith.rewards.sessions import Exact
 from fieldsmith.runs import Run, plain
-from fieldsmith.worlds.scenes import ScenesWorld
+from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
 
@@ -165,11 +166,13 @@ def measured(model: Any, config: ReproduceEdit, seed: int, dependency: float, ch
     """Held-out sessions, the same for every arm of a seed: verdicts as strings of 0 and 1, numbers by turn."""
     world = ScenesWorld(model.resolution)
     sessions = world.sessions(config.sessions, config.turns, HELD_OUT + seed, dependency)
-    ran = exposure(
-        model, sessions, config.steps, HELD_OUT + seed, channel=channel, forced=True, still=5, still_sessions=96
-    )
+    ran = exposure(model, sessions, scenes_judge.judge, channel, config.steps, HELD_OUT + seed)
+    drift = identity_drift(
+        model, sessions.clean(0)[:96], NOTHING, partial(scenes_judge.likeness, world), channel, 5, config.steps,
+        HELD_OUT + seed,
+    )  # fmt: skip
     table = ran.sessions
-    assert table.clean is not None and ran.drift is not None and ran.artefacts is not None
+    assert table.clean is not None
     return {
         "following": editing.instruction_following(table.done).tolist(),
         "marginal": editing.marginal(table.done).tolist(),
@@ -179,8 +182,8 @@ def measured(model: Any, config: ReproduceEdit, seed: int, dependency: float, ch
         "consistency": table.consistency.mean(0).tolist(),
         "overall": editing.overall(table.done, table.consistency).tolist(),
         "kept": [float(one.kept.mean()) for one in ran.own],
-        "drift": ran.drift.mean(1).tolist(),
-        "artefacts": ran.artefacts.mean(1).tolist(),
+        "drift": drift.away.mean(1).tolist(),
+        "artefacts": drift.artefacts.mean(1).tolist(),
         "done": ["".join("01"[int(x)] for x in row) for row in table.done],
         "done on clean": ["".join("01"[int(x)] for x in row) for row in table.clean],
         "sessions": config.sessions,

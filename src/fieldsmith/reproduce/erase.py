@@ -16,19 +16,15 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose import attacks
-from fieldsmith.diagnose.concepts import (
+from fieldsmith.errors import InputError
+from fieldsmith.measure import attacks
+from fieldsmith.measure.detection import (
     Asked,
-    Sampler,
     ask_groups,
     detected,
     erasure,
-    groups,
-    paraphrases,
-    plain_prompts,
-    sampler,
 )
-from fieldsmith.errors import InputError
+from fieldsmith.measure.drawing import Sampler, sampler
 from fieldsmith.methods.erase import loop
 from fieldsmith.methods.erase.config import preset
 from fieldsmith.models import load
@@ -36,6 +32,7 @@ from fieldsmith.models.core import Model
 from fieldsmith.reproduce.erase_summary import choice, summarise
 from fieldsmith.runs import plain, write_atomically
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, parse
+from fieldsmith.worlds.shapes_groups import groups, paraphrases
 
 SWEEP_SEED = 100
 ANCHORS = {"triangle": "circle", "red": "blue", "red triangle": "red circle"}
@@ -166,7 +163,8 @@ class Bench:
         draw: Sampler = sampler(self.model)
         if method == "projection":
             draw = sampler(loop.Projected(self.model, settings))  # type: ignore[arg-type]
-        found = erasure(self._before(concept, target, seed, images), draw, self.world, target, images, 10_000 + seed)
+        before, sides = self._before(concept, target, seed, images), groups(target)
+        found = erasure(before, draw, self.world, target, sides, images, 10_000 + seed)
         record: dict[str, Any] = {
             "arm": arm, "concept": concept, "seed": seed, "setting": setting,
             "forward_equivalents": result.forward_equivalents, "seconds": trained, "steps": result.steps,
@@ -177,7 +175,7 @@ class Bench:
             words = detected(draw, self.world, target, paraphrases(target), 8, 20_000 + seed)
             record["paraphrases"] = asdict(words)
             if concept == "triangle" and method != "projection":
-                record["attacks"] = attacks.battery(self.model, self.world, target, seed)
+                record["attacks"] = attacks.battery(self.model, self.world, target, sides["target"], seed)
         write_atomically(path, json.dumps(record, indent=1) + "\n")
         self.model.remove_training()
         print(f"{path.stem}: {json.dumps({k: round(v.value, 3) for k, v in found.numbers.items()})}", flush=True)
@@ -191,7 +189,7 @@ class Bench:
         return self.base[key]
 
     def _probe(self, target: Concept, trace: list[dict[str, float]]) -> loop.Callback:
-        prompts = plain_prompts(target)
+        prompts = [caption(c) for c in groups(target)["target"]]
         each = -(-PROBE // len(prompts))
 
         def callback(step: int, log: dict[str, float]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fieldsmith.metrics.intervals import Interval, mean_interval, wilson
+from fieldsmith.measure.intervals import Interval, mean_interval, wilson
 from fieldsmith.reproduce.claims import entry
 from fieldsmith.runs import write_atomically
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.pushforward import Mass, gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
-from fieldsmith.diagnose.pushforward import smoothed_score_field as smoothed
+from fieldsmith.measure.pushforward import Mass, gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
+from fieldsmith.measure.pushforward import smoothed_score_field as smoothed
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldsmith.metrics.hallucination import hallucination
-from fieldsmith.metrics.intervals import Interval
+from fieldsmith.measure.hallucination import hallucination
+from fieldsmith.measure.intervals import Interval
 from fieldsmith.reproduce.claims import opening, table
 from fieldsmith.reproduce.sharpen_mixture import INDICES, reference_of
 from fieldsmith.reproduce.sharpen_summary import Runs, best, equal, rate, ratio, reduction

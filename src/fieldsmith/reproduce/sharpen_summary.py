@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.intervals import Interval, mean_interval
 from fieldsmith.reproduce.claims import entry
 from fieldsmith.reproduce.sharpen_mixture import reference_of
 from fieldsmith.runs import write_atomically

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.measure.progress import track
 from fieldsmith.models.branches import Branches, branches
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import VariancePreserving, noised
@@ -102,12 +103,12 @@ def path_tuples(
     chains = -(-n // steps)
     condition = _encoded(model, [prompts[i % len(prompts)] for i in range(chains)])
     noise, grid = model.noise(chains, generator), model.grid(steps)
-    found = []
+    parts = []
     with torch.no_grad(), _uncounted(model):
-        for rows in torch.arange(chains, device=model.device).split(batch):
+        for rows in track(torch.arange(chains, device=model.device).split(batch), "following guided paths"):
             field = partial(model.predict, condition=condition[rows], guidance=guidance)
-            found.append(rollout(field, noise[rows], grid, clip=model.clip).states[:-1])
-    states = torch.cat(found, 1).transpose(0, 1).flatten(0, 1)  # path by path, so that n cuts off a path's end
+            parts.append(rollout(field, noise[rows], grid, clip=model.clip).states[:-1])
+    states = torch.cat(parts, 1).transpose(0, 1).flatten(0, 1)  # path by path, so that n cuts off a path's end
     of = torch.arange(chains, device=model.device).repeat_interleave(steps)
     return Tuples(states[:n], grid[:-1].repeat(chains)[:n], condition[of[:n]])
 
@@ -138,7 +139,7 @@ def ask(model: Model, tuples: Tuples, batch: int = 256) -> Branches:
     """
     output = []
     with _uncounted(model):
-        for rows in torch.arange(len(tuples), device=tuples.t.device).split(batch):
+        for rows in track(torch.arange(len(tuples), device=tuples.t.device).split(batch), "asking both branches"):
             output.append(branches(model, tuples.x_t[rows], tuples.t[rows], tuples.condition[rows]))
     return Branches(torch.cat([b.conditional for b in output]), torch.cat([b.unconditional for b in output]))
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.intervals import Interval, mean_interval
+from fieldsmith.measure.progress import progress
 from fieldsmith.models.jacobians import Function, jvp, least_eigenvalue, rademacher, spectral_norm
 from fieldsmith.paths import Path, Prediction, expand, noised
 from fieldsmith.samplers import Field, Variance, ancestral
@@ -240,6 +241,7 @@ def profile(
     def look(pred: Prediction, t_next: Tensor) -> None:
         nonlocal step
         step += 1
+        advance()
         if (steps - step) % every:
             return
         x_t, t = pred.x_t.detach(), pred.t
@@ -258,7 +260,7 @@ def profile(
             )
         )
 
-    with torch.no_grad():
+    with torch.no_grad(), progress("following paths", steps) as advance:
         ancestral(field, x, grid, generator, variance, clip, look)
     return Profile(tuple(moments), len(x), tolerance)
 
