@@ -151,24 +151,30 @@ class Measured:
 
 def measured(model: Model, config: EditConfig, task: Task, channel: Channel, shown: int = 6) -> Measured:
     """Everything that the sessions tell; on a world with what clean sources and asking for nothing give too."""
-    from fieldsmith.metrics import editing
+    from fieldsmith.measure import editing
 
     seed = HELD_OUT + config.seed
     if not task.planned:
         return _judged(model, config, task, channel, shown)
-    from fieldsmith.diagnose.exposure import exposure
+    from fieldsmith.measure.exposure import exposure, identity_drift
+    from fieldsmith.worlds import scenes_judge
+    from fieldsmith.worlds.scenes import NOTHING
 
     sessions = task.draw(1, 0).world.sessions(config.evaluate, config.evaluate_turns, seed, config.dependency)
     found = exposure(
-        model, sessions, config.evaluate_steps, seed, config.guidance, channel, forced=True, still=config.still
+        model, sessions, scenes_judge.judge, channel, config.evaluate_steps, seed, config.guidance, forced=True
     )
     scores = editing.scores(found.sessions)
     numbers: dict[str, Any] = {
         name: [dataclasses.asdict(one) for one in turns] for name, turns in vars(scores).items() if turns
     }
-    if found.drift is not None and found.artefacts is not None:
-        numbers["drift"] = found.drift.mean(1).tolist()
-        numbers["artefacts"] = found.artefacts.mean(1).tolist()
+    if config.still:
+        drift = identity_drift(
+            model, sessions.clean(0), NOTHING, partial(scenes_judge.likeness, sessions.world), channel, config.still,
+            config.evaluate_steps, seed, config.guidance,
+        )  # fmt: skip
+        numbers["drift"] = drift.away.mean(1).tolist()
+        numbers["artefacts"] = drift.artefacts.mean(1).tolist()
     words = [sessions.prompts(turn)[:shown] for turn in range(1, sessions.turns + 1)]
     marks: list[list[bool | None]] = [[bool(x) for x in one.done[:shown]] for one in found.own]
     return Measured(numbers, found.images[:shown], words, marks)
@@ -178,7 +184,7 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
     """Sessions of a file, by the judge that trained: mean scores a turn."""
     import torch
 
-    from fieldsmith.metrics.intervals import mean_interval
+    from fieldsmith.measure.intervals import mean_interval
     from fieldsmith.models.editing import edit, encode_unique, quantised
     from fieldsmith.training import step_generator
 
