@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fieldsmith.models.core import Model
     from fieldsmith.report.page import Page
     from fieldsmith.run import Run
-    from fieldsmith.worlds.scenes import ScenesWorld, Sessions
+    from fieldsmith.worlds.scenes import ScenesWorld, SceneSessions
 
 SHOWN = 6  # sessions on the page
 WEAK = 0.1  # success on planned sources below which there is hardly anything to lose
@@ -116,7 +116,7 @@ def _editor(config: DiagnoseConfig, world: ScenesWorld) -> Model:
     return model
 
 
-def by_operation(found: Exposure, sessions: Sessions) -> dict[str, Any]:
+def by_operation(found: Exposure, sessions: SceneSessions) -> dict[str, Any]:
     """Shares of turns done by what they ask, on planned and on own sources, {} where nothing asks it; hardest first."""
     import torch
 
@@ -181,7 +181,7 @@ def _interval(one: dict[str, Any], scale: float = 100, form: str = ".1f") -> str
     return f"{scale * one['value']:{form}} [{scale * one['low']:{form}}, {scale * one['high']:{form}}]"
 
 
-def _page(config: DiagnoseConfig, metrics: dict[str, Any], found: Exposure, sessions: Sessions, directory: Run) -> Page:
+def _page(config: DiagnoseConfig, metrics: dict[str, Any], found: Exposure, sessions: SceneSessions, directory: Run) -> Page:
     from fieldsmith.commands.edit_page import MEASURES
     from fieldsmith.report.page import Page, Panel
 
@@ -247,7 +247,7 @@ def _cards(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _sessions(page: Page, found: Exposure, sessions: Sessions) -> None:
+def _sessions(page: Page, found: Exposure, sessions: SceneSessions) -> None:
     """A few sessions, each turn's image under the planned one."""
     import torch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fieldsmith.metrics import editing
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
-from fieldsmith.worlds.scenes import NOTHING, Sessions
+from fieldsmith.worlds.scenes import NOTHING, SceneSessions
 from fieldsmith.worlds.scenes_judge import Channel, EditVerdicts, judge
 
 
@@ -44,7 +44,7 @@ class Exposure:
 
 def exposure(
     model: Model,
-    sessions: Sessions,
+    sessions: SceneSessions,
     steps: int,
     seed: int = 0,
     guidance: float | None = None,
