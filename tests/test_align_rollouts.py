@@ -17,8 +17,8 @@ from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import choose, collect, thinned
 from fieldsmith.methods.align.config import AlignConfig, preset
-from fieldsmith.methods.align.rollouts import Idle, Plan, Rollout, Rows, roll, soft_returns
-from fieldsmith.methods.align.schedule import Schedule, schedule
+from fieldsmith.methods.policy.rollouts import Idle, Plan, Rollout, Rows, roll, soft_returns
+from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.methods.align.setting import Setting
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised

@@ -20,7 +20,7 @@ from fieldsmith.methods.align.advice import along_steps, breaks, decided, outloo
 from fieldsmith.methods.align.audit import Moment, Row, Truths, compare, measure, ratio
 from fieldsmith.methods.align.config import RECIPES, AlignConfig, preset
 from fieldsmith.methods.align.probes import estimates, follow, pathwise, reference, zeroth
-from fieldsmith.methods.align.schedule import schedule
+from fieldsmith.methods.policy.schedule import schedule
 from fieldsmith.methods.align.setting import Setting
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow

@@ -12,7 +12,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from fieldsmith.diagnose.pushforward import (
+from experiments.oracles.perceptron import Perceptron
+from experiments.oracles.pushforward import (
     gap_mass,
     last_steps,
     posterior_covariance,
@@ -29,7 +30,6 @@ from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
 from fieldsmith.models.exact import Exact
-from fieldsmith.models.perceptron import Perceptron
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.models.unet import STATES_FILE, UNet

@@ -5,11 +5,8 @@ The command line calls the same functions with a config that it has parsed.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-
-from PIL import Image
 
 from fieldsmith import verb
 from fieldsmith.config import Config, configure

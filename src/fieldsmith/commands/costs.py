@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fieldsmith.methods.align.collect import thinned
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
-from fieldsmith.methods.align.rollouts import Rollout, roll
+from fieldsmith.methods.policy.rollouts import Rollout, roll
 from fieldsmith.methods.align.setting import Setting
 from fieldsmith.methods.distill.bank import SHARD, Source, place
 from fieldsmith.methods.distill.config import DistillConfig

@@ -156,14 +156,14 @@ def world_for(model: Model, config: SharpenConfig) -> JudgedWorld:
         source = str(card.get("data") or "")
         if not source:
             raise InputError(
-                f"'{config.model}' does not say what it was trained on; add --data columns, cards, chess or a folder"
+                f"'{config.model}' does not say what it was trained on; add --data columns, cards or a folder"
             )
     shape = tuple(model.decode(model.noise(1, torch.Generator().manual_seed(0))).shape[1:])
     if source not in WORLDS and config.judge is not None:
         import pathlib
 
         if not pathlib.Path(source).is_dir():
-            raise InputError(f"data '{source}' is no folder of images; name one, or columns, cards or chess")
+            raise InputError(f"data '{source}' is no folder of images; name one, or columns or cards")
         return FolderWorld(source, config.judge, size=shape[-1], channels=shape[0])
     world = load(source, None if source not in WORLDS else shape[-1], config.judge)
     if (world.channels, world.size, world.size) != shape:

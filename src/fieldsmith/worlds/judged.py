@@ -1,6 +1,6 @@
 """Worlds without captions whose judge says of each image whether it could be in the data (VSM notes, 4 and 8.4).
 
-In: 'columns', 'cards', 'chess', or a folder of images with the user's own judge, a Python function or an HTTP server.
+In: 'columns', 'cards', or a folder of images with the user's own judge, a Python function or an HTTP server.
 Out: a `JudgedWorld`, which draws training and held-out images and gives `Verdicts` with reasons.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError, RunError
 
-WORLDS = ("columns", "cards", "chess")
+WORLDS = ("columns", "cards")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 UNREADABLE = "unreadable"
 BATCH = 64  # images in one question to a judge behind HTTP
@@ -89,10 +89,9 @@ def load(source: str, size: int | None = None, judge: str | None = None) -> Judg
     if judge is not None:
         raise InputError(f"world '{source}' has a judge of its own; leave out '{judge}'")
     from fieldsmith.worlds.cards import CardsWorld
-    from fieldsmith.worlds.chess import ChessWorld
     from fieldsmith.worlds.columns import ColumnsWorld
 
-    makers: dict[str, Callable[..., JudgedWorld]] = {"columns": ColumnsWorld, "cards": CardsWorld, "chess": ChessWorld}
+    makers: dict[str, Callable[..., JudgedWorld]] = {"columns": ColumnsWorld, "cards": CardsWorld}
     return makers[source](**({} if size is None else {"size": size}))
 
 

@@ -14,8 +14,8 @@ from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.auxiliary import Auxiliary
 from fieldsmith.methods.align.config import REGRESSIONS
-from fieldsmith.methods.align.rollouts import Rollout, Rows, soft_returns
 from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.policy.rollouts import Rollout, Rows, soft_returns
 from fieldsmith.paths import noised
 from fieldsmith.samplers import euler, gaussian_step
 from fieldsmith.training import step_generator

@@ -18,9 +18,9 @@ from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.auxiliary import Auxiliary
 from fieldsmith.methods.align.collect import Batch, carry, choose, collect, log_ratio_slope
 from fieldsmith.methods.align.config import FIRST_ORDER, REGRESSIONS, AlignConfig, check
-from fieldsmith.methods.align.rollouts import Rollout, Rows
-from fieldsmith.methods.align.schedule import effective_strength, multiplier, strength
 from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.policy.rollouts import Rollout, Rows
+from fieldsmith.methods.policy.schedule import effective_strength, multiplier, strength
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.rewards import Reward
 from fieldsmith.run import Run

@@ -6,7 +6,7 @@ import torch
 
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.losses import gaussian_kl
-from fieldsmith.methods.align.schedule import Schedule, schedule
+from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.models.core import Model
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.samplers import Sde, gaussian_step

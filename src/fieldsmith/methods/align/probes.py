@@ -13,8 +13,9 @@ from torch import Tensor
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align.collect import carry
-from fieldsmith.methods.align.schedule import Schedule, strength
 from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.policy.advantages import advantages
+from fieldsmith.methods.policy.schedule import Schedule, strength
 from fieldsmith.samplers import euler, gaussian_step
 
 Kind = Literal["closed form", "pathwise", "zeroth order"]
@@ -33,7 +34,7 @@ def zeroth(rewards: Tensor, noise: Tensor, k: int, s: Schedule, siblings: int) -
     """Leave-one-out estimates of n // siblings groups, (g, ...), from rewards (n,) and the noise (n, ...) of step k."""
     rows = len(rewards) // siblings * siblings
     group = torch.arange(rows) // siblings
-    advantage = G.advantages(rewards[:rows].double(), group, "leave-one-out").to(noise)
+    advantage = advantages(rewards[:rows].double(), group, "leave-one-out").to(noise)
     each = G.reverse_noise(advantage, noise[:rows], torch.full((rows,), k), s)
     return each.reshape(-1, siblings, *noise.shape[1:]).mean(1)
 
@@ -152,7 +153,7 @@ def _first_order(
         raise InputError(f"chunk={chunk} must be at least {DRAWS} to measure first-order estimators")
     end = follow(setting, x, k, prompt)[-1]
     clean = torch.cat([G.clean_gradient(value, drawn[-1])])
-    pull = {name: float(strength(name, s, setting.prior).pull[k]) for name in ("linear", "jacobian")}
+    pull = {name: float(strength(name, s, setting.prior).gamma[k]) for name in ("linear", "jacobian")}
     last = k + 1 == len(s)  # the next state is clean data already
     return {
         "tweedie": Estimate(G.tweedie(value_x, setting.place(prompt), x, t, "full"), 3 * unit),

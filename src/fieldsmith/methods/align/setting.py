@@ -17,8 +17,8 @@ from fieldsmith import processes
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
 from fieldsmith.methods.align.guidance import Place, Value
-from fieldsmith.methods.align.rollouts import Plan, Rollout, roll
-from fieldsmith.methods.align.schedule import Schedule, schedule, strength
+from fieldsmith.methods.policy.rollouts import Plan, Rollout, roll
+from fieldsmith.methods.policy.schedule import Schedule, schedule, strength
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.rewards import Reward

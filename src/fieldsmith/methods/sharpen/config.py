@@ -24,7 +24,7 @@ class SharpenConfig:
     model: str = "zoo:columns-ddpm"
     """A diffusers pipeline folder, a hub id, or a zoo model, on a DDPM schedule."""
     data: str = "auto"
-    """columns, cards, chess or a folder of images; auto: what the model's card names."""
+    """columns, cards or a folder of images; auto: what the model's card names."""
     judge: str | None = None
     """For a folder: module:function, file.py:function or an http:// address that says which images are valid."""
     out: pathlib.Path | None = None
