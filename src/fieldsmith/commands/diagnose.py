@@ -248,11 +248,9 @@ def _kind(model: Model) -> str:
     """The form in which the network predicts."""
     import torch
 
-    counted = model.forwards
     with torch.no_grad():
         x = model.noise(1, torch.Generator().manual_seed(0))
         said = model.predict(x, model.grid(1)[0], model.encode([""]))
-    model.forwards = counted
     return said.kind
 
 

@@ -111,8 +111,8 @@ def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     student.network.float()
     data = data_for(teacher, config)
     source = Source(teacher.encode_images(data.images), data.labels, data.names)
-    with memory.trained(fits, student):
-        result = loop.distill(teacher, student, source, config, directory, data.name)
+    memory.prepare_training(fits, student)
+    result = loop.distill(teacher, student, source, config, directory, data.name, optimizer=fits.optimizer)
     student.save(directory.folder / "model")
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; measuring what the student kept")
     sweep = Sweep(data, teacher, config.evaluate, config.sampler_steps, config.seed)

@@ -92,13 +92,15 @@ def run(config: SharpenConfig, fits: Memory = memory.DEFAULT) -> Run:
     if config.method == "guide":
         guide = guide_of(model, config)
         guide.network.float()
-        with memory.trained(fits, guide):
-            result = loop.sharpen(guide, states, dataclasses.replace(config, method="plain"), directory)
+        memory.prepare_training(fits, guide)
+        result = loop.sharpen(
+            guide, states, dataclasses.replace(config, method="plain"), directory, optimizer=fits.optimizer
+        )
         guide.save(directory.folder / "guide")
         field: Field | None = _steered(model, guide, config.guidance)
     else:
-        with memory.trained(fits, model):
-            result = loop.sharpen(model, states, config, directory)
+        memory.prepare_training(fits, model)
+        result = loop.sharpen(model, states, config, directory, optimizer=fits.optimizer)
         model.save(directory.folder / "model")
         field = None
     for warning in result.warnings:

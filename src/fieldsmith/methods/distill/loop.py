@@ -51,12 +51,10 @@ class Result:
 
 def operations(model: Model, condition: Condition) -> float:
     """Floating-point operations of one state's forward."""
-    counted = model.forwards
     x = model.noise(1, torch.Generator().manual_seed(0))
     scales = getattr(model, "scales", None)  # a network that takes the scale knows only these
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), model.uncounted():
         model.predict(x, torch.full((1,), 0.5, device=x.device), condition, scales[0] if scales else None)
-    model.forwards = counted
     return float(counter.get_total_flops())
 
 
@@ -141,10 +139,8 @@ class Step:
         teacher = self.feed.teacher
         self.taps = places(self.student.network, teacher.network, self.config.objective == "fitnets")
         x, t = self.student.noise(1, torch.Generator().manual_seed(0)), torch.full((1,), 0.5)
-        counted = teacher.forwards, self.student.forwards
-        with torch.no_grad():
+        with torch.no_grad(), teacher.uncounted(), self.student.uncounted():
             ours, theirs = self._record(x, t.to(x), self.conditions[[0]], self.feed.conditions[[0]])
-        teacher.forwards, self.student.forwards = counted
         self.regressors = Regressors(ours.features, theirs.features, self.config.seed).to(x.device)
 
     def _record(
@@ -237,7 +233,7 @@ class Step:
         picked = torch.randint(len(scales), (len(rows),), generator=generator)
         w = scales[picked].reshape(-1, *(1,) * (rows.gap.ndim - 1)).to(rows.gap)
         label = self.conditions.parts["label"][rows.prompt] * len(scales) + picked.to(rows.prompt.device)
-        output = self.student._forward(rows.x_t, rows.t, label)[0]  # type: ignore[attr-defined]
+        output = self.student.forward(rows.x_t, rows.t, label)[0]
         return square(output, rows.teacher.guided(w))
 
 
@@ -266,16 +262,16 @@ def curriculum_for(teacher: Model, source: Source, config: DistillConfig) -> Cur
 @torch.no_grad()
 def teacher_losses(teacher: Model, source: Source, seed: int, n: int = PROFILE) -> tuple[Tensor, Tensor]:
     """The frozen teacher's conditional losses against the truth at n stratified times, (n,) each; counts no forward."""
-    generator, counted = step_generator(seed, 0, stream=12), teacher.forwards
+    generator = step_generator(seed, 0, stream=12)
     times = weights_of.times_of(teacher.path)
     t = times[draw(len(times), n, (1.0, 1.0), True, generator)].float()
     x_t, prompt, noise = states_at(teacher, source, t, generator)
     conditions = teacher.encode(source.prompts)
-    losses = [
-        square(teacher.predict(x_t[rows], t[rows].to(x_t), conditions[prompt[rows]]).value, noise[rows])
-        for rows in torch.arange(n).split(256)
-    ]
-    teacher.forwards = counted
+    with teacher.uncounted():
+        losses = [
+            square(teacher.predict(x_t[rows], t[rows].to(x_t), conditions[prompt[rows]]).value, noise[rows])
+            for rows in torch.arange(n).split(256)
+        ]
     return t, torch.cat(losses).cpu()
 
 
@@ -316,6 +312,7 @@ def distill(
     run: Run | None = None,
     data: str = "",
     quiet: bool = False,
+    optimizer: str = "adamw",
 ) -> Result:
     """Train the student's network in place, resumably. Raises InputError before the first update."""
     check(config)
@@ -332,7 +329,10 @@ def distill(
     student.unfreeze("all")
     try:
         step = Step(student, feed, config, objective, weights)
-        _preflight(step, feed, config, quiet)  # asks the teacher itself: nothing is written before all is known good
+        with teacher.uncounted(), student.uncounted():
+            _preflight(
+                step, feed, config, quiet
+            )  # asks the teacher itself: nothing is written before all is known good
         if config.bank and folder:
             feed.bank = Bank(pathlib.Path(folder), teacher, source, data)
     except InputError:
@@ -348,6 +348,7 @@ def distill(
     optimisation = Optimisation(
         config.steps, config.lr, config.weight_decay, config.warmup, cosine=True, clip=config.clip,
         ema=config.ema or None, checkpoint_every=max(100, config.steps // 10), seed=config.seed,
+        optimizer=optimizer,
     )  # fmt: skip
     done: Fit = fit(step.parameters(), losses, optimisation, run)
     student.network.requires_grad_(False)
@@ -358,7 +359,6 @@ def distill(
 
 def _preflight(step: Step, feed: Feed, config: DistillConfig, quiet: bool) -> None:
     """One step's worth, thrown away: the teacher guides at all, and the loss reaches every layer of the student."""
-    counted = feed.teacher.forwards, step.student.forwards
     generator = step_generator(config.seed, 0, stream=14)
     rows, null = feed(0, generator)
     with torch.no_grad():
@@ -373,5 +373,4 @@ def _preflight(step: Step, feed: Feed, config: DistillConfig, quiet: bool) -> No
     for part in (step.weights, step.regressors):
         if isinstance(part, nn.Module):
             part.zero_grad()
-    feed.teacher.forwards, step.student.forwards = counted
     preflight.require(checks, quiet)

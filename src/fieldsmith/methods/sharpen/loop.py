@@ -237,7 +237,14 @@ def check_model(model: Model, data: Tensor, config: SharpenConfig) -> None:
         raise InputError("the data hold NaN or infinity; look at the images")
 
 
-def sharpen(model: Model, data: Tensor, config: SharpenConfig, run: Run | None = None, quiet: bool = False) -> Result:
+def sharpen(
+    model: Model,
+    data: Tensor,
+    config: SharpenConfig,
+    run: Run | None = None,
+    quiet: bool = False,
+    optimizer: str = "adamw",
+) -> Result:
     """Train the model in place on states `data` (n, ...), resumably. Raises InputError before the first update."""
     check(config)
     processes.check_share(config.batch, "batch")
@@ -249,14 +256,14 @@ def sharpen(model: Model, data: Tensor, config: SharpenConfig, run: Run | None =
             parameter.requires_grad_(name.startswith(f"{last}."))
     try:
         step = Step(model, data, config)
-        shares = _preflight(step, config, quiet)
+        with model.uncounted():
+            shares = _preflight(step, config, quiet)
     except (InputError, RunError):
         model.remove_training()
         raise
     parameters = model.trainable()
     if run:
         run.begin()
-    counted = model.forwards
 
     def losses(at: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         found = step(step.draw(generator), generator, log)
@@ -273,12 +280,14 @@ def sharpen(model: Model, data: Tensor, config: SharpenConfig, run: Run | None =
     optimisation = Optimisation(
         config.steps, config.lr, config.weight_decay, config.warmup, cosine=True, clip=config.clip,
         ema=config.ema or None, checkpoint_every=max(100, config.steps // 10), seed=config.seed,
+        optimizer=optimizer,
     )  # fmt: skip
-    done: Fit = fit(parameters, losses, optimisation, run)
+    with model.count_nfe() as nfe:
+        done: Fit = fit(parameters, losses, optimisation, run)
     model.network.requires_grad_(False)
     finite = [share for share in shares if math.isfinite(share)]
     mean = sum(finite) / len(finite) if finite else None
-    return Result(done.steps, done.seconds, done.stopped, model.forwards - counted, mean, warnings_of(mean, config))
+    return Result(done.steps, done.seconds, done.stopped, nfe.total, mean, warnings_of(mean, config))
 
 
 def warnings_of(share: float | None, config: SharpenConfig) -> tuple[str, ...]:
@@ -295,7 +304,7 @@ def warnings_of(share: float | None, config: SharpenConfig) -> tuple[str, ...]:
 
 def _preflight(step: Step, config: SharpenConfig, quiet: bool) -> list[float]:
     """One step's worth, thrown away: every trained layer is reached; the term's share of the gradient."""
-    counted, generator = step.model.forwards, step_generator(config.seed, 0, stream=14)
+    generator = step_generator(config.seed, 0, stream=14)
     found = step(step.draw(generator), generator, {})
     parameters = list(step.model.trainable().values())
     shares = [] if found.term is None else [gradient_share(found, parameters)]
@@ -304,6 +313,5 @@ def _preflight(step: Step, config: SharpenConfig, quiet: bool) -> list[float]:
     if shares:
         word = f"gradient share of the {config.method} term"
         checks.append(preflight.Check(word, shares[0], "1e-4 to 1", True, ""))
-    step.model.forwards = counted
     preflight.require(checks, quiet)
     return shares

@@ -75,13 +75,13 @@ def draw(
     batch: int = 256,
 ) -> Tensor:
     """n states by ancestral steps; equal seeds give equal starts and equal noise. Counts no training cost."""
-    counted, generator = model.forwards, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     field = field or field_of(model)
-    found = [
-        ancestral(field, model.noise(len(part), generator), model.grid(steps), generator, variance, model.clip)
-        for part in torch.arange(n).split(batch)
-    ]
-    model.forwards = counted
+    with model.uncounted():
+        found = [
+            ancestral(field, model.noise(len(part), generator), model.grid(steps), generator, variance, model.clip)
+            for part in torch.arange(n).split(batch)
+        ]
     return torch.cat(found)
 
 
