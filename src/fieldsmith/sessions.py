@@ -1,4 +1,4 @@
-"""Editing sessions: an image and the instructions that edit it, turn after turn; files of them.
+"""Files of editing sessions: an image and the instructions that edit it, turn after turn.
 
 In: JSON lines, {"image": path relative to the file, "instructions": [...], "id": optional}, or the CSV file of EdiVal
 (github.com/TianyuCodings/EdiVal, oai_instruction_generation_output.csv). Out: `Session`s, and their images as a tensor.
@@ -11,10 +11,10 @@ import csv
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fieldsmith.errors import InputError
 from fieldsmith.run import write_atomically
@@ -29,51 +29,9 @@ EDIVAL_IMAGES = "input_images_resize_512"  # EdiVal's archive of images, unpacke
 
 @dataclass(frozen=True)
 class Session:
-    """An image and the instructions that edit it."""
-
     id: str
-    image: Any  # an absolute path, a PIL image, or a tensor (3, h, w) in [0, 1]
+    image: Path  # absolute
     instructions: tuple[str, ...]  # one a turn
-
-
-class Sessions(Protocol):
-    """n sessions of equally many turns, as training, judges and measures need them: of a file, or a world's."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, rows: Any) -> Any: ...
-    @property
-    def turns(self) -> int: ...
-    def prompts(self, turn: int) -> list[str]:
-        """What turn 1, 2, ... asks of each session, n instructions."""
-        ...
-
-    def clean(self, turn: int) -> Tensor:
-        """Images (n, 3, size, size) in [0, 1]: the start at turn 0; what later turns should give, where it is known."""
-        ...
-
-
-@dataclass(frozen=True)
-class Edits:
-    """One turn of n sessions, as a judge sees it; images (n, 3, h, w) in [0, 1], copies that a judge may change."""
-
-    sessions: Sessions
-    turn: int  # from 1
-    before: Tensor  # what the turn edited
-    after: Tensor  # what the model made of it
-    first: Tensor  # where the session began
-
-    def __len__(self) -> int:
-        return len(self.sessions)
-
-    @property
-    def instructions(self) -> list[str]:
-        """What the turn asks, one a session."""
-        return self.sessions.prompts(self.turn)
-
-    @property
-    def instructions_so_far(self) -> list[list[str]]:
-        """What each session's turns asked up to this one."""
-        return [list(row) for row in zip(*map(self.sessions.prompts, range(1, self.turn + 1)), strict=True)]
 
 
 def read_sessions(path: str | Path) -> list[Session]:
@@ -109,28 +67,6 @@ def read_sessions(path: str | Path) -> list[Session]:
     return [session for _, session in found]
 
 
-def given_sessions(pairs: Iterable[tuple[Any, Sequence[str]]]) -> list[Session]:
-    """Sessions of pairs (image, instructions): the image a path, a PIL image, or numbers (3, h, w) in [0, 1].
-
-    Raises InputError, with the pair's place from 0, at what is no such pair, and at different numbers of turns.
-    """
-    sessions = []
-    for place, pair in enumerate(pairs):
-        where = f"sessions[{place}]"
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise InputError(f"{where} is no pair of an image and its instructions; give ('cat.png', ['make it red'])")
-        image, instructions = pair
-        if isinstance(image, (str, Path)) and not Path(image).is_file():
-            raise InputError(f"image '{image}' of {where} does not exist; fix the path")
-        sessions.append(Session(str(place), image, _instructions(list(instructions), where)))
-    if not sessions:
-        raise InputError("no sessions given; give pairs such as ('cat.png', ['make it red'])")
-    turns = [len(one.instructions) for one in sessions]
-    if len(set(turns)) > 1:
-        raise InputError(f"sessions have {min(turns)} to {max(turns)} turns; give all the same number")
-    return sessions
-
-
 def write_sessions(path: str | Path, sessions: Sequence[Session]) -> None:
     """JSON lines that `read_sessions` reads back; image paths become relative to the file's folder."""
     path = Path(path)
@@ -148,7 +84,7 @@ def load_images(sessions: Sequence[Session], size: int) -> Tensor:
     An image of another size is cut to its central square and resized by Lanczos. Raises InputError at a size below 1
     and an image that cannot be read.
     """
-    import numpy  # here, as torch and PIL: the command line reads this file before they are loaded
+    import numpy
     import torch
     from PIL import Image, ImageOps
 
@@ -156,21 +92,14 @@ def load_images(sessions: Sequence[Session], size: int) -> Tensor:
         raise InputError(f"size={size}: images need at least 1 pixel a side")
     images = torch.zeros(len(sessions), 3, size, size)
     for row, session in enumerate(sessions):
-        image = session.image
         try:
-            if isinstance(image, (str, Path)):
-                with Image.open(image) as file:
-                    image = ImageOps.exif_transpose(file).convert("RGB")
-            elif not isinstance(image, Image.Image):
-                pixels = torch.as_tensor(image).detach().cpu().float().clamp(0, 1)
-                if pixels.ndim != 3 or len(pixels) != 3:
-                    raise ValueError(f"its shape is {tuple(pixels.shape)}, not (3, height, width)")
-                image = Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
+            with Image.open(session.image) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
         # pillow raises all of these on files that are cut short, damaged or far too large
-        except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            name = f"image '{image}'" if isinstance(image, (str, Path)) else "the image"
-            raise InputError(f"{name} of session '{session.id}' cannot be read ({error}); replace it") from error
-        image = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"image '{session.image}' of session '{session.id}' cannot be read ({error}); replace it"
+            ) from error
         if image.size != (size, size):
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -180,32 +109,33 @@ def load_images(sessions: Sequence[Session], size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FileSessions:
-    """Sessions of a file or of the user's own, cut to their first `turns` turns; images at `size` pixels."""
+class Listed:
+    """Sessions of a file as a training task sees them, cut to `turns` of their turns; images at `size` pixels."""
 
     sessions: tuple[Session, ...]
     size: int
     turns: int
 
     @staticmethod
-    def of(sessions: Sequence[Session], size: int) -> FileSessions:
-        """All of them, whole. Raises InputError where the first image cannot be read."""
-        load_images(sessions[:1], size)  # a folder of images that was moved is refused before anything runs
-        return FileSessions(tuple(sessions), size, len(sessions[0].instructions))
+    def read(path: str | Path, size: int) -> Listed:
+        """Every session of the file. Raises InputError as `read_sessions` does."""
+        found = read_sessions(path)
+        load_images(found[:1], size)  # a folder of images that was moved is refused before anything runs
+        return Listed(tuple(found), size, len(found[0].instructions))
 
-    def draw(self, n: int, seed: int, turns: int) -> FileSessions:
+    def drawn(self, n: int, seed: int, turns: int) -> Listed:
         """n of them in random order, each once before any comes again."""
-        generator = random.Random(seed)
+        draw = random.Random(seed)
         rows: list[Session] = []
         while len(rows) < n:
-            rows += generator.sample(self.sessions, min(n - len(rows), len(self.sessions)))
-        return FileSessions(tuple(rows), self.size, turns)
+            rows += draw.sample(self.sessions, min(n - len(rows), len(self.sessions)))
+        return Listed(tuple(rows), self.size, turns)
 
     def __len__(self) -> int:
         return len(self.sessions)
 
-    def __getitem__(self, rows: Sequence[int]) -> FileSessions:
-        return FileSessions(tuple(self.sessions[i] for i in rows), self.size, self.turns)
+    def __getitem__(self, rows: Sequence[int]) -> Listed:
+        return Listed(tuple(self.sessions[i] for i in rows), self.size, self.turns)
 
     def prompts(self, turn: int) -> list[str]:
         return [one.instructions[turn - 1] for one in self.sessions]
@@ -213,9 +143,9 @@ class FileSessions:
     def clean(self, turn: int) -> Tensor:
         """The start; what later turns should give is not in a file."""
         assert turn == 0, "session files hold no planned images"
-        different = {one.id: one for one in self.sessions}
-        order = {name: row for row, name in enumerate(different)}
-        return load_images(list(different.values()), self.size)[[order[one.id] for one in self.sessions]]
+        different = list(dict.fromkeys(self.sessions))
+        images = load_images(different, self.size)
+        return images[[different.index(one) for one in self.sessions]]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Session]]:

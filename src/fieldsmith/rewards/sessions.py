@@ -1,19 +1,26 @@
 """Judges of one turn of many sessions: exact where a world knows the plan, a server that sees images elsewhere.
 
-In: `Edits`, one turn's images before and after it. Out: `EditScores` in [0, 1].
+In: sessions, the turn, images before and after it and at the start (n, 3, h, w) in [0, 1]. Out: `EditScores` in [0, 1].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.rewards.edits import EditJudge, EditScores, disagreement
-from fieldsmith.sessions import Edits
-from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds import scenes, scenes_judge
 
-Against = Literal["first", "previous"]  # what consistency is measured against
+Against = Literal["first", "previous"]
+
+
+class Instructed(Protocol):
+    """Sessions that say what each turn asks."""
+
+    def prompts(self, turn: int) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -24,10 +31,12 @@ class Exact:
     against: Against = "first"
     partial: float = 0.2
 
-    def __call__(self, edits: Edits) -> EditScores:
-        verdicts = scenes_judge.judge(edits.sessions, edits.turn, edits.before, edits.after, edits.first)  # type: ignore[arg-type]
-        following = (1 - self.partial) * verdicts.done + self.partial * verdicts.following
-        return EditScores.of(following, verdicts.kept_first if self.against == "first" else verdicts.kept)
+    def __call__(
+        self, sessions: scenes.Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor
+    ) -> EditScores:
+        found = scenes_judge.judge(sessions, turn, before, after, first)
+        following = (1 - self.partial) * found.done + self.partial * found.following
+        return EditScores.of(following, found.kept_first if self.against == "first" else found.kept)
 
 
 @dataclass
@@ -39,15 +48,16 @@ class Remote:
     against: Against = "first"
     trusted: bool = False
 
-    def __call__(self, edits: Edits) -> EditScores:
-        if self.against == "previous" or edits.turn == 1:
-            scores = self.judge(edits.before, edits.after, edits.instructions)
+    def __call__(self, sessions: Instructed, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
+        told = sessions.prompts(turn)
+        if self.against == "previous" or turn == 1:
+            found = self.judge(before, after, told)
         else:
-            following = self.judge.following(edits.before, edits.after, edits.instructions)
-            consistency = self.judge.consistency(edits.first, edits.after, edits.instructions_so_far)
-            scores = EditScores.of(following, consistency)
-        trouble = None if self.trusted else disagreement(scores, self.judge.options.n)
+            so_far = [list(row) for row in zip(*(sessions.prompts(t) for t in range(1, turn + 1)), strict=True)]
+            following = self.judge.following(before, after, told)
+            found = EditScores.of(following, self.judge.consistency(first, after, so_far))
+        trouble = None if self.trusted else disagreement(found, self.judge.options.n)
         if trouble:
             raise InputError(trouble)
         self.trusted = True
-        return scores
+        return found

@@ -20,10 +20,9 @@ from fieldsmith.config import (
     config,
 )
 from fieldsmith.errors import InputError, check_word
-from fieldsmith.sessions import LINE
 
-AUTO, EXACT, REMOTE = "auto", "exact", "remote:"  # sessions and judges by name
-GIVEN, FUNCTION = "given:", "function:"  # how the record names sessions and judges that Python code gave
+AUTO, EXACT = "auto", "exact"  # sessions and judge by name
+GIVEN, FUNCTION = "given:", "function:"  # how the record names those that Python code gave
 
 # what each recipe changes of the defaults, which are those of `mt-nft`
 PRESETS: dict[str, dict[str, Any]] = {
@@ -62,7 +61,8 @@ class EditConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     sessions: str = "auto"
     """auto: the world that the model's card names; or a .jsonl file, a line {"image": ..., "instructions": [...]}."""
     judge: str = "exact"
-    """exact (worlds only), or remote:http://HOST:PORT/v1?model=M&mode=expected&n=4, a server that sees images."""
+    """exact (worlds only); remote:http://HOST:PORT/v1?model=M&mode=expected&n=4, a server that sees images; or
+    `file.py:name`, a function judge(before, after, instructions) that returns (following, consistency)."""
     resolution: Count | None = None
     """Image side in pixels; None: the model's own, at most 512."""
     preset: str = ""
@@ -211,15 +211,18 @@ class EditConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
 
     def _check_task(self) -> None:
         """Raises InputError where sessions and their judge cannot go together, or the file is not there."""
-        if self.judge != EXACT and not self.judge.startswith((REMOTE, FUNCTION)):
-            raise InputError(f"judge '{self.judge}' is unknown; use exact, or {REMOTE}http://HOST:PORT/v1?model=MODEL")
-        if self.sessions != AUTO and self.judge == EXACT:
+        if self.judge != EXACT and ":" not in self.judge:
             raise InputError(
-                f"judge 'exact' knows worlds alone; add --judge {REMOTE}http://HOST:PORT/v1?model=MODEL, or give a "
-                "function in Python"
+                f"judge '{self.judge}' is unknown; use exact, remote:http://HOST:PORT/v1?model=MODEL or file.py:name"
             )
-        if self.sessions != AUTO and not self.sessions.startswith(GIVEN) and not pathlib.Path(self.sessions).is_file():
-            raise InputError(f"sessions file '{self.sessions}' does not exist; name a file of lines such as {LINE}")
+        if self.sessions == AUTO:
+            return
+        if self.judge == EXACT:
+            raise InputError(
+                "judge 'exact' knows worlds alone; add --judge remote:http://HOST:PORT/v1?model=MODEL, or file.py:name"
+            )
+        if not self.sessions.startswith(GIVEN) and not pathlib.Path(self.sessions).is_file():
+            raise InputError(f"sessions file '{self.sessions}' does not exist; fix its name")
 
     @property
     def rolls(self) -> bool:

@@ -7,7 +7,7 @@ In: what a run is given (sessions, their judge), a model. Out: a Collection: eve
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from fieldsmith import processes
-from fieldsmith.errors import InputError, RewardError, RunError
-from fieldsmith.functions import name_of
+from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.policy.rollouts import Plan, Transitions, roll
 from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.models.editing import encode_unique, quantised, states_of
 from fieldsmith.paths import RectifiedFlow
-from fieldsmith.rewards.reward import as_numbers, check_images, failure
+from fieldsmith.rewards.reward import check_images
 from fieldsmith.samplers import rollout
-from fieldsmith.sessions import Edits, Sessions
+from fieldsmith.sessions import Sessions
 from fieldsmith.training import step_generator
 
 NOISE = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.7}
 
-Judge = Callable[[Edits], Any]  # -> (following, consistency), one number in [0, 1] an edit each; or an object with both
+# sessions, turn, before, after, first image -> scores with `following` and `consistency`, (n,) each in [0, 1]
+Judge = Callable[[Any, int, Tensor, Tensor, Tensor], Any]
 Channel = Callable[[Tensor, torch.Generator], Tensor]  # images of a turn -> images as the next turn gets them
 
 
@@ -177,8 +177,8 @@ def collect(context: EditContext, epoch: int) -> Collection:
             after = context.images(x_0)
             check_images(after, f"at step {epoch * config.updates} with lr={config.lr:g}")
             if processes.is_main():  # the others get its scores
-                edits = Edits(repeated, turn, before.clone(), after.clone(), first.clone())
-                waiting.append(pool.submit(score, context.inputs.judge, edits))
+                images = [part.clone() for part in (before, after, first)]  # which a judge may change
+                waiting.append(pool.submit(torch.no_grad()(context.inputs.judge), repeated, turn, *images))
             sources.append(latents)
             results.append(x_0)
             if steps is not None:
@@ -219,37 +219,11 @@ def _turn(
     return torch.cat(sources), torch.cat(results), Transitions.cat(transitions) if transitions else None
 
 
-@torch.no_grad()
-def score(judge: Judge, edits: Edits) -> tuple[Tensor, Tensor]:
-    """A judge's scores of n edits: following and consistency, each (n,) float32 on the CPU.
-
-    Raises RewardError where the judge raises, or returns anything but one finite number an edit for each.
-    """
-    what = f"judge '{name_of(judge)}'"
-    try:
-        output = judge(edits)
-    except (InputError, RunError):  # of our own judges, which say what is wrong
-        raise
-    except (Exception, SystemExit) as error:  # whatever a user's function may raise
-        raise RewardError(failure(what, error, edits.instructions)) from error
-    if hasattr(output, "following") and hasattr(output, "consistency"):
-        output = (output.following, output.consistency)
-    try:
-        following, consistency = output
-    except (TypeError, ValueError) as error:
-        kind = type(output).__name__
-        raise RewardError(
-            f"{what} returned a {kind} for {len(edits)} edits; return two lists, following and consistency, with one "
-            "number an edit each"
-        ) from error
-    numbers = (
-        as_numbers(part, f"{what} as {name}", edits.instructions).detach().float().cpu()
-        for name, part in (("following", following), ("consistency", consistency))
-    )
-    return next(numbers), next(numbers)
-
-
-def _gather(waiting: list[Any], P: int, G: int) -> tuple[Tensor, Tensor]:
+def _gather(waiting: list[Future[Any]], P: int, G: int) -> tuple[Tensor, Tensor]:
     """Following and consistency, (P, G, T) each; raises what the judge raised."""
-    following, consistency = zip(*(future.result() for future in waiting), strict=True)
-    return torch.stack(following, 1).reshape(P, G, -1), torch.stack(consistency, 1).reshape(P, G, -1)
+    turns = [future.result() for future in waiting]
+    following, consistency = (
+        torch.stack([getattr(turn, name).detach().float().cpu() for turn in turns], 1).reshape(P, G, len(turns))
+        for name in ("following", "consistency")
+    )
+    return following, consistency
