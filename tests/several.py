@@ -27,7 +27,6 @@ from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.edit import loop as edit_loop
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Task
-from fieldsmith.methods.erase import loop as erase_loop
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen import loop as sharpen_loop
 from fieldsmith.methods.sharpen.config import SharpenConfig
@@ -41,6 +40,7 @@ from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from tests import trained
 
 WORDS = ("a", "red", "blue", "square", "circle")
 SMALL = {"layers": 1, "single_layers": 1, "heads": 1}
@@ -57,7 +57,7 @@ def erase(run: Run) -> tuple[Model, int]:
         rollout_guidance=2.0, dropout=0.0,
     )  # fmt: skip
     with model.count_nfe() as nfe:
-        erase_loop.erase(model, config, run)
+        trained.erase(model, config, run)
     return model, nfe.total
 
 

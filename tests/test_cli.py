@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from fieldsmith.commands.erase import configure
 from PIL import Image
 from safetensors.torch import load_file
 
 from fieldsmith import __version__, training
 from fieldsmith.cli import VERBS, main
-from fieldsmith.commands.erase import configure
 from fieldsmith.methods.erase import losses
 from fieldsmith.methods.erase.config import preset
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from fieldsmith.commands.memory import Memory
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,7 +17,6 @@ from fieldsmith import optimizers
 from fieldsmith.cli import main
 from fieldsmith.commands import edit as edit_command
 from fieldsmith.commands import erase as erase_command
-from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load

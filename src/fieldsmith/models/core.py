@@ -84,6 +84,7 @@ class Model:
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
     PART: ClassVar[str] = "transformer"  # the network's name in its pipeline, and so in the keys of its LoRA files
+    ERASE_SUBSET: ClassVar[str] = "attention"  # what trains where concepts are erased and no subset is named
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
     clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path

@@ -31,6 +31,7 @@ class Flux(Prompted):
         "text-inputs": r"context_embedder|time_text_embed\.text_embedder\.linear_1",
         "all-linear": r".*",
     }
+    ERASE_SUBSET = "qk_dual"
     path = RectifiedFlow()
     kind: Kind = "velocity"
 

@@ -66,7 +66,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     _check_model(model, config)
     pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
     model.encode(config.keep or [""])  # unknown words are refused now
-    config = config.replace(subset=model.subset(config.subset, "erase"))
+    config = config.replace(subset=config.subset or model.ERASE_SUBSET)
     if config.method in ("uce", "projection"):
         return _untrained(model, config, pairs, inputs)
 

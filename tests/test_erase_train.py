@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fieldsmith.errors import InputError, RunError
-from fieldsmith.methods.erase import loop, states
+from fieldsmith.methods.erase import states, step
 from fieldsmith.methods.erase.config import METHODS, EraseConfig
-from fieldsmith.methods.erase.loop import Projected, erase
+from fieldsmith.methods.erase.step import Projected
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.run import Run
+from tests.trained import erase
 
 QUICK = EraseConfig(
     targets=("red circle",), anchors=("blue circle",), steps=6, window=(1, 3), budget=6, rollout_guidance=1.0,
@@ -120,13 +121,13 @@ def test_the_budget_buys_its_ceiling_of_steps(model, budget, batch, steps):
 
 def test_the_last_step_is_cut_to_what_is_left_of_the_budget(model, monkeypatch):
     evaluated: list[int] = []
-    contrast = loop._contrast
+    contrast = step._contrast
 
     def counting(model, some, pair, config):
         evaluated.append(len(some))
         return contrast(model, some, pair, config)
 
-    monkeypatch.setattr(loop, "_contrast", counting)
+    monkeypatch.setattr(step, "_contrast", counting)
     erase(model, replace(QUICK, budget=7, chunk=2))
     assert sum(evaluated[-5:]) == 7  # 2 + 1, 2 + 1, 1; before them the preflight's own
     assert evaluated[-5:] == [2, 1, 2, 1, 1]
@@ -135,7 +136,7 @@ def test_the_last_step_is_cut_to_what_is_left_of_the_budget(model, monkeypatch):
 def test_a_paper_sized_step_costs_66_forwards(model):
     """11 rollout + 2 * 11 teacher + 3 * 11 student (notes, 2.5)."""
     result = erase(model, replace(QUICK, steps=12, window=(1, 11), budget=22))
-    assert result.forward_equivalents == 2 * 66
+    assert result.nfe == 2 * 66
 
 
 def test_chunks_change_memory_and_not_the_gradient(flux_folder):
@@ -216,13 +217,13 @@ def test_a_seed_decides_the_weights(flux_folder, options):
 
 def test_pairs_are_drawn_from_all_targets(model, monkeypatch):
     drawn: list[str] = []
-    contrast = loop._contrast
+    contrast = step._contrast
 
     def watching(model, some, pair, config):
         drawn.append(pair.name)
         return contrast(model, some, pair, config)
 
-    monkeypatch.setattr(loop, "_contrast", watching)
+    monkeypatch.setattr(step, "_contrast", watching)
     erase(model, replace(QUICK, targets=("red circle", "red square"), anchors=("a",), budget=30))
     assert set(drawn) == {"red circle -> a", "red square -> a"}
 
@@ -310,13 +311,13 @@ def test_methods_that_a_model_has_no_place_for_are_refused(unet_folder):
 
 
 def test_a_loss_that_becomes_nan_ends_the_run_and_its_checkpoint_loads(model, tmp_path, monkeypatch):
-    hinge, calls = loop.L.erase_loss, []
+    hinge, calls = step.L.erase_loss, []
 
     def breaking(*args, **kwargs):
         calls.append(1)
         return hinge(*args, **kwargs) * (math.nan if len(calls) > 1 + 12 else 1)  # one call is the preflight's
 
-    monkeypatch.setattr(loop.L, "erase_loss", breaking)
+    monkeypatch.setattr(step.L, "erase_loss", breaking)
     config = replace(QUICK, budget=60)
     with pytest.raises(RunError, match="loss became nan at step 12"):
         erase(model, config, Run(tmp_path / "run", "erase", config))
@@ -347,11 +348,11 @@ def test_progress_drift_and_cost_are_logged(model, tmp_path):
     result = erase(model, config, run)
     rows = run.history()
     assert [row["step"] for row in rows] == list(range(6))
-    assert all({"loss", "lambda", "active", "d_plus", "d_minus", "forwards"} <= row.keys() for row in rows)
+    assert all({"loss", "lambda", "active", "d_plus", "d_minus", "nfe"} <= row.keys() for row in rows)
     assert [row["step"] for row in rows if "drift" in row] == [0, 5]
     assert rows[0]["active"] == 1
     assert rows[0]["drift"] < 1e-5 < rows[5]["drift"]
-    assert rows[-1]["forwards"] == result.forward_equivalents
+    assert rows[-1]["nfe"] == result.nfe
 
 
 def test_a_run_leaves_nothing_switched(model):
