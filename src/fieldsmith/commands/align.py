@@ -65,21 +65,20 @@ def run(config: AlignConfig, fits: Memory = memory.DEFAULT) -> Run:
 
     from fieldsmith.diagnose.concepts import sampler
     from fieldsmith.methods.align import loop
-    from fieldsmith.methods.align.setting import named_prompts
-    from fieldsmith.rewards import checked
+    from fieldsmith.read import read_prompts
     from fieldsmith.rewards import load as load_reward
     from fieldsmith.worlds.model_cards import world_of
 
     console = Console(stderr=True)
     world = world_of(config.model)
-    prompts = named_prompts(config.prompts) or _captions(world)
+    prompts = read_prompts(config.prompts) or _captions(world)
     config = dataclasses.replace(config, prompts=prompts)
-    reward = checked(load_reward(config.reward, world))
+    reward = load_reward(config.reward, world)
     watched = {reward.name: reward}
     for name in config.held_out_rewards:
-        watched[name] = checked(load_reward(name, world))
+        watched[name] = load_reward(name, world)
     if world:
-        watched["valid"] = checked(load_reward("valid", world))
+        watched["valid"] = load_reward("valid", world)
     directory = arguments.directory_of(config, "align", fits)
     if directory.finished:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")

@@ -5,24 +5,21 @@ In: a model, a configuration, a reward. Out: a Setting, through which everything
 
 from __future__ import annotations
 
-import contextlib
-import pathlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fieldsmith import processes
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
 from fieldsmith.methods.align.guidance import Place, Value
 from fieldsmith.methods.policy.rollouts import Plan, Rollout, roll
 from fieldsmith.methods.policy.schedule import Schedule, schedule, strength
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.paths import Prediction, RectifiedFlow
-from fieldsmith.rewards import Reward
-from fieldsmith.rewards.combined import Asynchronous
+from fieldsmith.rewards.reward import Reward, score_batches
 from fieldsmith.samplers import Sde, euler
 from fieldsmith.training import step_generator
 
@@ -116,38 +113,22 @@ class Setting:
 
         def value(x_0: Tensor) -> Tensor:
             images = self.model.decode(x_0, grad=True)
-            given = self.reward(images, [self.prompts[i] for i in prompt.tolist()])
-            _check_rewards(given, len(x_0), self.reward.name)
-            return given / self.config.temperature
+            return self.reward(images, [self.prompts[i] for i in prompt.tolist()]) / self.config.temperature
 
         return value
 
     @torch.no_grad()
     def judge(self, x_0: Tensor, prompt: Tensor) -> Tensor:
         """Rewards (m,), decoded and judged in chunks; a black box judges one chunk while the next is decoded."""
-        parts: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
-            queue = None if self.reward.differentiable else stack.enter_context(Asynchronous(self.reward))
-            for at in torch.arange(len(x_0)).split(self.config.chunk):
-                images = self.model.decode(x_0[at].to(self.model.device))
-                asked = [self.prompts[i] for i in prompt[at].tolist()]
-                if queue and processes.is_main():  # the others hear what it was told
-                    queue.submit(images, asked)
-                elif not queue:
-                    parts.append(self.reward(images, asked))
-            found = processes.once(queue.results) if queue else parts
-            rewards = torch.cat([part.float().cpu() for part in found])
-        _check_rewards(rewards, len(x_0), self.reward.name)
-        return rewards
-
-
-def _check_rewards(rewards: Tensor, n: int, name: str) -> None:
-    """Raises RunError where they are not one finite number an image."""
-    if rewards.shape != (n,):
-        raise RunError(f"reward '{name}' gave {tuple(rewards.shape)} for {n} images; it must give one number each")
-    bad = int((~rewards.isfinite()).sum())
-    if bad:
-        raise RunError(f"reward '{name}' gave NaN or infinity for {bad} of {n} images")
+        batches = (
+            (self.model.decode(x_0[at].to(self.model.device)), [self.prompts[i] for i in prompt[at].tolist()])
+            for at in torch.arange(len(x_0)).split(self.config.chunk)
+        )
+        if not processes.is_main() and not self.reward.differentiable:
+            for _ in batches:  # the network's work is shared out: all decode, one process asks
+                pass
+        ask = partial(score_batches, self.reward, batches)
+        return ask() if self.reward.differentiable else processes.once(ask)
 
 
 def _plan(config: AlignConfig, s: Schedule) -> Plan:
@@ -167,26 +148,3 @@ def _plan(config: AlignConfig, s: Schedule) -> Plan:
         if int(children.max()) < 1 or (config.rollout == "tree" and not bool(drawn.any())):
             raise InputError(f"branches={config.branches} leaves no branch at a step that is drawn; widen the window")
     return Plan(config.rollout, children, drawn)
-
-
-def named_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
-    """Prompts as they are, or the lines of the one text file named. Raises InputError where it cannot be read."""
-    if len(prompts) != 1 or not (_is_file(prompts[0]) or prompts[0].endswith(".txt")):
-        return tuple(prompts)
-    try:
-        lines = pathlib.Path(prompts[0]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"prompt file '{prompts[0]}' cannot be read as UTF-8 text ({error}); write a prompt a line"
-        ) from error
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
-        raise InputError(f"prompt file '{prompts[0]}' has no line with words in it; write a prompt a line")
-    return found
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return pathlib.Path(name).is_file()
-    except OSError:  # a prompt longer than a file's name may be
-        return False
