@@ -7,6 +7,7 @@ before and after, `report` compares the two. Everything else about a run is here
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -185,14 +186,19 @@ def train(
         if run:
             run.begin()
         job.begin()
-        # what an interrupted run had spent; its preparation, done again now, is in there already
-        carried = int(run.history()[-1]["nfe"]) - nfe.total if run and resumes else 0
+        prepared = nfe.total
         if callback:
             callback(0, {})
 
+        @functools.cache
+        def carried() -> int:
+            """What an interrupted run had spent up to its checkpoint, to which `fit` cuts its history back; preparation,
+            done again now, is in there already."""
+            return int(run.history()[-1]["nfe"]) - prepared if run and resumes else 0
+
         def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
             yield from job.losses(step, generator, log)
-            log["nfe"] = carried + nfe.total
+            log["nfe"] = carried() + nfe.total
 
         def stop(done: int, log: dict[str, float]) -> str | None:
             reason = callback(done, log) if callback else None
@@ -200,7 +206,7 @@ def train(
 
         stack.enter_context(job.around())
         done = fit(job.parameters, losses, job.optimisation, run, stop)
-        spent = carried + nfe.total
+        spent = carried() + nfe.total
     return job, Trained(done.steps, done.seconds, job.stopped or done.stopped, spent, job.cost(done, spent))
 
 
