@@ -19,7 +19,7 @@ from fieldsmith.methods.align.collect import choose, collect, thinned
 from fieldsmith.methods.align.config import AlignConfig, preset
 from fieldsmith.methods.policy.rollouts import Idle, Plan, Rollout, Rows, roll, soft_returns
 from fieldsmith.methods.policy.schedule import Schedule, schedule
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.rewards import Reward
@@ -386,8 +386,8 @@ def test_a_collection_is_judged_once_an_endpoint_and_differentiated_once_a_traje
         return 3 - x[:, 0] / 2
 
     one = setting(TOY, Reward("counted", True, reward), estimator="terminal", rollouts=7, train_steps=2)
-    one.model.forwards = 0
-    batch = collect(one, None, 0, {})
+    with one.model.count_nfe() as nfe:
+        batch = collect(one, None, 0, {})
     assert calls == [(7, False), (7, True)]
     assert nfe.total == 7 * one.plan.forwards()
     assert len(batch.rollout.rows) == 7 * 2

@@ -21,7 +21,7 @@ from fieldsmith.methods.align.audit import Moment, Row, Truths, compare, measure
 from fieldsmith.methods.align.config import RECIPES, AlignConfig, preset
 from fieldsmith.methods.align.probes import estimates, follow, pathwise, reference, zeroth
 from fieldsmith.methods.policy.schedule import schedule
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward

@@ -19,9 +19,9 @@ from fieldsmith import rewards
 from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.models.tiny import word_tokenizer
 from fieldsmith.rewards import Reward, load
-from fieldsmith.rewards.reward import check_images, score_batches, weighted
 from fieldsmith.rewards.learned import FOLDER
 from fieldsmith.rewards.pretrained import CLIP_MEAN, CLIP_STD, linear_layers, preprocess
+from fieldsmith.rewards.reward import check_images, score_batches, weighted
 from fieldsmith.worlds.shapes import PALETTE, ShapesWorld, caption, concepts
 
 WORLD = ShapesWorld(32)
@@ -668,7 +668,9 @@ def test_what_a_function_keeps_and_changes_later_is_not_the_reward():
 def test_images_that_hold_nan_are_not_the_rewards_fault():
     images = noise()
     images[1, 0, 0, 0] = torch.nan
-    with pytest.raises(RunError, match=r"1 of 3 images hold NaN or infinity: the model's weights have diverged") as caught:
+    with pytest.raises(
+        RunError, match=r"1 of 3 images hold NaN or infinity: the model's weights have diverged"
+    ) as caught:
         returning(ZEROS)(images, PROMPTS)
     assert not isinstance(caught.value, RewardError)
     with pytest.raises(RunError, match="hold NaN or infinity at step 12 with lr=0.5: the model's weights"):

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from fieldsmith import verb
+from fieldsmith import rewards, verb
 from fieldsmith.config import Config, configure
 from fieldsmith.errors import InputError
-from fieldsmith.functions import name_of
-from fieldsmith.methods.edit.config import AUTO, FUNCTION, GIVEN, EditConfig
+from fieldsmith.functions import load_function, name_of
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs as AlignInputs
+from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.edit.config import AUTO, GIVEN, EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.rollouts import World
 from fieldsmith.methods.edit.verb import EDIT
@@ -23,6 +26,7 @@ from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
+from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
 from fieldsmith.sessions import UserSessions
@@ -31,8 +35,61 @@ from fieldsmith.worlds import scenes_judge
 from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from fieldsmith.worlds.shapes import open_captions, training_captions
 
 C = TypeVar("C", bound=Config)
+RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
+
+
+def align(
+    model: Model | str | None = None,
+    reward: RewardLike | None = None,
+    prompts: str | pathlib.Path | Iterable[str] | None = None,
+    *,
+    held_out_rewards: RewardLike | Sequence[RewardLike] = (),
+    config: AlignConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Raise a reward of what prompts give: reward score matching and the policy gradients that are cases of it.
+
+    `model` is a Model, which is trained in place, or a name to load. `reward` is a name or a function of images
+    (n, 3, h, w) in [0, 1] and n prompts that returns n numbers; with an attribute `differentiable = True` its gradient
+    may be used. `held_out_rewards` are only measured. `prompts` are texts, or a file with one a line; None: the
+    captions that a zoo model was trained on. Every field of AlignConfig is a keyword; `config` takes the whole, beside
+    which rewards may still be functions. out=None writes nothing.
+    Raises InputError before anything is trained or written, RewardError and RunError where training breaks.
+    """
+    held_out = (
+        (held_out_rewards,) if callable(held_out_rewards) or isinstance(held_out_rewards, str) else held_out_rewards
+    )
+    named: dict[str, Any] = {"reward": _name(reward), "held_out_rewards": tuple(map(_name, held_out)) or None}
+    if prompts is not None:
+        named["prompts"] = (str(prompts),) if isinstance(prompts, (str, pathlib.Path)) else tuple(prompts)
+    functions = {_name(one): one for one in (reward, *held_out) if callable(one)}
+    if config is not None:  # which cannot hold functions
+        config = config.replace(**{name: named.pop(name) for name in list(named) if functions and named[name]})
+    config, model = settle(AlignConfig, model, "model", config, preset, scale, named, settings)
+    config.check()
+    world = world_of(config.model)
+    if world:
+        config = config.replace(prompts=read_prompts(config.prompts) or training_captions())
+    else:
+        config = config.replace(prompts=read_prompts(config.prompts))
+    watched = [rewards.load(functions.get(name, name), world) for name in config.held_out_rewards]
+    watched += [rewards.load("valid", world)] if world else []
+    others = tuple(name for name in (*open_captions(), "") if name not in config.prompts) if world else ()
+    inputs = AlignInputs(
+        rewards.load(functions.get(config.reward, config.reward), world), {one.name: one for one in watched}, others
+    )
+    return verb.run(ALIGN, config, inputs, model, callback)
+
+
+def _name(reward: RewardLike | None) -> str | None:
+    """How a config names a reward."""
+    return f"function:{name_of(reward)}" if callable(reward) else reward
 
 
 def erase(
@@ -82,17 +139,15 @@ def edit(
     Raises InputError before anything is trained or written, RewardError where the judge fails, RunError where training
     breaks.
     """
-    named = {"sessions": str(sessions) if isinstance(sessions, (str, pathlib.Path)) else None,
-             "judge": judge if isinstance(judge, str) else None}  # fmt: skip
+    own = None if sessions is None or isinstance(sessions, (str, pathlib.Path)) else list(sessions)
+    named = {"sessions": f"{GIVEN}{len(own)}" if own is not None else sessions and str(sessions), "judge": _name(judge)}
+    if config is not None:  # which cannot hold functions and sessions
+        objects = {"sessions": own is not None, "judge": callable(judge)}
+        config = config.replace(**{name: named.pop(name) for name in objects if objects[name]})
     config, model = settle(EditConfig, model, "model", config, preset, scale, named, settings)
-    entries = list(sessions) if sessions is not None and named["sessions"] is None else None
-    if entries is not None:
-        config = config.replace(sessions=f"{GIVEN}{len(entries)}")
-    if callable(judge):
-        config = config.replace(judge=f"{FUNCTION}{name_of(judge)}")
     config.check()
     size = getattr(model, "resolution", None)
-    inputs = edit_inputs(config, entries, judge if callable(judge) else None, size)
+    inputs = edit_inputs(config, own, judge if callable(judge) else None, size)
     return verb.run(EDIT, config, inputs, model, callback)
 
 

@@ -106,7 +106,7 @@ def _command(words: list[str]) -> None:
     if verb in METHODS:
         importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
     else:
-        module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
+        module = "models" if verb in ("sample", "evaluate") else verb
         getattr(importlib.import_module(f"fieldsmith.commands.{module}"), verb)(words[1:])
 
 

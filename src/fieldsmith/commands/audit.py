@@ -17,7 +17,7 @@ from fieldsmith.errors import InputError, check_word
 
 if TYPE_CHECKING:
     from fieldsmith.methods.align.audit import Truths
-    from fieldsmith.methods.align.setting import Setting
+    from fieldsmith.methods.align.context import AlignContext
     from fieldsmith.run import Run
 
 EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
@@ -143,10 +143,10 @@ def run(config: AuditConfig) -> Run:
     return directory
 
 
-def _setting(config: AuditConfig) -> tuple[Setting, Truths | None]:
+def _setting(config: AuditConfig) -> tuple[AlignContext, Truths | None]:
     """The reference policy, and for exact worlds grad E r and alpha grad V."""
     from fieldsmith.methods.align.config import AlignConfig
-    from fieldsmith.methods.align.setting import Setting
+    from fieldsmith.methods.align.context import AlignContext
     from fieldsmith.models import load
     from fieldsmith.read import read_prompts
     from fieldsmith.rewards import load as reward_of
@@ -166,14 +166,14 @@ def _setting(config: AuditConfig) -> tuple[Setting, Truths | None]:
         from fieldsmith.worlds.shapes import caption, concepts
 
         plain = dataclasses.replace(plain, prompts=tuple(caption(concept) for concept in concepts()))
-    return Setting.of(model, plain, reward_of(config.reward, world)), None
+    return AlignContext.of(model, plain, reward_of(config.reward, world)), None
 
 
-def _triangle(config: AuditConfig, plain: Any) -> tuple[Setting, Truths | None]:
+def _triangle(config: AuditConfig, plain: Any) -> tuple[AlignContext, Truths | None]:
     import torch
 
     from fieldsmith.methods.align.audit import Truths
-    from fieldsmith.methods.align.setting import Setting
+    from fieldsmith.methods.align.context import AlignContext
     from fieldsmith.models.exact import Exact
     from fieldsmith.paths import RectifiedFlow
     from fieldsmith.rewards import Reward
@@ -190,6 +190,6 @@ def _triangle(config: AuditConfig, plain: Any) -> tuple[Setting, Truths | None]:
 
     reward = Reward("linear", True, lambda images, _: images @ b.to(images) + 3)
     model = Exact(mixture, path, flow_grid(config.steps))
-    setting = Setting.of(model, dataclasses.replace(plain, prompts=("a point",)), reward)
+    setting = AlignContext.of(model, dataclasses.replace(plain, prompts=("a point",)), reward)
     truths = Truths(lambda x, t: pulled(x, t, 1e5), lambda x, t: pulled(x, t, config.temperature))
     return setting, truths if config.reference == "auto" else None

@@ -155,8 +155,8 @@ def run(config: DiagnoseConfig) -> Run:
 
     from fieldsmith.commands.diagnose_page import page_of
     from fieldsmith.diagnose.guidance import VERDICTS, ask, liveness, measure
-    from fieldsmith.read import read_prompts
     from fieldsmith.models import load
+    from fieldsmith.read import read_prompts
 
     console = Console(stderr=True)
     if directory.finished:

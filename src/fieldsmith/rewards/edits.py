@@ -122,7 +122,9 @@ class EditJudge:
         if self.options.checks:
             fixed = self.options.checks.split("|")
             return [[check.replace("{prompt}", instruction) for check in fixed] for instruction in instructions]
-        replies = self.server.ask([], instructions, WRITE, readable=lambda text: len(_read_checks(text)) == CHECKS_WRITTEN)
+        replies = self.server.ask(
+            [], instructions, WRITE, readable=lambda text: len(_read_checks(text)) == CHECKS_WRITTEN
+        )
         return [_read_checks(reply.texts[0]) for reply in replies]
 
     def _ask(

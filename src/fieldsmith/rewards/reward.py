@@ -164,7 +164,9 @@ def weighted(terms: Sequence[tuple[float, Reward]]) -> Reward:
         raise InputError("a sum of no rewards; give at least one, e.g. 0.7*right+0.3*brightness")
     for weight, reward in terms:
         if weight == 0 or not math.isfinite(weight):
-            raise InputError(f"weight {weight:g} of reward '{reward.name}'; give a number other than 0, or leave it out")
+            raise InputError(
+                f"weight {weight:g} of reward '{reward.name}'; give a number other than 0, or leave it out"
+            )
 
     def total(images: Tensor, prompts: list[str]) -> Tensor:
         return torch.stack([weight * reward(images, prompts) for weight, reward in terms]).sum(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fieldsmith.methods.align.audit import Moment
 from fieldsmith.methods.align.config import RECIPES, AlignConfig
-from fieldsmith.methods.align.setting import NOISE
+from fieldsmith.methods.align.context import NOISE
 from fieldsmith.methods.policy.losses import HINGES, Trust
 from fieldsmith.methods.policy.schedule import Schedule, effective_strength, schedule, strength
 from fieldsmith.paths import RectifiedFlow

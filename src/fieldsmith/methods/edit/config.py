@@ -22,7 +22,7 @@ from fieldsmith.config import (
 from fieldsmith.errors import InputError, check_word
 
 AUTO, EXACT = "auto", "exact"  # sessions and judge by name
-GIVEN, FUNCTION = "given:", "function:"  # how the record names those that Python code gave
+GIVEN = "given:"  # how the record names sessions that Python code gave
 
 # what each recipe changes of the defaults, which are those of `mt-nft`
 PRESETS: dict[str, dict[str, Any]] = {

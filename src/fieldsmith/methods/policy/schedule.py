@@ -94,7 +94,12 @@ def schedule(path: Path, grid: Tensor, kind: Kind, sde: Sde, noise_level: float)
         # where the output does not determine the score, it is read a step later, with the SDE's own 1 - t
         at = grid[1] if isinstance(path, RectifiedFlow) and t >= 1 else t
         output = Prediction(kind, one, zero, at, path)
-        kappa.append(output.score.squeeze() * (at if kind == "velocity" else 1) / (t if kind == "velocity" else 1))
+        if kind != "velocity":
+            kappa.append(output.score.squeeze())
+        elif at == 0:  # one step alone, where the second time is clean data: the limit
+            kappa.append(-1 / t)
+        else:
+            kappa.append(output.score.squeeze() * at / t)
         gain.append(output.x_0.squeeze() if kind != "velocity" else Prediction(kind, one, zero, t, path).x_0.squeeze())
     return Schedule(path, kind, grid, *(torch.stack(parts) for parts in (sigma, push, kappa, gain)))
 
