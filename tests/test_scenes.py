@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.worlds import scenes as S
-from fieldsmith.worlds.scenes import CELLS, OPERATIONS, Plan, Scene, ScenesWorld, SceneSessions, Thing, Turn
+from fieldsmith.worlds.scenes import CELLS, OPERATIONS, Plan, Scene, SceneSessions, ScenesWorld, Thing, Turn
 from fieldsmith.worlds.scenes_judge import Channel, EditVerdicts, judge
 
 WORLD = ScenesWorld(24)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fieldsmith.models.core import Model
     from fieldsmith.report.page import Page
     from fieldsmith.run import Run
-    from fieldsmith.worlds.scenes import ScenesWorld, SceneSessions
+    from fieldsmith.worlds.scenes import SceneSessions, ScenesWorld
 
 SHOWN = 6  # sessions on the page
 WEAK = 0.1  # success on planned sources below which there is hardly anything to lose
@@ -181,7 +181,9 @@ def _interval(one: dict[str, Any], scale: float = 100, form: str = ".1f") -> str
     return f"{scale * one['value']:{form}} [{scale * one['low']:{form}}, {scale * one['high']:{form}}]"
 
 
-def _page(config: DiagnoseConfig, metrics: dict[str, Any], found: Exposure, sessions: SceneSessions, directory: Run) -> Page:
+def _page(
+    config: DiagnoseConfig, metrics: dict[str, Any], found: Exposure, sessions: SceneSessions, directory: Run
+) -> Page:
     from fieldsmith.commands.edit_page import MEASURES
     from fieldsmith.report.page import Page, Panel
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.scenes import COLOURS, HUES, SHAPES, Plan, Scene, ScenesWorld, SceneSessions, Thing
+from fieldsmith.worlds.scenes import COLOURS, HUES, SHAPES, Plan, Scene, SceneSessions, ScenesWorld, Thing
 from fieldsmith.worlds.scenes_judge import Channel, judge
 
 KINDS = ("as planned", "unchanged", "wrong colour", "wrong cell", "missing", "extra", "tint", "blur")

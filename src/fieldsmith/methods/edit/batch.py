@@ -5,7 +5,7 @@ In: an EditContext, an epoch. Out: a Batch: the collection, each edit's advantag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,41 +24,40 @@ class Batch:
     """A collection, the advantage of each of its edits (m,), and the rows that teach; `rows.prompt` is the edit's row.
 
     GRPO's rows are steps of the rollouts; other objectives' are results noised again, NFT's with the old policy's
-    output there. `log` describes the collection.
+    output there. `signal` is the share of groups that teach.
     """
 
     collection: Collection
     advantage: Tensor
     rows: Transitions
-    log: dict[str, float] = field(default_factory=dict)
+    signal: float = 1.0
 
 
-def rollout_batch(context: EditContext, epoch: int) -> Batch:
+def rollout_batch(context: EditContext, epoch: int, log: dict[str, float]) -> Batch:
     """An epoch's sessions under the model's present weights. Raises RewardError where the judge fails."""
     config = context.config
     collection = collect(context, epoch)
     generator = step_generator(config.seed, epoch, stream=7)
-    following = collection.following
-    log = {
-        "following": following.mean().item(), "consistency": collection.consistency.mean().item(),
-        "following, last turn": following[..., -1].mean().item(), "session": following.prod(-1).mean().item(),
-    }  # fmt: skip
-    advantage = torch.ones(len(collection.x_0))
+    advantage, signal = torch.ones(len(collection.x_0)), 1.0
     if config.objective == "supervised":
         rows = renoise(_planned_results(context, epoch), context.schedule, config.renoise, generator)
     elif config.objective == "none":
         rows = renoise(collection.x_0[:1], context.schedule, 1, generator)[torch.arange(0)]
     else:
-        advantage, teaches, spread = advantages(collection, config)
-        log |= spread
+        advantage, teaches = advantages(collection, config, log)
+        signal = log["groups with a signal"]
         steps = collection.transitions
         rows = _old_rows(context, collection, generator) if steps is None else steps
         rows = rows[teaches[rows.prompt]]
-    return Batch(collection, advantage, rows, {**log, "rows": float(len(rows))})
+    following = collection.following
+    log["following"], log["consistency"] = following.mean().item(), collection.consistency.mean().item()
+    log["following, last turn"], log["session"] = following[..., -1].mean().item(), following.prod(-1).mean().item()
+    log["reward calls"], log["rows"] = float(following.numel()), float(len(rows))
+    return Batch(collection, advantage, rows, signal)
 
 
-def advantages(collection: Collection, config: EditConfig) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Of every edit, (m,); which edits belong to a group that teaches, (m,) bool; and numbers to log."""
+def advantages(collection: Collection, config: EditConfig, log: dict[str, float]) -> tuple[Tensor, Tensor]:
+    """Of every edit, (m,), and which edits belong to a group that teaches, (m,) bool."""
     rewards, weights = [], []
     for score, weight in ((collection.following, config.following), (collection.consistency, config.consistency)):
         if weight:
@@ -70,14 +69,12 @@ def advantages(collection: Collection, config: EditConfig) -> tuple[Tensor, Tens
     if config.credit != "turn":  # every turn answers for the session
         score = score.mean(2, keepdim=True).expand_as(score)
     teaches = credit.keep(advantage, score, config.min_spread, config.max_mean)
-    log = {
-        "groups with a signal": teaches.float().mean().item(),
-        "deviation of following": collection.following.std(1, correction=0).mean().item(),
-        "deviation of consistency": collection.consistency.std(1, correction=0).mean().item(),
-    }
+    log["groups with a signal"] = teaches.float().mean().item()
+    log["deviation of following"] = collection.following.std(1, correction=0).mean().item()
+    log["deviation of consistency"] = collection.consistency.std(1, correction=0).mean().item()
     by_unit = advantage.clamp(-config.advantage_clip, config.advantage_clip).flatten(0, 1)
     at, turn = collection.unit, collection.turn
-    return by_unit[at, turn], teaches[at // config.rollouts, turn], log
+    return by_unit[at, turn], teaches[at // config.rollouts, turn]
 
 
 def _old_rows(context: EditContext, collection: Collection, generator: torch.Generator) -> Transitions:
@@ -96,7 +93,7 @@ def _planned_results(context: EditContext, epoch: int) -> Tensor:
     return context.states(torch.cat([quantised(sessions.clean(turn))[index] for turn in range(1, config.turns + 1)]))
 
 
-def planned_batch(context: EditContext, epoch: int) -> Batch:
+def planned_batch(context: EditContext, epoch: int, log: dict[str, float]) -> Batch:
     """As many planned pairs as a collection has edits, without rollouts and unjudged."""
     config = context.config
     P, T = config.groups * config.rollouts, config.turns
@@ -110,4 +107,5 @@ def planned_batch(context: EditContext, epoch: int) -> Batch:
     )  # fmt: skip
     generator = step_generator(config.seed, epoch, stream=7)
     rows = renoise(collection.x_0, context.schedule, config.renoise, generator)
-    return Batch(collection, torch.ones(P * T), rows, {"rows": float(P * T * config.renoise)})
+    log["rows"] = float(len(rows))
+    return Batch(collection, torch.ones(P * T), rows)

@@ -39,7 +39,9 @@ Channel = Callable[[Tensor, torch.Generator], Tensor]  # images of a turn -> ima
 class World:
     """What is known where sessions have a plan, for measuring."""
 
-    verdicts: Callable[..., Any]  # sessions, turn, before, after, first -> done and consistency, as measure.exposure asks
+    verdicts: Callable[
+        ..., Any
+    ]  # sessions, turn, before, after, first -> done and consistency, as measure.exposure asks
     likeness: Callable[[Tensor, Tensor], Tensor]  # images, first images -> (n,) in [0, 1]
     nothing: str  # the instruction that asks for nothing
 

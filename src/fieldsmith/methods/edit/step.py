@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import psutil
 import torch
@@ -21,6 +20,7 @@ from fieldsmith.methods.edit.rollouts import Collection, EditContext, Inputs
 from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import optimality
 from fieldsmith.methods.policy.checks import on_policy
+from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.rollouts import Transitions
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor
@@ -30,16 +30,6 @@ from fieldsmith.training import Fit, Optimisation, step_generator
 from fieldsmith.verb import Job, attach
 
 NO_VARIANCE = "no group's scores differ"
-
-
-@dataclass
-class State:
-    """What changes over a run beside weights: the present collection, and how many in a row had no signal."""
-
-    epoch: int = -1
-    batch: Batch | None = None
-    nfe: int = 0  # of the collection that the preflight made, until the first update counts it
-    silent: int = 0
 
 
 def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
@@ -58,23 +48,21 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     attached = attach(model, config, lambda: context.output(x, step, context.nothing, source), seed=config.seed)
     # as parameters without gradient, so that checkpoints hold them
     old = {f"old.{name}": p.detach().clone() for name, p in model.trainable().items()} if config.old != "fresh" else {}
-    state = State()
+    silent = 0  # collections in a row without a signal
 
-    def collect(epoch: int) -> Batch:
+    def collect(epoch: int, log: dict[str, float]) -> Batch:
+        nonlocal silent
         with _swapped(model, old):
-            batch = rollout_batch(context, epoch) if config.rolls else planned_batch(context, epoch)
-        state.epoch, state.batch = epoch, batch
+            batch = (rollout_batch if config.rolls else planned_batch)(context, epoch, log)
         if config.objective in ("nft", "grpo"):
-            state.silent = 0 if len(batch.rows) else state.silent + 1
+            silent = 0 if len(batch.rows) else silent + 1
         return batch
+
+    collections = Collections(model, collect)
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         epoch, update = divmod(step, config.updates)
-        batch = state.batch if state.batch and state.epoch == epoch else collect(epoch)
-        if update == 0:
-            log |= batch.log
-            model.add_nfe(state.nfe)
-            state.nfe = 0
+        batch = collections.at(epoch, log)
         order = torch.randperm(len(batch.rows), generator=step_generator(config.seed, epoch, stream=6))
         mine = order.tensor_split(config.updates)[update]
         yield torch.zeros(())
@@ -88,19 +76,14 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     def checks(resumes: bool) -> list[Check]:
         memory = preflight.memory(model, config.chunk)
         preflight.require([memory], quiet=True)  # before anything large runs
-        if resumes:  # a resumed run neither rolls out nor judges what its first updates do not need
-            return [attached, memory]
-        with model.count_nfe() as nfe:
-            batch = collect(0)
-        state.nfe = nfe.total
-        return [attached, *_check_batch(context, batch), memory]
+        return [attached, *([] if resumes else _check_batch(context, collections.first({}))), memory]
 
     def stop(done: int, log: dict[str, float]) -> str | None:
         if done % config.updates:
             return None
         if old:  # here, so that a checkpoint holds what the next collection is made with
             _follow(model, old, config, done)
-        if state.silent >= config.patience:
+        if silent >= config.patience:
             return NO_VARIANCE
         return "budget" if config.budget and log["nfe"] >= config.budget else None
 
@@ -136,7 +119,7 @@ def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
     config, collection, rows = context.config, batch.collection, batch.rows
     checks = []
     if config.objective in ("nft", "grpo"):
-        share = batch.log["groups with a signal"]
+        share = batch.signal
         fix = "the judge gives all sessions of every group the same; raise rollouts or steps, or ask for harder turns"
         checks.append(Check("groups with a signal", share, "above 0", share > 0, fix))
         if not len(rows):
@@ -144,7 +127,9 @@ def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
     if config.objective == "grpo":
         some = rows[: config.chunk].to(context.model.device)
         with torch.no_grad():
-            output = context.output(some.x, some.step, collection.condition(some.prompt), collection.source[some.prompt])
+            output = context.output(
+                some.x, some.step, collection.condition(some.prompt), collection.source[some.prompt]
+            )
         checks.append(on_policy(output, some, context.schedule))
     if len(rows):
         most = batch.advantage[rows.prompt].abs().argsort(descending=True)[: config.chunk]
