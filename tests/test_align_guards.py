@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fieldsmith.methods.align.loop import align
 
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import collect, log_ratio_slope
 from fieldsmith.methods.align.config import AlignConfig, check, preset
-from fieldsmith.methods.align.loop import align
-from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models import load
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import VariancePreserving

@@ -19,7 +19,6 @@ from fieldsmith.methods.align.collect import choose, collect, thinned
 from fieldsmith.methods.align.config import AlignConfig, preset
 from fieldsmith.methods.policy.rollouts import Idle, Plan, Rollout, Rows, roll, soft_returns
 from fieldsmith.methods.policy.schedule import Schedule, schedule
-from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.rewards import Reward

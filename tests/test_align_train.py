@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fieldsmith.methods.align.loop import Method, align
 from torch import Tensor, nn
 
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import Batch, collect
 from fieldsmith.methods.align.config import RECIPES, REGRESSIONS, preset
-from fieldsmith.methods.align.loop import Method, align
-from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow, VariancePreserving
 from fieldsmith.rewards import Reward

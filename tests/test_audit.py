@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from fieldsmith.commands.audit import AuditConfig, check
 from torch import Tensor
 
 from fieldsmith.cli import main
-from fieldsmith.commands.audit import AuditConfig, check
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.advice import along_steps, breaks, decided, outlook, outlooks, outside, recommend
@@ -21,7 +21,6 @@ from fieldsmith.methods.align.audit import Moment, Row, Truths, compare, measure
 from fieldsmith.methods.align.config import RECIPES, AlignConfig, preset
 from fieldsmith.methods.align.probes import estimates, follow, pathwise, reference, zeroth
 from fieldsmith.methods.policy.schedule import schedule
-from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward

@@ -16,6 +16,7 @@ import diffusers
 import pytest
 import torch
 from conftest import WORDS
+from fieldsmith.methods.align.loop import align
 from torch import Tensor
 
 from fieldsmith.cli import main
@@ -23,7 +24,6 @@ from fieldsmith.commands import arguments
 from fieldsmith.commands.families import markdown
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import AlignConfig
-from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.loop import distill

@@ -23,6 +23,7 @@ from fieldsmith.methods.edit.rollouts import World
 from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
+from fieldsmith.methods.erase.step import Judged
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
@@ -36,6 +37,8 @@ from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 from fieldsmith.worlds.shapes import open_captions, training_captions
+from fieldsmith.worlds.shapes_groups import erased_concepts, paraphrases
+from fieldsmith.worlds.shapes_groups import groups as concept_groups
 
 C = TypeVar("C", bound=Config)
 RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
@@ -115,7 +118,17 @@ def erase(
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
     if build is None and ":" in config.method:
         build = load_function(config.method)
-    return verb.run(ERASE, config, EraseInputs(world_of(config.model), build), model, callback)
+    return verb.run(ERASE, config, EraseInputs(_judged(config), build), model, callback)
+
+
+def _judged(config: EraseConfig) -> Judged | None:
+    """What the model's world says of the targets, where the model has one. Raises InputError at an unknown word."""
+    world = world_of(config.model)
+    if world is None:
+        return None
+    targets = erased_concepts(config.targets)
+    groups = {target: concept_groups(target, targets) for target in targets}
+    return Judged(world, groups, {target: paraphrases(target) for target in targets})
 
 
 def edit(

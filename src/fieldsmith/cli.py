@@ -24,9 +24,7 @@ VERBS = {
     "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
     "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
-    "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
-    "diagnose": "Measure what guidance a student kept, how sharp a score is along its paths, how an editor bears its "
-    "own results, or how far to trust a judge of edits.",
+    "diagnose": "Measure a model, a reward or a judge: guidance, smoothness, exposure, concepts, audit, judge.",
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "sample": "Draw a grid of images from a model.",

@@ -90,8 +90,8 @@ def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     from rich.console import Console
 
     from fieldsmith.commands.distill_page import page_of
-    from fieldsmith.diagnose.guidance import ask, measure, noised_tuples, path_tuples
-    from fieldsmith.diagnose.sweep import Sweep
+    from fieldsmith.measure.guidance import ask, measure, noised_tuples, path_tuples
+    from fieldsmith.measure.sweep import Sweep
     from fieldsmith.methods.distill import loop
     from fieldsmith.methods.distill.bank import Source
     from fieldsmith.methods.distill.objectives import identifiability, objective_of
