@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from experiments.jobs import Job, check_part, slug, work_through
-from fieldsmith.commands.edit import HELD_OUT, task_of
-from fieldsmith.measure.exposure import exposure
+from fieldsmith import verb
+from fieldsmith.api import edit_inputs
 from fieldsmith.errors import InputError, check_word
-from fieldsmith.methods.edit import loop
-from fieldsmith.methods.edit.config import EditConfig, preset
-from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.measure import editing
+from fieldsmith.measure.exposure import HELD_OUT, exposure, identity_drift
 from fieldsmith.measure.judges import coarse, lenient
+from fieldsmith.methods.edit.config import EditConfig
+from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.models import load
 from fieldsmith.rewards.edits import EditScores
 from fieldsmith.rewards.sessions import Exact
-from fieldsmith.run import Run, plain
-from fieldsmith.worlds.scenes import ScenesWorld
+from fieldsmith.run import Run
+from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
 
@@ -90,6 +91,7 @@ class Arm:
     settings: tuple[str, ...] = (SHORT,)
 
 
+UNRECORDED = ("out", "dtype", "checkpointing", "offload", "optimizer")  # of a run's settings: they change no number
 BASE = "base"  # not trained; what it does in SHORT it does in MAIN
 ARMS: dict[str, Arm] = {
     BASE: Arm(settings=(MAIN, "independent")),
@@ -139,7 +141,7 @@ def configured(arm: Arm, setting: str, config: ReproduceEdit, seed: int) -> Edit
         "epochs": 10_000, "seed": seed, "budget": chosen.budgets * config.budget, "model": config.model,
         "dependency": chosen.dependency, "noise": chosen.noise,
     }  # fmt: skip
-    return dataclasses.replace(preset(arm.preset), **{**shared, **arm.changes})
+    return EditConfig.preset_of(arm.preset, "laptop", {}).replace(**{**shared, **arm.changes})
 
 
 def record(name: str, arm: Arm, setting: str, config: ReproduceEdit, seed: int) -> dict[str, Any]:
@@ -149,15 +151,20 @@ def record(name: str, arm: Arm, setting: str, config: ReproduceEdit, seed: int) 
     channel = Channel(noise=SETTINGS[setting].noise)
     if name != BASE:
         settings = configured(arm, setting, config, seed)
-        task = task_of(settings)
+        inputs = edit_inputs(settings)
         if arm.judge != "exact":
-            task = Task(task.draw, Distorted(arm.judge, Exact(settings.against), seed), task.planned)
+            inputs = dataclasses.replace(inputs, judge=Distorted(arm.judge, Exact(settings.against), seed))
         run = Run(config.cache / f"{setting}_{slug(name)}_{seed}", "edit", settings)
         began = time.monotonic()
-        result = loop.edit(model, settings, task, channel, run)
-        found |= {"seconds": time.monotonic() - began, "training": plain(result)}
-        keys = ("forwards", "following", "consistency", "session", "identity", "steady")
-        found["history"] = [{key: row[key] for key in keys if key in row} for row in run.history() if "session" in row]
+        done = verb.train(EDIT, model, settings, inputs, run)[1]
+        training = {"steps": done.steps, "seconds": done.seconds, "forward_equivalents": done.nfe}
+        found |= {"seconds": time.monotonic() - began, "training": {**training, "stopped": done.stopped}}
+        keys = ("following", "consistency", "session", "identity", "steady")
+        found["history"] = [
+            {"forwards": row["nfe"], **{key: row[key] for key in keys if key in row}}
+            for row in run.history()
+            if "session" in row
+        ]
     return found | measured(model, config, seed, SETTINGS[setting].dependency, channel)
 
 
@@ -165,11 +172,12 @@ def measured(model: Any, config: ReproduceEdit, seed: int, dependency: float, ch
     """Held-out sessions, the same for every arm of a seed: verdicts as strings of 0 and 1, numbers by turn."""
     world = ScenesWorld(model.resolution)
     sessions = world.sessions(config.sessions, config.turns, HELD_OUT + seed, dependency)
-    ran = exposure(
-        model, sessions, config.steps, HELD_OUT + seed, channel=channel, forced=True, still=5, still_sessions=96
-    )
-    table = ran.sessions
-    assert table.clean is not None and ran.drift is not None and ran.artefacts is not None
+    held_out = HELD_OUT + seed
+    ran = exposure(model, sessions, scenes_judge.judge, channel, config.steps, held_out)
+    likeness = partial(scenes_judge.likeness, world)
+    drift = identity_drift(model, sessions.clean(0)[:96], NOTHING, likeness, channel, 5, config.steps, held_out)
+    table = ran.verdicts
+    assert table.clean is not None
     return {
         "following": editing.instruction_following(table.done).tolist(),
         "marginal": editing.marginal(table.done).tolist(),
@@ -179,8 +187,8 @@ def measured(model: Any, config: ReproduceEdit, seed: int, dependency: float, ch
         "consistency": table.consistency.mean(0).tolist(),
         "overall": editing.overall(table.done, table.consistency).tolist(),
         "kept": [float(one.kept.mean()) for one in ran.own],
-        "drift": ran.drift.mean(1).tolist(),
-        "artefacts": ran.artefacts.mean(1).tolist(),
+        "drift": drift.away.mean(1).tolist(),
+        "artefacts": drift.artefacts.mean(1).tolist(),
         "done": ["".join("01"[int(x)] for x in row) for row in table.done],
         "done on clean": ["".join("01"[int(x)] for x in row) for row in table.clean],
         "sessions": config.sessions,
@@ -207,7 +215,9 @@ def jobs(config: ReproduceEdit) -> list[list[Job]]:
                 continue
             for seed in config.seeds:
                 path = config.out / "runs" / f"{setting}_{slug(name)}_{seed}.json"
-                mine = {"arm": asdict(configured(arm, setting, config, seed)), "judge": arm.judge}
+                settings = asdict(configured(arm, setting, config, seed))
+                recorded = {name: value for name, value in settings.items() if name not in UNRECORDED}
+                mine = {"arm": recorded, "judge": arm.judge}
                 told = {**shared, "setting": asdict(SETTINGS[setting]), **(mine if name != BASE else {})}
                 found.append([Job(path, told, partial(record, name, arm, setting, config, seed))])
     return found

@@ -125,7 +125,7 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
 def write_card(model: FluxKontext, config: ScenesKontext, folder: pathlib.Path, name: str, n: int = 1600) -> None:
     """card.json (which world judges it, what made it, what it scores) and the same in words, README.md."""
     found = exposure(model, ScenesWorld(config.size).sessions(n, 3, 99, 0.7), judge, Channel(), 8, seed=1)
-    scored = scores(found.sessions)
+    scored = scores(found.verdicts)
     numbers = {
         key: [{"value": x.value, "low": x.low, "high": x.high, "n": x.n} for x in getattr(scored, key)]
         for key in ("following", "marginal", "teacher_forced", "consistency", "overall")

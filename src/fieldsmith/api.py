@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from fieldsmith import rewards, verb
@@ -16,6 +17,10 @@ from fieldsmith.functions import load_function, name_of
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.edit.config import AUTO, GIVEN, EditConfig
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
+from fieldsmith.methods.edit.rollouts import World
+from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.step import Judged
@@ -24,8 +29,13 @@ from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
 from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
+from fieldsmith.rewards.sessions import load as load_judge
+from fieldsmith.sessions import UserSessions
 from fieldsmith.verb import Callback
-from fieldsmith.worlds.model_cards import world_of
+from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds.model_cards import card_of, world_of
+from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
+from fieldsmith.worlds.scenes_judge import Channel
 from fieldsmith.worlds.shapes import open_captions, training_captions
 from fieldsmith.worlds.shapes_groups import erased_concepts, paraphrases
 from fieldsmith.worlds.shapes_groups import groups as concept_groups
@@ -119,6 +129,70 @@ def _judged(config: EraseConfig) -> Judged | None:
     targets = erased_concepts(config.targets)
     groups = {target: concept_groups(target, targets) for target in targets}
     return Judged(world, groups, {target: paraphrases(target) for target in targets})
+
+
+def edit(
+    model: Model | str | None = None,
+    sessions: str | pathlib.Path | Iterable[Any] | None = None,
+    judge: str | Callable[..., Any] | None = None,
+    *,
+    config: EditConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train an image editor on its own multi-turn sessions (MT-EditFlow, arXiv 2606.01985).
+
+    `model` is a Model, which is trained in place, or a name to load. `sessions` is a file with a line
+    {"image": ..., "instructions": [...]} a session, or such dicts or pairs (image, instructions), where an image is a
+    path or PIL's; or 'auto', the world that the model's card names. `judge` is judge(before, after, instructions) ->
+    (following, consistency): images (n, 3, h, w) in [0, 1], n instructions, n numbers in [0, 1] each; or a name
+    (EditConfig.judge). Every field of EditConfig is a keyword; `config` takes the whole. out=None writes nothing.
+    Raises InputError before anything is trained or written, RewardError where the judge fails, RunError where training
+    breaks.
+    """
+    own = None if sessions is None or isinstance(sessions, (str, pathlib.Path)) else list(sessions)
+    named = {"sessions": f"{GIVEN}{len(own)}" if own is not None else sessions and str(sessions), "judge": _name(judge)}
+    if config is not None:  # which cannot hold functions and sessions
+        objects = {"sessions": own is not None, "judge": callable(judge)}
+        config = config.replace(**{name: named.pop(name) for name in objects if objects[name]})
+    config, model = settle(EditConfig, model, "model", config, preset, scale, named, settings)
+    config.check()
+    size = getattr(model, "resolution", None)
+    inputs = edit_inputs(config, own, judge if callable(judge) else None, size)
+    return verb.run(EDIT, config, inputs, model, callback)
+
+
+def edit_inputs(
+    config: EditConfig,
+    sessions: Iterable[Any] | None = None,
+    judge: Callable[..., Any] | None = None,
+    size: int | None = None,
+) -> EditInputs:
+    """Sessions and judge of `edit`, as given or as the config names them; `size` of sessions' images in pixels.
+
+    Raises InputError where a file cannot be read, a server does not answer, or no world is known.
+    """
+    scores = load_judge(judge or config.judge, config.against)
+    channel = Channel(config.contrast, config.blur, config.noise)
+    if config.sessions == AUTO:
+        card = card_of(config.model)
+        if card.get("world") != "scenes":
+            raise InputError(
+                f"'{config.model}' names no world of sessions; add --sessions FILE.jsonl with a line "
+                '{"image": "a.png", "instructions": ["...", "..."]} a session'
+            )
+        world = ScenesWorld(int(card["size"]))
+        plan = World(scenes_judge.judge, partial(scenes_judge.likeness, world), NOTHING)
+        return EditInputs(
+            lambda n, seed, turns: world.sessions(n, turns, seed, config.dependency), scores, channel, plan
+        )
+    source = config.sessions if sessions is None else sessions
+    own = UserSessions.of(source, size or config.resolution or 512)
+    if own.turns < config.turns:
+        raise InputError(f"turns={config.turns}, but the sessions of '{config.sessions}' have {own.turns}; lower it")
+    return EditInputs(own.sample, scores, channel)
 
 
 def settle(

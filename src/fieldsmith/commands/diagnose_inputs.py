@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fieldsmith.commands.diagnose import Audit, Concepts, Exposure, Guidance, Judge, Smoothness
-from fieldsmith.commands.edit import HELD_OUT
 from fieldsmith.diagnose.guidance import listed
 from fieldsmith.errors import InputError, check_word
+from fieldsmith.measure.exposure import HELD_OUT
 from fieldsmith.methods.align.audit import Truths
 from fieldsmith.methods.align.setting import named_prompts
 from fieldsmith.models import load, load_adapter, pipeline_folder

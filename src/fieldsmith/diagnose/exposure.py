@@ -15,10 +15,11 @@ import torch
 from fieldsmith.diagnose import Diagnosis
 from fieldsmith.diagnose.config import ExposureConfig
 from fieldsmith.measure import editing
-from fieldsmith.measure.exposure import Channel, Drift, Exposure, Judge, Likeness, Sessions, exposure, identity_drift
+from fieldsmith.measure.exposure import Channel, Drift, Exposure, Judge, Likeness, exposure, identity_drift
 from fieldsmith.measure.intervals import Interval, mean_interval, share
 from fieldsmith.models.core import Model
 from fieldsmith.report.page import Caption, Page, Pair, Panel
+from fieldsmith.sessions import Sessions
 
 SHOWN = 6  # sessions on the page
 WEAK = 0.1  # success on planned sources below which there is hardly anything to lose
@@ -73,7 +74,7 @@ def diagnosis(
     if config.still:
         first = sessions.clean(0)
         drift = identity_drift(model, first, nothing, likeness, channel, config.still, config.steps, sampling_seed)
-    scores = editing.scores(run.sessions)
+    scores = editing.scores(run.verdicts)
     by_kind = by_operation(run, sessions, operations)
     drifts = [] if drift is None else [mean_interval(turn) for turn in drift.away]
     numbers: dict[str, Any] = {
@@ -104,7 +105,7 @@ def diagnosis(
 def by_operation(run: Exposure, sessions: PlannedSessions, operations: Sequence[str]) -> dict[str, Operation]:
     """Shares of turns done by what they ask, of the operations that some turn asks; hardest first."""
     asked = [[turn.operation for turn in plan.turns] for plan in sessions.plans]
-    done, clean = run.sessions.done, run.sessions.clean
+    done, clean = run.verdicts.done, run.verdicts.clean
     assert clean is not None
     rows = {}
     for operation in operations:

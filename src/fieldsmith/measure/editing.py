@@ -27,7 +27,7 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Sessions:
+class SessionVerdicts:
     """done (n, T): each turn's own verdict. consistency (n, T) against the first image. clean (n, T): verdicts of the
     same turns where each gets the planned image as its source, None where there is none."""
 
@@ -85,12 +85,12 @@ class Scores:
     gap: tuple[Interval, ...]
 
 
-def scores(sessions: Sessions, seed: int = 0) -> Scores:
+def scores(verdicts: SessionVerdicts, seed: int = 0) -> Scores:
     """All of them with 95% intervals from resampled sessions; teacher_forced and gap are () without clean verdicts."""
-    turns = sessions.done.shape[1]
-    table = torch.stack((sessions.done.float(), sessions.consistency.float()), 2)  # (n, T, 2)
-    if sessions.clean is not None:
-        table = torch.cat((table, sessions.clean.float()[:, :, None]), 2)
+    turns = verdicts.done.shape[1]
+    table = torch.stack((verdicts.done.float(), verdicts.consistency.float()), 2)  # (n, T, 2)
+    if verdicts.clean is not None:
+        table = torch.cat((table, verdicts.clean.float()[:, :, None]), 2)
 
     def by_turn(statistic: Callable[[Tensor], Tensor]) -> tuple[Interval, ...]:
         def of_turn(t: int) -> Interval:
@@ -99,7 +99,7 @@ def scores(sessions: Sessions, seed: int = 0) -> Scores:
 
         return tuple(of_turn(t) for t in range(turns))
 
-    forced = sessions.clean is not None
+    forced = verdicts.clean is not None
     return Scores(
         by_turn(lambda rows: instruction_following(rows[..., 0])), by_turn(lambda rows: marginal(rows[..., 0])),
         by_turn(lambda rows: conditional(rows[..., 0]).nan_to_num(0.0)), by_turn(lambda rows: rows[..., 1].mean(0)),

@@ -17,18 +17,12 @@ from fieldsmith.measure import editing
 from fieldsmith.measure.progress import progress
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
+from fieldsmith.sessions import Sessions
+
+HELD_OUT = 1_000_003  # added to the seed of sessions that are only measured
 
 Channel = Callable[[Tensor, torch.Generator], Tensor]  # what happens to an image on its way to the next turn
 Likeness = Callable[[Tensor, Tensor], Tensor]  # images, first images -> (n,) in [0, 1]
-
-
-class Sessions(Protocol):
-    """n sessions of equally many turns; clean(turn) are the planned images after it, (n, 3, h, w), 0 the start."""
-
-    @property
-    def turns(self) -> int: ...
-    def prompts(self, turn: int) -> list[str]: ...
-    def clean(self, turn: int) -> Tensor: ...
 
 
 class Verdicts(Protocol):
@@ -55,13 +49,13 @@ class Exposure:
     images: Tensor
 
     @property
-    def sessions(self) -> editing.Sessions:
+    def verdicts(self) -> editing.SessionVerdicts:
         """What measure.editing reads: done, consistency with the first image, done on clean sources."""
         done, consistency = (
             torch.stack([getattr(one, name) for one in self.own], 1) for name in ("done", "kept_first")
         )
         clean = None if self.clean is None else torch.stack([one.done for one in self.clean], 1)
-        return editing.Sessions(done, consistency, clean)
+        return editing.SessionVerdicts(done, consistency, clean)
 
 
 def exposure(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.scenes import CELLS, COLOURS, GROUNDS, INK, SHAPES, Drawn, Scene, ScenesWorld, Sessions
+from fieldsmith.worlds.scenes import CELLS, COLOURS, GROUNDS, INK, SHAPES, Drawn, Scene, SceneSessions, ScenesWorld
 
 GRAIN = 0.11  # largest RMS distance, in [0, 1] of a channel, at which a cell counts as drawn right
 SCALE = 0.0075  # mean squared distance at which partial credit has fallen to 1/e
@@ -42,7 +42,9 @@ class EditVerdicts:
         return EditVerdicts(*(part[rows] for part in vars(self).values()))
 
 
-def judge(sessions: Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor | None = None) -> EditVerdicts:
+def judge(
+    sessions: SceneSessions, turn: int, before: Tensor, after: Tensor, first: Tensor | None = None
+) -> EditVerdicts:
     """What turn 1, 2, ... made of images `before`, both (n, 3, size, size) in [0, 1]; `first` is the clean start.
 
     Raises InputError on images of another shape or number, or with NaN.
