@@ -156,5 +156,5 @@ def test_scales_that_were_never_published_are_refused():
 
 def test_a_pathwise_reward_that_breaks_is_named():
     broken = Reward("broken", True, lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
-    with pytest.raises(RunError, match="'broken' returned nan for image 1 of 1, prompt 'a red circle'"):
+    with pytest.raises(RunError, match="'broken' returned nan for image 1 of 64, prompt 'a red circle'"):
         align(load("zoo:shapes-flux-small"), replace(preset("draft"), prompts=("a red circle",)), broken)

@@ -305,7 +305,9 @@ def read(sessions: SceneSessions, drawn: Scenes | Tensor, turn: int = 1) -> Edit
     return judge(sessions, turn, before, quantised(images), first)
 
 
-def made(sessions: SceneSessions, change: Callable[[Plan, Turn], Scene | None], turn: int = 1) -> tuple[SceneSessions, Scenes]:
+def made(
+    sessions: SceneSessions, change: Callable[[Plan, Turn], Scene | None], turn: int = 1
+) -> tuple[SceneSessions, Scenes]:
     """Sessions for which `change` gives a scene, and those scenes."""
     found = [change(plan, plan.turns[turn - 1]) for plan in sessions.plans]
     rows = [i for i, scene in enumerate(found) if scene]

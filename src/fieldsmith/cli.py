@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _command(words)
         sys.stdout.flush()  # a closed pipe shows here at the latest
-    except SystemExit as end:  # --help
+    except SystemExit as end:  # --help; or rich, which makes one of a closed pipe
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
-            return int(end.code or 0)
+            return _closed_pipe() if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
         return _closed_pipe()
     except (InputError, RunError) as error:
         if debug:

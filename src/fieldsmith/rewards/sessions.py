@@ -28,8 +28,9 @@ def load(judge: str | Callable[..., Any], against: Against = "first") -> TurnJud
     """The judge of turns that words or a function name; consistency is judged against the first or the previous image.
 
     'exact' (a world's own), 'remote:http://HOST:PORT/v1?model=MODEL', file.py:name, package.module:name, or a function
-    judge(before, after, instructions) that returns (following, consistency): n numbers in [0, 1] each. Raises InputError
-    at other words, a bad address or a server that does not answer, RewardError at a function that takes other arguments.
+    judge(before, after, instructions) that returns (following, consistency): n numbers in [0, 1] each. Raises
+    InputError at other words, a bad address or a server that does not answer, RewardError at a function that takes
+    other arguments.
     """
     if isinstance(judge, (Exact, Remote, OfFunction)):
         return judge

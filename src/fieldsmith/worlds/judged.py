@@ -222,9 +222,8 @@ class FolderWorld:
             try:
                 verdicts.append(_verdict(answer))
             except Exception as error:
-                raise RewardError(
-                    f"{self._what} returned {repr(answer)[:80]} for image {row} of {n}; return a bool, or (bool, reason)"
-                ) from error
+                words = f"{self._what} returned {repr(answer)[:80]} for image {row} of {n}"
+                raise RewardError(f"{words}; return a bool, or (bool, reason)") from error
         return verdicts
 
 
