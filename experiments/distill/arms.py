@@ -1,16 +1,14 @@
-"""`fieldsmith reproduce distill`: students of zoo:digits-unet and zoo:shapes-unet by every objective, three seeds.
+"""Students of zoo:digits-unet and zoo:shapes-unet by every objective.
 
-Protocol: every arm trains the same student, 5.9 times smaller than its teacher, on the same data, at equal student
-compute (64 evaluations a step) and from fresh weights, unless its name says otherwise; ours starts from the teacher's.
-Sampling: DDIM without clipping, equal noise and labels for teacher and all students, so that drift is paired. Distances
-are Frechet distances on the features of a classifier that was trained on the data alone, against all the data.
+Every arm trains the same student, 5.9 times smaller than its teacher, on the same data, at equal student compute (64
+evaluations a step) and from fresh weights, unless its name says otherwise; ours starts from the teacher's. Sampling:
+DDIM without clipping, equal noise and labels for teacher and all students, so that drift is paired. Distances are
+Frechet distances on the features of a classifier that was trained on the data alone, against all the data.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,9 +16,11 @@ from typing import Any
 
 import torch
 
+from experiments.distill.tables import FINE, SCALES, tables
+from experiments.study import Record, Run, Stage, Study, StudyConfig, slug
 from fieldsmith.diagnose.guidance import Guidance, ask, measure, noised_tuples, path_tuples
 from fieldsmith.diagnose.sweep import Sweep
-from fieldsmith.errors import InputError
+from fieldsmith.errors import check_word
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.loop import Result, distill
@@ -29,14 +29,13 @@ from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.shrink import shrink
-from fieldsmith.runs import plain, write_atomically
+from fieldsmith.runs import plain
 from fieldsmith.worlds.classes import Classes
 from fieldsmith.worlds.classes import load as load_data
 
 Settings = dict[str, Any]
-SCALES = (1.0, 1.5, 2.0)
-FINE = (1.0, 1.25, 1.5, 2.0)  # for the teacher, for ours, and for what the costs of ours are held against
-HELD = ("dash, no TIRT, equal steps", "ours", *(f"ours x {share}" for share in (0.25, 0.5, 1.6, 4)))
+# arms that are sampled at the finer scales too, since the costs of ours are compared with theirs
+FINE_ARMS = ("dash, no TIRT, equal steps", "ours", *(f"ours x {share}" for share in (0.25, 0.5, 1.6, 4)))
 RATIO = 5.9
 IMAGES = {"digits": 1_000, "shapes": 500}
 STEPS = 20  # of the sampler
@@ -84,15 +83,13 @@ WORLDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class ReproduceDistill:
+class DistillStudy(StudyConfig):
     """Repeat the distillation claims on zoo:digits-unet and zoo:shapes-unet."""
 
     out: Path = Path("results/distill")
     """Where runs/, summary.json, plots and README.md go; finished runs are not repeated."""
     worlds: tuple[str, ...] = ("digits", "shapes")
     """Which worlds to run."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Training seeds: of a fresh student's start, and of all draws."""
     steps: int = 600
     """Updates of a run of cost 1 on the digits."""
     shapes_steps: int = 1_200
@@ -101,8 +98,35 @@ class ReproduceDistill:
     """Learning rate of every arm, from a sweep of DASH and ours on a seed that no result uses."""
     bank: Path = Path("runs/distill-bank")
     """Where the cached teacher's answers lie; all arms and seeds share them."""
-    part: tuple[int, int] = (0, 1)
-    """This process takes runs K, K + N, ... of the list: `--part 0 2` and `--part 1 2` share the work."""
+
+
+def stages(config: DistillStudy) -> list[Stage]:
+    """Every run, a seed after the other. Raises InputError at an unknown world."""
+    runs, made = config.out / "runs", []
+    for world in config.worlds:
+        check_word(world, tuple(WORLDS), "the worlds of this study")
+        bench = Bench(world)
+        asked: Record = {"images": IMAGES[world], "curve": {str(w): {} for w in FINE}}
+        made.append([Run("teacher", runs / f"{world}_teacher.json", partial(teacher_record, bench), asked)])
+        for seed in config.seeds:
+            for arm in WORLDS[world]:
+                asked = {
+                    "settings": plain(ARMS[arm]), "steps": steps_of(config, world, arm), "lr": config.lr,
+                    "curve": {str(w): {} for w in scales_of(world, arm)},
+                }  # fmt: skip
+                work = partial(student_record, bench, config, arm, seed)
+                made.append([Run(arm, runs / f"{world}_{slug(arm)}_{seed}.json", work, asked)])
+    return [made]
+
+
+def scales_of(world: str, arm: str) -> tuple[float, ...]:
+    """At which guidance scales an arm is sampled."""
+    return FINE if (arm in FINE_ARMS and world == "digits") or arm == "ours" else SCALES
+
+
+def steps_of(config: DistillStudy, world: str, arm: str) -> int:
+    steps = config.steps if world == "digits" else config.shapes_steps
+    return round(steps * float(ARMS[arm].get("cost", 1)))
 
 
 @dataclass(frozen=True)
@@ -110,11 +134,10 @@ class Bench:
     """A teacher, its data, its judge, and what the teacher itself makes of them."""
 
     world: str
-    teacher_name: str
 
     @cached_property
     def teacher(self) -> ClassDDPM:
-        model = load(self.teacher_name)
+        model = load(f"zoo:{self.world}-unet")
         assert isinstance(model, ClassDDPM)
         return model
 
@@ -132,20 +155,20 @@ class Bench:
 
     @cached_property
     def tuples(self) -> dict[str, Any]:
-        """Held-out states, noised and along the teacher's own path, with what the teacher says there."""
+        """Held-out states, noised and along the teacher's own path, with the teacher's output there."""
         generator = torch.Generator().manual_seed(20_000)
         prompts = [self.data.names[i % len(self.data.names)] for i in range(TUPLES)]
-        found = {
+        by_name = {
             "noised": noised_tuples(self.teacher, self.data.held_images, self.data.held_labels, TUPLES, generator),
             "path": path_tuples(self.teacher, prompts, STEPS, 1.5, generator, TUPLES),
         }
-        return {name: (states, ask(self.teacher, states)) for name, states in found.items()}
+        return {name: (states, ask(self.teacher, states)) for name, states in by_name.items()}
 
     def fidelity(self, student: Model) -> dict[str, Guidance]:
-        return {name: measure(ask(student, states), said, states.t) for name, (states, said) in self.tuples.items()}
+        return {name: measure(ask(student, states), output, states.t) for name, (states, output) in self.tuples.items()}
 
 
-def teacher_record(bench: Bench) -> dict[str, Any]:
+def teacher_record(bench: Bench) -> Record:
     """The teacher's own curve."""
     parameters = sum(p.numel() for p in bench.teacher.network.parameters())
     curve = bench.sweep.curve(bench.teacher, FINE)
@@ -155,125 +178,47 @@ def teacher_record(bench: Bench) -> dict[str, Any]:
     return {"arm": "teacher", "world": bench.world, **sizes, "curve": curve, "floor": floor}
 
 
-def student_record(bench: Bench, config: ReproduceDistill, arm: str, seed: int) -> dict[str, Any]:
-    """Train one student and measure it."""
-    began = time.monotonic()
-    steps = steps_of(config, bench.world, arm)
+def train(bench: Bench, config: DistillStudy, arm: str, seed: int) -> tuple[Model, DistillConfig, Result]:
+    """A student of the arm; the cache is one for all seeds, only its start and its draws differ."""
     own = {key: value for key, value in ARMS[arm].items() if key != "cost"}
-    told = DistillConfig(
-        teacher=bench.teacher_name, steps=steps, seed=seed, lr=config.lr,
+    settings = DistillConfig(
+        teacher=bench.teacher.name, steps=steps_of(config, bench.world, arm), seed=seed, lr=config.lr,
         bank_folder=config.bank / bench.world, **own,
     )  # fmt: skip
-    scales = told.guidance_scales if told.objective == "w-conditioned" else None
-    student = shrink(bench.teacher, ratio=RATIO, init=told.init, guidance_scales=scales, seed=seed)
-    # the bank is one for all seeds: only the student's start and its draws differ
-    result = distill(bench.teacher, student, bench.source, told, data=bench.data.name, quiet=True)
-    record: dict[str, Any] = {
-        "world": bench.world, "arm": arm, "seed": seed, "settings": plain(ARMS[arm]), "steps": steps, "lr": config.lr,
-        "parameters": sum(p.numel() for p in student.network.parameters()),
+    scales = settings.guidance_scales if settings.objective == "w-conditioned" else None
+    student = shrink(bench.teacher, ratio=RATIO, init=settings.init, guidance_scales=scales, seed=seed)
+    return student, settings, distill(bench.teacher, student, bench.source, settings, data=bench.data.name, quiet=True)
+
+
+def student_record(bench: Bench, config: DistillStudy, arm: str, seed: int) -> Record:
+    """Train one student and measure it."""
+    began = time.monotonic()
+    student, settings, result = train(bench, config, arm, seed)
+    record: Record = {
+        "world": bench.world, "arm": arm, "seed": seed, "settings": plain(ARMS[arm]), "steps": settings.steps,
+        "lr": config.lr, "parameters": sum(p.numel() for p in student.network.parameters()),
         "training seconds": result.seconds, "student forwards": result.student_forwards,
         "teacher forwards": result.teacher_forwards, "teacher cost": result.teacher_cost,
-        "forward_equivalents": result.forward_equivalents, "price": price(arm, steps, told, result),
+        "forward_equivalents": result.forward_equivalents, "price": price(arm, settings, result),
         "curve": bench.sweep.curve(student, scales_of(bench.world, arm)),
     }  # fmt: skip
-    if scales is None:
-        found = bench.fidelity(student)
-        record |= {name: guidance.to_json() for name, guidance in found.items()}
+    if settings.objective != "w-conditioned":
+        by_states = bench.fidelity(student)
+        record |= {name: guidance.to_json() for name, guidance in by_states.items()}
         record["guided error"] = {
             name: {str(w): guidance.pooled.guided_error(w) for w in (0, 1, 1.5, 2, 3, 4)}
-            for name, guidance in found.items()
+            for name, guidance in by_states.items()
         }
     record["seconds"] = time.monotonic() - began
     return record
 
 
-def price(arm: str, steps: int, told: DistillConfig, result: Result) -> float:
+def price(arm: str, settings: DistillConfig, result: Result) -> float:
     """What an arm costs: ours with its cache, the others with the teacher asked at every step, as published."""
     if arm.startswith("ours"):
         return result.forward_equivalents
-    asked = {"scratch": 0, "w-conditioned": 2 * told.batch}.get(told.objective, told.batch)
-    return result.student_forwards + result.teacher_cost * steps * asked
+    asked = {"scratch": 0, "w-conditioned": 2 * settings.batch}.get(settings.objective, settings.batch)
+    return result.student_forwards + result.teacher_cost * settings.steps * asked
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run, the file that it makes, and what that file must say of its settings."""
-
-    path: Path
-    settings: Settings
-    work: Callable[[], dict[str, Any]]
-
-
-def jobs(config: ReproduceDistill) -> list[Job]:
-    """Every run, a seed after the other."""
-    found = []
-    for world in config.worlds:
-        bench = Bench(world, f"zoo:{world}-unet")
-        folder = config.out / "runs"
-        found.append(
-            Job(
-                folder / f"{world}_teacher.json",
-                {"images": IMAGES[world], "scales": list(FINE)},
-                partial(teacher_record, bench),
-            )
-        )
-        for seed in config.seeds:
-            for arm in WORLDS[world]:
-                name = "-".join("".join(c if c.isalnum() or c == "." else " " for c in arm).split())
-                settings = {"settings": plain(ARMS[arm]), "steps": steps_of(config, world, arm), "lr": config.lr}
-                settings["scales"] = list(scales_of(world, arm))
-                work = partial(student_record, bench, config, arm, seed)
-                found.append(Job(folder / f"{world}_{name}_{seed}.json", settings, work))
-    return found
-
-
-def scales_of(world: str, arm: str) -> tuple[float, ...]:
-    """At which guidance scales an arm draws."""
-    return FINE if (arm in HELD and world == "digits") or arm == "ours" else SCALES
-
-
-def steps_of(config: ReproduceDistill, world: str, arm: str) -> int:
-    whole = config.steps if world == "digits" else config.shapes_steps
-    return round(whole * float(ARMS[arm].get("cost", 1)))
-
-
-def main(config: ReproduceDistill) -> None:
-    """Run what is missing, then write the summary once all of it is there."""
-    from experiments.distill_summary import summarise
-
-    _check(config)
-    torch.set_num_threads(1)
-    listed = jobs(config)
-    mine, parts = config.part
-    for job in listed[mine::parts]:
-        if not _there(job):
-            write_atomically(job.path, json.dumps(job.work(), indent=1) + "\n")
-            print(f"{job.path.stem}: done", flush=True)
-    missing = [job for job in listed if not _there(job)]
-    if missing:
-        print(f"{len(missing)} runs are still missing; the summary is written when all are there")
-        return
-    summarise([job.path for job in listed], config.out, config.seeds, "fieldsmith reproduce distill")
-
-
-def _check(config: ReproduceDistill) -> None:
-    for name in ("steps", "shapes_steps"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)} must be at least 1")
-    if len(set(config.seeds)) < 2:
-        raise InputError(f"seeds={config.seeds}: intervals need at least 2 different seeds")
-    unknown = [world for world in config.worlds if world not in WORLDS]
-    if unknown or not config.worlds:
-        raise InputError(f"worlds={config.worlds} should be some of {', '.join(WORLDS)}")
-    mine, parts = config.part
-    if not 0 <= mine < parts:
-        raise InputError(f"part={mine} {parts} is no share of the runs; use 0 1 for all, or 0 2 and 1 2 for halves")
-
-
-def _there(job: Job) -> bool:
-    """Whether the run is on disk, made with the settings that are asked for now."""
-    if not job.path.exists():
-        return False
-    record = json.loads(job.path.read_text())
-    record["scales"] = [float(w) for w in record["curve"]]
-    return all(record.get(key) == value for key, value in job.settings.items())
+STUDY = Study("distill", "DASH, arXiv 2606.00798", DistillStudy, stages, tables)
