@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from torch.nn.functional import avg_pool2d
 
 from experiments.oracles.chess import ChessWorld
 from experiments.oracles.likelihood import feature_likelihood
+from experiments.sharpen.training import Settings, Trained, fit, of_verb
+from experiments.study import Record
 from experiments.zoo.judged_ddpm import JudgedDDPM, untrained
 from fieldsmith.measure.smoothness import SharpestJacobian, TrajectoryVariance
-from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
-from fieldsmith.methods.sharpen.loop import sharpen
+from fieldsmith.methods.sharpen.config import NEEDS_HEAD
 from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
 from fieldsmith.measure.classifier import Classifier, train_classifier
 from fieldsmith.measure.distances import frechet_distance, precision_recall
@@ -37,7 +38,6 @@ from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.samplers import Field, Variance, ancestral
 from fieldsmith.worlds.judged import JudgedWorld, load
 
-Settings = dict[str, Any]
 POOL = 20_000  # training images
 REAL = 2_000  # images that distances are measured to, none of them trained on
 LEVEL = 0.2  # share of valid images that a filter may throw away
@@ -132,6 +132,11 @@ class Bench:
         return self.seen(self.pool[:REAL])
 
 
+@cache
+def bench(world: str) -> Bench:
+    return Bench(STUDIES[world])
+
+
 def _small(images: Tensor) -> Tensor:
     return avg_pool2d(images.nan_to_num(0.0), max(1, images.shape[-1] // 32))
 
@@ -145,18 +150,15 @@ class Seed:
 
     def fresh(self) -> UNet:
         study = self.study
-        told = JudgedDDPM(study.name, study.size, study.fold, study.widths, study.name != "columns", seed=self.seed)
-        return untrained(self.bench.world, told, learned_variance=False)
+        recipe = JudgedDDPM(study.name, study.size, study.fold, study.widths, study.name != "columns", seed=self.seed)
+        return untrained(self.bench.world, recipe, learned_variance=False)
 
     def fit(self, model: Any, steps: int, seed: int, **own: Any) -> Trained:
         """Train a model in place and let go of its former weights."""
-        config = SharpenConfig(
-            method="plain", steps=steps, batch=self.study.batch, lr=self.study.lr, min_snr=5.0, ema=0.995, seed=seed,
-            share_every=100,
-        )  # fmt: skip
-        result = sharpen(model, model.encode_images(self.bench.pool), replace(config, **own), quiet=True)
+        shared = {"batch": self.study.batch, "lr": self.study.lr, "min_snr": 5.0, "ema": 0.995}
+        trained = fit(model, model.encode_images(self.bench.pool), steps=steps, seed=seed, **{**shared, **own})
         model._base = {}
-        return Trained(model, result.seconds, result.forward_equivalents, result.share)
+        return trained
 
     @cached_property
     def base(self) -> Trained:
@@ -173,53 +175,53 @@ class Seed:
         if file.exists():
             model.network.load_state_dict(load_file(file))
             return Trained(model, 0.0, 0, None)
-        found = self.fit(model, steps, self.seed, warmup=100)
+        trained = self.fit(model, steps, self.seed, warmup=100)
         self.cache.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}")
         save_file({k: v.contiguous() for k, v in model.network.state_dict().items()}, beside)
         os.replace(beside, file)
-        return found
+        return trained
 
     def trained(self, arm: str) -> Trained:
         if arm == "plain" and self._plain:
             return self._plain
         settings = ARMS[arm]
-        own = {k: v for k, v in settings.items() if k in SharpenConfig.__dataclass_fields__}
+        own = of_verb(settings)
         model: Any = copy.deepcopy(self.base.model)
         if own.get("method") in NEEDS_HEAD:
             model = with_variance_head(model)
         steps = round(self.study.more * settings.get("times more", 1.0))
-        found = self.fit(model, steps, 1_000 + self.seed, lr=self.study.lr / 4, **own)
+        trained = self.fit(model, steps, 1_000 + self.seed, lr=self.study.lr / 4, **own)
         if arm == "plain":
-            self._plain = found
-        return found
+            self._plain = trained
+        return trained
 
-    def record(self, arm: str) -> dict[str, Any]:
+    def record(self, arm: str) -> Record:
         began = time.monotonic()
         settings = ARMS[arm]
         trained = self.trained(settings.get("of", arm))
-        found: dict[str, Any] = {
+        record: Record = {
             "world": self.study.name, "arm": arm, "seed": self.seed, "settings": settings,
             "training seconds": trained.seconds, "forward_equivalents": trained.forwards, "share": trained.share,
             "parameters": sum(p.numel() for p in trained.model.network.parameters()),
         }  # fmt: skip
         field, evaluations = self.field(trained, settings)
         learned = getattr(trained.model, "learns_variance", False)
-        variance: Variance = settings.get("variance", "learned" if learned else "small")
+        variance: Variance = "learned" if learned else "small"
         if "filter" in settings:
             images, cost, more = self.filtered(trained, settings["filter"])
-            found |= more
+            record |= more
             evaluations = cost
         else:
             images = self.images(trained, field, variance, more=settings.get("times steps", 1.0))
-        found |= self.measured(images) | {"evaluations a step": evaluations}
+        record |= self.measured(images) | {"evaluations a step": evaluations}
         if arm == "variance learning":
             kinds: tuple[Variance, ...] = ("small", "large")
-            found["swap"] = {
+            record["swap"] = {
                 kind: float(1 - self.bench.world.judge(self.images(trained, field, kind)).valid.double().mean())
                 for kind in kinds
             }
-        return found | {"seconds": time.monotonic() - began}
+        return record | {"seconds": time.monotonic() - began}
 
     def field(self, trained: Trained, settings: Settings) -> tuple[Field, float]:
         """How the arm is sampled, and what a step costs in forwards of its network."""
@@ -228,10 +230,8 @@ class Seed:
             return laplacian(field, settings["laplacian"], torch.Generator().manual_seed(self.seed)), 3.0
         if "scale" in settings:
             small = sum(p.numel() for p in self.worse.model.network.parameters())
-            whole = sum(p.numel() for p in trained.model.network.parameters())
-            return steered(
-                field, field_of(self.worse.model), settings["scale"], settings.get("window", (0.0, 1.0))
-            ), 1 + small / whole
+            own = sum(p.numel() for p in trained.model.network.parameters())
+            return steered(field, field_of(self.worse.model), settings["scale"]), 1 + small / own
         return field, settings.get("times steps", 1.0)
 
     @torch.no_grad()
@@ -240,22 +240,22 @@ class Seed:
         watches: list[Any] | None = None, more: float = 1.0,
     ) -> Tensor:  # fmt: skip
         model, generator = trained.model, torch.Generator().manual_seed(50_000 + 1_000 * seed + self.seed)
-        found: list[Tensor] = []
+        batches: list[Tensor] = []
         for part in torch.arange(n or self.study.images).split(250):
-            watch = watches[len(found)] if watches else None
+            watch = watches[len(batches)] if watches else None
             x = model.noise(len(part), generator)
             grid = model.grid(round(more * self.study.sampler_steps))
-            found.append(model.decode(ancestral(field, x, grid, generator, variance, model.clip, watch)))
-        return torch.cat(found)
+            batches.append(model.decode(ancestral(field, x, grid, generator, variance, model.clip, watch)))
+        return torch.cat(batches)
 
-    def measured(self, images: Tensor) -> dict[str, Any]:
+    def measured(self, images: Tensor) -> Record:
         """Rules, fidelity, diversity, novelty."""
         world, judged = self.bench.world, self.bench.world.judge(images)
         features = self.bench.seen(images)
         contents = [c for c, good in zip(judged.contents, judged.valid.tolist(), strict=True) if good]
         reach = precision_recall(self.bench.real, features)
         generator = torch.Generator().manual_seed(0)
-        found: dict[str, Any] = {
+        numbers: Record = {
             "flags": "".join("01"[not good] for good in judged.valid.tolist()),
             "unreadable": float(1 - judged.readable.double().mean()),
             "rate": float(1 - judged.valid.double().mean()), "images": len(images),
@@ -265,11 +265,11 @@ class Seed:
             "reasons": tally(judged.reasons),
         }  # fmt: skip
         if contents and world.support:
-            found["coverage"] = coverage(contents, world.support).relative
+            numbers["coverage"] = coverage(contents, world.support).relative
         if contents:
-            found["different"] = len(set(contents)) / len(contents)
-            found["novel"] = sum(world.novel(c) for c in contents) / len(contents)
-        return found
+            numbers["different"] = len(set(contents)) / len(contents)
+            numbers["novel"] = sum(world.novel(c) for c in contents) / len(contents)
+        return numbers
 
     def watchers(self, trained: Trained, kind: str, n: int) -> list[Any]:
         steps = self.study.sampler_steps
@@ -278,7 +278,7 @@ class Seed:
         generator, field = torch.Generator().manual_seed(self.seed), field_of(trained.model)
         return [SharpestJacobian(field, steps, 0.5, 0.8, generator, norm="frobenius") for _ in range(0, n, 250)]
 
-    def filtered(self, trained: Trained, kind: str) -> tuple[Tensor, float, dict[str, Any]]:
+    def filtered(self, trained: Trained, kind: str) -> tuple[Tensor, float, Record]:
         """As many images as any arm, chosen among twice as many by a threshold that other valid samples set."""
         n, world = self.study.images, self.bench.world
         watches = self.watchers(trained, kind, n)
@@ -289,21 +289,13 @@ class Seed:
         images = self.images(trained, field_of(trained.model), n=2 * n, watches=watches)
         own = torch.cat([w.scores for w in watches])
         bad = ~world.judge(images).valid
-        found = {} if bool(bad.all()) or not bool(bad.any()) else {"auroc": auroc(own, bad)}
+        separation = {} if bool(bad.all()) or not bool(bad.any()) else {"auroc": auroc(own, bad)}
         if int(valid.sum()) < 10:
-            return images[:n], 1.0, found
+            return images[:n], 1.0, separation
         kept = own <= threshold(scores[valid], LEVEL)
         share = max(float(kept.double().mean()), 1 / len(kept))
         product = 1.0 + 0.3 * 4 if kind == "jacobian" else 1.0  # in 0.3 of the steps a product, of about 4 forwards
-        return images[kept][:n], product / share, found | {"kept": share}
-
-
-@dataclass(frozen=True)
-class Trained:
-    model: Any
-    seconds: float
-    forwards: int
-    share: float | None
+        return images[kept][:n], product / share, separation | {"kept": share}
 
 
 def tally(reasons: tuple[tuple[str, ...], ...]) -> dict[str, int]:

@@ -1,31 +1,37 @@
-"""results/distill/summary.json, its plots and its README, made from the runs and from nothing else.
-
-In: runs/*.json. Out: claims with intervals and verdicts; every arm's table; the factorial of DASH's three parts with
-leave-one-out and Shapley shares; quality against cost and against the guidance scale.
+"""What the runs say: claims with intervals and verdicts, the rows of the page, the factorial of DASH's three parts with
+leave-one-out and Shapley shares, quality against cost and against the guidance scale.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
-from experiments.claims import entry
-from experiments.distill import FINE, SCALES
+from experiments.study import (
+    SINGLE,
+    Claim,
+    Record,
+    Records,
+    StudyConfig,
+    Tables,
+    at_most,
+    exactly,
+    geometric,
+    mean,
+    verdict,
+)
 from fieldsmith.measure.sweep import best
-from fieldsmith.measure.intervals import Interval, mean_interval
-from fieldsmith.run import write_atomically
+from fieldsmith.measure.intervals import Interval
 
-PAPER = "DASH, arXiv 2606.00798"
-claim = partial(entry, PAPER)
-Run = dict[str, Any]
-Measure = Callable[[Run], float]
+Measure = Callable[[Record], float]
+SCALES = (1.0, 1.5, 2.0)  # of guidance, at which every arm is sampled
+FINE = (1.0, 1.25, 1.5, 2.0)  # for the teacher, for ours, and for what the costs of ours are compared with
 FACTORIAL = {  # (unconditional loss, TIRT, anchor) -> arm
     (0, 0, 0): "conditional", (0, 0, 1): "anchor only", (0, 1, 0): "TIRT only",
     (0, 1, 1): "dash w/o unconditional", (1, 0, 0): "unconditional only", (1, 0, 1): "dash, no TIRT",
@@ -39,48 +45,46 @@ MATCHED = "matched-dropout 10%"
 MOST = 0.4  # of the cost of DASH as published: what our student may cost
 
 
-def distance(run: Run) -> float:
+def distance(run: Record) -> float:
     """To the data, at the best of the guidance scales that all runs have."""
     common = {str(w): run["curve"][str(w)] for w in SCALES}
     return float(common[best(common)]["distance"])
 
 
-def closest(run: Run) -> float:
+def closest(run: Record) -> float:
     """To the data, at the best guidance scale of all that the run has."""
     return float(run["curve"][best(run["curve"])]["distance"])
 
 
-def guided_error(run: Run, states: str = "noised", w: str = "2") -> float:
+def guided_error(run: Record, states: str = "noised", w: str = "2") -> float:
     return float(run["guided error"][states][w])
 
 
-def worst_rho(run: Run) -> float:
+def worst_rho(run: Record) -> float:
     return float(run["noised"]["worst_rho"] or math.inf)
 
 
 class Runs:
-    """Teachers by world, complete students by (world, arm), out of the files that the job list names."""
+    """Teachers by world, students by (world, arm)."""
 
-    def __init__(self, files: Sequence[Path], seeds: Sequence[int]):
-        self.teachers: dict[str, Run] = {}
-        self.arms: dict[tuple[str, str], list[Run]] = {}
-        for path in files:
-            record = json.loads(path.read_text())
+    def __init__(self, records: Records):
+        self.teachers: dict[str, Record] = {}
+        self.arms: dict[tuple[str, str], list[Record]] = {}
+        for record in records.values():
             if record["arm"] == "teacher":
                 self.teachers[record["world"]] = record
             else:
                 self.arms.setdefault((record["world"], record["arm"]), []).append(record)
-        self.arms = {key: found for key, found in self.arms.items() if len(found) == len(seeds)}
 
     @property
     def worlds(self) -> list[str]:
         return list(self.teachers)
 
     def of(self, world: str) -> list[str]:
-        return [arm for found, arm in self.arms if found == world]
+        return [arm for of, arm in self.arms if of == world]
 
     def mean(self, world: str, arm: str, measure: Measure) -> Interval:
-        return mean_interval(torch.tensor([measure(run) for run in self.arms[world, arm]]))
+        return mean([measure(run) for run in self.arms[world, arm]], SINGLE)
 
     def ratio(self, world: str, arm: str, over: str, measure: Measure) -> Interval:
         """Geometric mean over seeds of one arm's number over another's, at equal seeds."""
@@ -105,11 +109,6 @@ class Runs:
         most = MOST * self.published(world)
         some = [arm for arm in self.ours(world) if self.cost(world, arm) <= most]
         return (some or self.ours(world)[:1])[-1]
-
-
-def geometric(ratios: Sequence[float]) -> Interval:
-    logs = mean_interval(torch.tensor([math.log(ratio) for ratio in ratios], dtype=torch.float64))
-    return Interval(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high), logs.n)
 
 
 def cost_at_equal(runs: Runs, world: str, than: str, measure: Measure) -> tuple[Interval, int]:
@@ -148,7 +147,7 @@ def shapley(values: dict[tuple[int, ...], float]) -> list[float]:
     return [one / len(orders) for one in total]
 
 
-def factorial(runs: Runs, world: str, measure: Measure, tirt: int | None = None) -> dict[str, Any] | None:
+def factorial(runs: Runs, world: str, measure: Measure, tirt: int | None = None) -> Record | None:
     """Leave-one-out and Shapley drops by part, a dict a seed; None where arms are missing.
 
     With `tirt` fixed at 0 or 1 the parts are unconditional loss and anchor. `measurable`: whether the whole gain
@@ -181,44 +180,40 @@ def factorial(runs: Runs, world: str, measure: Measure, tirt: int | None = None)
     return {"seeds": seeds, "gain": gain, "measurable": gain > 3 * spread, "ends": (arms[off], arms[full])}
 
 
-def claims(runs: Runs, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
+def claims(runs: Runs) -> list[Claim]:
     """Each world's claims, and before them the issue's ids: the worse of the worlds that have one."""
-    found = [one for world in runs.worlds for one in of_world(runs, world, seeds, command)]
-    names = list(dict.fromkeys(one["id"].rpartition(".")[0] for one in found))
+    made = [one for world in runs.worlds for one in of_world(runs, world)]
     worst = []
-    for name in names:
-        some = [one for one in found if one["id"].rpartition(".")[0] == name]
-        order: dict[str, Callable[[float], float]] = {
-            "distill.compression": lambda v: -v, "distill.rho": lambda v: abs(math.log(v)),
-        }  # fmt: skip
-        rank = order.get(name, lambda v: v)
-        one = max(some, key=lambda c, rank=rank: (GRADES.index(c["verdict"]), rank(c["value"])))  # type: ignore[misc]
-        words = f"{one['statement']} (the worse of {len(some)} worlds)" if len(some) > 1 else one["statement"]
-        worst.append({**one, "id": name, "statement": words})
-    return [*worst, *found]
+    for name in dict.fromkeys(one.id.rpartition(".")[0] for one in made):
+        some = [one for one in made if one.id.rpartition(".")[0] == name]
+        one = max(some, key=partial(badness, name))
+        words = f"{one.statement} (the worse of {len(some)} worlds)" if len(some) > 1 else one.statement
+        worst.append(replace(one, id=name, statement=words))
+    return [*worst, *made]
 
 
-GRADES = ("reproduced", "partly", "not")
+def badness(name: str, one: Claim) -> tuple[int, float]:
+    value = one.interval.value
+    rank = {"distill.compression": -value, "distill.rho": abs(math.log(value))}.get(name, value)
+    return ("reproduced", "partly", "not").index(one.verdict), rank
 
 
-def of_world(runs: Runs, world: str, seeds: Sequence[int], command: str) -> list[dict[str, Any]]:
+def of_world(runs: Runs, world: str) -> list[Claim]:
     ours, teacher = runs.affordable(world), runs.teachers[world]
-    extra = {"seeds": list(seeds), "command": command, "forward_equivalents": runs.cost(world, ours)}
-    at, share = f"{world}: ", runs.cost(world, ours) / runs.published(world)
+    cost = runs.cost(world, ours)
     ratio = teacher["parameters"] / runs.arms[world, ours][0]["parameters"]
     closeness = geometric([closest(run) / closest(teacher) for run in runs.arms[world, ours]])
     rhos = sorted((worst_rho(run) for run in runs.arms[world, ours]), key=lambda rho: abs(math.log(rho)))
-    rho = Interval(rhos[-1], min(rhos), max(rhos), len(rhos))
-    words = f"our recipe ({ours}) at {100 * share:.0f}% of the cost of DASH as published:"
     inside = [0.9 <= one <= 1.1 for one in rhos]
-    found = [
-        claim(f"distill.compression.{world}", f"{at}parameters of the teacher over the student's (aim: 5.7)",
-              Interval(ratio, ratio, ratio, 1), "ratio", "reproduced" if ratio >= 5.7 else "not", extra),
-        claim(f"distill.distance_ratio_best.{world}", f"{at}{words} distance to data over the teacher's, each at its "
-              "best guidance scale (aim: at most 1.25)", closeness, "ratio", grade(closeness, 1.25), extra),
-        claim(f"distill.rho.{world}", f"{at}{words} size of the guidance gap over the teacher's in the worst time bin "
-              "that matters, of the worst seed; the interval is the range over seeds (aim: 0.9 to 1.1)", rho, "ratio",
-              "reproduced" if all(inside) else "partly" if any(inside) else "not", extra),
+    recipe = f"our recipe ({ours}) at {100 * cost / runs.published(world):.0f}% of the cost of DASH as published:"
+    made = [
+        Claim(f"distill.compression.{world}", f"{world}: parameters of the teacher over the student's (aim: 5.7)",
+              exactly(ratio, 1), "ratio", verdict(ratio >= 5.7), cost),
+        Claim(f"distill.distance_ratio_best.{world}", f"{world}: {recipe} distance to data over the teacher's, each "
+              "at its best guidance scale (aim: at most 1.25)", closeness, "ratio", at_most(closeness, 1.25), cost),
+        Claim(f"distill.rho.{world}", f"{world}: {recipe} size of the guidance gap over the teacher's in the worst "
+              "time bin that matters, of the worst seed; the interval is the range over seeds (aim: 0.9 to 1.1)",
+              Interval(rhos[-1], min(rhos), max(rhos), len(rhos)), "ratio", verdict(all(inside), any(inside)), cost),
     ]  # fmt: skip
     for name, than, what in (
         ("cost_vs_dash", PUBLISHED, "the better of DASH's forms, 64 pairs a step as published"),
@@ -234,11 +229,11 @@ def of_world(runs: Runs, world: str, seeds: Sequence[int], command: str) -> list
             ("_guided_error", "guided error G(2)", guided_error),
         ):
             value, missed = cost_at_equal(runs, world, than, measure)
-            note = f"; {missed} of {value.n} seeds never got there and count with all they spent" if missed else ""
-            statement = f"{at}cost of our recipe (copied start, cached teacher) at equal {equal} over that of {than}, "
-            statement += f"{what} (aim for DASH: at most 0.4){note}"
-            verdict = "not" if missed else grade(value, MOST)
-            found.append(claim(f"distill.{name}{kind}.{world}", statement, value, "ratio", verdict, extra))
+            words = f"{world}: cost of our recipe (copied start, cached teacher) at equal {equal} over that of {than}, "
+            words += f"{what} (aim for DASH: at most 0.4)"
+            words += f"; {missed} of {value.n} seeds never got there and count with all they spent" if missed else ""
+            grade = "not" if missed else at_most(value, MOST)
+            made.append(Claim(f"distill.{name}{kind}.{world}", words, value, "ratio", grade, cost))
     for name, arm, over in (
         ("dash_vs_conditional", FAIR, "conditional"),
         ("matched_dropout_vs_dash", MATCHED, FAIR),
@@ -251,51 +246,109 @@ def of_world(runs: Runs, world: str, seeds: Sequence[int], command: str) -> list
         for kind, measure in (("", distance), ("_guided_error", guided_error)):
             value = runs.ratio(world, arm, over, measure)
             what = "guided error G(2)" if kind else "distance at the best scale"
-            verdict = "reproduced" if value.high < 1 else "partly" if value.value < 1 else "not"
-            cost = {**extra, "forward_equivalents": runs.cost(world, arm)}
-            statement = f"{at}{what} of {arm} over that of {over}, equal student compute (below 1: better)"
-            found.append(claim(f"distill.{name}{kind}.{world}", statement, value, "ratio", verdict, cost))
-    return [*found, *share_claims(runs, world, at, extra)]
+            words = f"{world}: {what} of {arm} over that of {over}, equal student compute (below 1: better)"
+            grade = verdict(value.high < 1, value.value < 1)
+            made.append(Claim(f"distill.{name}{kind}.{world}", words, value, "ratio", grade, runs.cost(world, arm)))
+    return [*made, *share_claims(runs, world, cost)]
 
 
-def share_claims(runs: Runs, world: str, at: str, extra: dict[str, Any]) -> list[dict[str, Any]]:
+def share_claims(runs: Runs, world: str, cost: float) -> list[Claim]:
     """The unconditional loss's share: among DASH's three parts, or, where those gain nothing, without TIRT."""
     three, two = "unconditional loss, TIRT and anchor", "unconditional loss and anchor, without TIRT,"
-    for fixed, words in ((None, three), (0, two)):
+    for fixed, parts in ((None, three), (0, two)):
         made = factorial(runs, world, guided_error, fixed)
         if made and made["measurable"]:
-            value = mean_interval(torch.tensor([one["shapley"][0] / one["gain"][0] for one in made["seeds"]]))
-            statement = f"{at}Shapley share of the unconditional loss in what {words} take off G(2) of "
-            statement += "conditional-only (paper: more than 0.6 of its gain)"
-            verdict = "reproduced" if value.low > 0.6 else "partly" if value.value > 0.6 else "not"
-            return [claim(f"distill.unconditional_share.{world}", statement, value, "share", verdict, extra)]
+            value = mean([one["shapley"][0] / one["gain"][0] for one in made["seeds"]], SINGLE)
+            words = f"{world}: Shapley share of the unconditional loss in what {parts} take off G(2) of "
+            words += "conditional-only (paper: more than 0.6 of its gain)"
+            grade = verdict(value.low > 0.6, value.value > 0.6)
+            return [Claim(f"distill.unconditional_share.{world}", words, value, "share", grade, cost)]
     return []
 
 
-def grade(found: Interval, most: float) -> str:
-    return "reproduced" if found.high <= most else "partly" if found.value <= most else "not"
+def tables(config: StudyConfig, records: Records) -> Tables:
+    runs = Runs(records)
+    summary = {"ours": {world: runs.affordable(world) for world in runs.worlds}}
+    page = {"worlds": [section(runs, world) for world in runs.worlds]}
+    return Tables(claims(runs), summary, page, {f"{world}.png": figure(runs, world) for world in runs.worlds})
 
 
-def summarise(files: Sequence[Path], folder: Path, seeds: Sequence[int], command: str) -> None:
-    """Write summary.json, the plots and README.md from the runs in `files`."""
-    from experiments.distill_readme import readme
+def section(runs: Runs, world: str) -> Record:
+    """A world's part of the page; `right` is the largest share of images as asked that any student reaches."""
+    teacher, by_distance = (
+        runs.teachers[world],
+        sorted(runs.of(world), key=lambda a: runs.mean(world, a, distance).value),
+    )
+    curves = [run["curve"] for arm in runs.of(world) for run in runs.arms[world, arm]]
+    return {
+        "name": world,
+        "teacher": teacher,
+        "scale": best(teacher["curve"]),
+        "curve": [(w, f"{s['distance']:.3f}", f"{100 * s['accuracy']:.1f}%") for w, s in teacher["curve"].items()],
+        "right": max(float(curve[best(curve)]["accuracy"]) for curve in curves),
+        "quality": [quality_row(runs, world, arm) for arm in by_distance],
+        # a student that takes the guidance scale itself has no branches
+        "branches": [branch_row(runs, world, arm) for arm in by_distance if "noised" in runs.arms[world, arm][0]],
+        "factorial": factorial_section(runs, world),
+    }
 
-    runs = Runs(files, seeds)
-    listed = claims(runs, seeds, command)
-    affordable = {world: runs.affordable(world) for world in runs.worlds}
-    write_atomically(folder / "summary.json", json.dumps({"claims": listed, "ours": affordable}, indent=1) + "\n")
-    for world in runs.worlds:
-        figure(runs, world, folder / f"{world}.png")
-    write_atomically(folder / "README.md", readme(runs, listed, command))
+
+def short(runs: Runs, world: str, arm: str, measure: Measure) -> str:
+    found = runs.mean(world, arm, measure)
+    return f"{found.value:.3g} ± {found.high - found.value:.2g}"
+
+
+def quality_row(runs: Runs, world: str, arm: str) -> list[str]:
+    def at(w: str, key: str) -> str:
+        if w not in runs.arms[world, arm][0]["curve"]:
+            return "-"
+        return short(runs, world, arm, lambda run: run["curve"][w][key])
+
+    def right(run: Record) -> float:
+        return 100 * float(run["curve"][best(run["curve"])]["accuracy"])
+
+    distances = [short(runs, world, arm, distance), *(at(w, "distance") for w in ("1.0", "1.5", "2.0"))]
+    cost = f"{runs.cost(world, arm) / 1000:,.0f}"
+    return [arm, *distances, short(runs, world, arm, right), at("1.5", "drift"), cost]
+
+
+def branch_row(runs: Runs, world: str, arm: str) -> list[str]:
+    def pooled(key: str) -> str:
+        return short(runs, world, arm, lambda run: run["noised"]["pooled"][key])
+
+    verdicts = sorted({run["noised"]["verdict"] for run in runs.arms[world, arm]})
+    return [
+        arm, pooled("rho"), short(runs, world, arm, worst_rho), pooled("weighted_cosine"), pooled("gap_mse"),
+        pooled("e_c"), pooled("e_u"), short(runs, world, arm, guided_error),
+        short(runs, world, arm, lambda run: guided_error(run, "path")), ", ".join(verdicts),
+    ]  # fmt: skip
+
+
+def factorial_section(runs: Runs, world: str) -> list[Record]:
+    """Shares of the gain by part; no rows where there is no gain to share, nothing where arms are missing."""
+    sections = []
+    for name, measure in (("G(2)", guided_error), ("distance at the best scale", distance)):
+        for tirt, parts in ((None, PARTS), (0, (PARTS[0], PARTS[2]))):
+            made = factorial(runs, world, measure, tirt)
+            if made is None:
+                return []
+            rows = []
+            for i, part in enumerate(parts if made["measurable"] else ()):
+                cells = []
+                for key in ("shapley", "left out"):
+                    share = torch.tensor([one[key][i] / one["gain"][0] for one in made["seeds"]]).mean()
+                    cells += [mean([one[key][i] for one in made["seeds"]], SINGLE).short(), f"{100 * share:.0f}%"]
+                rows.append((part, *cells))
+            ends = [{"arm": arm, "value": runs.mean(world, arm, measure).short()} for arm in made["ends"]]
+            sections.append({"measure": name, "tirt": tirt is None, "ends": ends, "rows": rows})
+    return sections
 
 
 DRAWN = ("conditional", MATCHED, FAIR, "dash", "gap", "multi-w", "ours")
 
 
-def figure(runs: Runs, world: str, path: Path) -> None:
+def figure(runs: Runs, world: str) -> Figure:
     """Distance and accuracy against the scale, size of the gap by time, distance against cost."""
-    from matplotlib.figure import Figure
-
     drawn = Figure(figsize=(17, 4.2), layout="constrained")
     axes = drawn.subplots(1, 4)
     arms = [arm for arm in DRAWN if (world, arm) in runs.arms]
@@ -328,4 +381,4 @@ def figure(runs: Runs, world: str, path: Path) -> None:
     axes[2].set(xlabel="t", ylabel="rho: gap over the teacher's (seed 0)", yscale="log")
     axes[3].set(xscale="log", yscale="log", xlabel="cost, student forwards", ylabel="distance at best scale")
     axes[0].legend(fontsize=6)
-    drawn.savefig(path, dpi=100)
+    return drawn

@@ -7,9 +7,8 @@ is pushed forward exactly; on the lattice it is sampled. Sampling-time arms use 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +16,18 @@ from torch import Tensor
 from experiments.oracles.perceptron import Head, Perceptron
 from experiments.oracles.pushforward import Mass, gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
 from experiments.oracles.pushforward import smoothed_score_field as smoothed
-from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
-from fieldsmith.methods.sharpen.loop import sharpen
+from experiments.sharpen.claims import INDICES
+from experiments.sharpen.training import Settings, Trained, fit, of_verb
+from experiments.study import Record
+from fieldsmith.methods.sharpen.config import NEEDS_HEAD
 from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
 from fieldsmith.models.jacobians import jvp
 from fieldsmith.paths import VariancePreserving
 from fieldsmith.samplers import Field, Variance, ancestral
 from fieldsmith.worlds.mixtures import NOWHERE, Mixture, lattice, line
 
-Settings = dict[str, Any]
 PREFIX = 300  # of the schedule's 1000 times: what lies beyond is N(0, I) to 1e-4
 BEYOND = 6.0  # deviations
-INDICES = (5, 10, 20)  # where ridges and errors are read
 HEADS: Settings = {"method": "variance-learning"}
 
 # what differs from plain DDPM; `points` of data, `of`: another arm's weights, sampled otherwise
@@ -54,11 +53,6 @@ PLANE = (
     "neighbours, off path", "steered 2",
 )  # fmt: skip
 CURVES = ("plain", "L2 0.005", "VSM 0.1", "jacobian-floor 0.01", "neighbours, off path")  # whose scores are drawn
-
-
-def reference_of(arm: str) -> str:
-    """What an arm is held against."""
-    return "variance learning" if arm.startswith("VSM") else "plain"
 
 
 @dataclass(frozen=True)
@@ -102,24 +96,11 @@ def train(study: Study, settings: Settings, seed: int, steps: int | None = None,
     """A network of the study under these settings."""
     points = settings.get("points", study.points)
     data = study.mixture.sample(study.points, torch.Generator().manual_seed(seed)).float()[:points]
-    own = {k: v for k, v in settings.items() if k in SharpenConfig.__dataclass_fields__}
-    config = replace(
-        SharpenConfig(method="plain", steps=steps or study.steps, batch=study.batch, lr=3e-3, warmup=0, clip=1e9, ema=0,
-                      share_every=100, seed=seed),
-        **own,
-    )  # fmt: skip
-    head: Head | None = "range" if config.method in NEEDS_HEAD else None
+    own = of_verb(settings)
+    head: Head | None = "range" if own.get("method") in NEEDS_HEAD else None
     model = Perceptron(study.mixture.means.shape[1], study.path, head, width or study.width, seed)
-    result = sharpen(model, data, config, quiet=True)
-    return Trained(model, result.seconds, result.forward_equivalents, result.share)
-
-
-@dataclass(frozen=True)
-class Trained:
-    model: Perceptron
-    seconds: float
-    forwards: int
-    share: float | None
+    shared = {"batch": study.batch, "lr": 3e-3, "warmup": 0, "clip": 1e9, "ema": 0}
+    return fit(model, data, steps=steps or study.steps, seed=seed, **{**shared, **own})
 
 
 class Seed:
@@ -130,17 +111,17 @@ class Seed:
         self._kept: dict[str, Trained] = {}
 
     def trained(self, arm: str) -> Trained:
+        if arm in self._kept:
+            return self._kept[arm]
         if arm == "worse":
-            found = self._kept.get(arm) or train(
-                self.study, {}, self.seed, self.study.steps // 8, self.study.width // 4
-            )
+            trained = train(self.study, {}, self.seed, self.study.steps // 8, self.study.width // 4)
         else:
-            found = self._kept.get(arm) or train(self.study, ARMS[arm], self.seed)
+            trained = train(self.study, ARMS[arm], self.seed)
         if arm in ("plain", "worse"):
-            self._kept[arm] = found
-        return found
+            self._kept[arm] = trained
+        return trained
 
-    def record(self, arm: str) -> dict[str, Any]:
+    def record(self, arm: str) -> Record:
         began = time.monotonic()
         settings = ARMS[arm]
         trained = self.trained(settings.get("of", arm))
@@ -153,19 +134,19 @@ class Seed:
             field = steered(field, points_field(self.trained("worse").model), settings["scale"])
         learned = trained.model.learns_variance and "of" not in settings
         variance: Variance = "learned" if learned else "small"
-        found = {
+        record: Record = {
             "study": self.study.name, "arm": arm, "seed": self.seed, "settings": settings,
             "training seconds": trained.seconds, "forward_equivalents": trained.forwards, "share": trained.share,
         }  # fmt: skip
-        found |= self.law(field, variance)
-        found |= errors(self.study, field)
+        record |= self.law(field, variance)
+        record |= errors(self.study, field)
         if self.study.exact and self.seed == 0 and arm in CURVES:
-            found["score"] = score_curve(self.study, field)
+            record["score"] = score_curve(self.study, field)
         if arm == "variance learning":
-            found["swap"] = {kind: self.law(field, kind)["beyond"] for kind in ("small", "large")}
-        return found | {"seconds": time.monotonic() - began}
+            record["swap"] = {kind: self.law(field, kind)["beyond"] for kind in ("small", "large")}
+        return record | {"seconds": time.monotonic() - began}
 
-    def law(self, field: Field, variance: Variance) -> dict[str, Any]:
+    def law(self, field: Field, variance: Variance) -> Record:
         """Exactly on the line, from chains on the lattice."""
         study = self.study
         if study.exact:
@@ -192,7 +173,7 @@ class Seed:
             return ancestral(field, x, self.study.times, generator, variance)
 
 
-def of_samples(mixture: Mixture, places: Tensor) -> dict[str, Any]:
+def of_samples(mixture: Mixture, places: Tensor) -> Record:
     mode = mixture.membership(places.to(mixture.means), BEYOND)
     inside = [places[mode == j] for j in range(len(mixture.weights))]
     deviations = [part.std(0).tolist() if len(part) > 1 else [0.0] * places.shape[1] for part in inside]
@@ -207,10 +188,10 @@ def points_field(model: Perceptron) -> Field:
     return lambda x_t, t: inner(x_t.float(), t.double())
 
 
-def errors(study: Study, field: Field) -> dict[str, Any]:
+def errors(study: Study, field: Field) -> Record:
     """How far eps is off, and how high ridges are, at some times: on data's states and evenly between the modes."""
     generator = torch.Generator().manual_seed(30_000)
-    found: dict[str, Any] = {}
+    by_index: Record = {}
     for index in INDICES:
         t = study.path.time(torch.tensor(float(index), dtype=torch.float64))
         alpha, sigma = study.path.alpha(t), study.path.sigma(t)
@@ -223,8 +204,8 @@ def errors(study: Study, field: Field) -> dict[str, Any]:
                 for x in (at_data, evenly)
             ]
         ridge = float(_bends(field, evenly, t, sigma).max()) if study.exact else None
-        found[str(index)] = {"eps error at data": off[0], "eps error between": off[1], "ridge": ridge}
-    return {"errors": found}
+        by_index[str(index)] = {"eps error at data": off[0], "eps error between": off[1], "ridge": ridge}
+    return {"errors": by_index}
 
 
 def _bends(field: Field, x: Tensor, t: Tensor, sigma: Tensor) -> Tensor:
@@ -233,7 +214,7 @@ def _bends(field: Field, x: Tensor, t: Tensor, sigma: Tensor) -> Tensor:
         return -sigma * jvp(lambda y: field(y, t).eps, x, torch.ones_like(x)).along.double()
 
 
-def score_curve(study: Study, field: Field, index: int = 10) -> dict[str, Any]:
+def score_curve(study: Study, field: Field, index: int = 10) -> Record:
     """The learned score against the exact one, over the modes and the gaps, for the figure."""
     t = study.path.time(torch.tensor(float(index), dtype=torch.float64))
     x = torch.linspace(0.7, 3.3, 131, dtype=torch.float64)[:, None] * study.path.alpha(t)
@@ -246,7 +227,7 @@ def score_curve(study: Study, field: Field, index: int = 10) -> dict[str, Any]:
 SMOOTHINGS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.12)
 
 
-def oracle_record() -> dict[str, Any]:
+def oracle_record() -> Record:
     """The smoothed exact score (VSM notes, 8.6 test 9), and the exact one under every variance: nothing is trained."""
     study, began = LINE, time.monotonic()
     rows = []

@@ -1,4 +1,4 @@
-"""The mixture half of `reproduce align`: estimators against exact guidance, recipes against the exact optimum.
+"""The mixture half of the study: estimators against exact guidance, recipes against the exact optimum.
 
 In: three unit Gaussians, the reward 3 - x_1 / 2, alpha = 1 (RSM notes, section 5). Out: plain dictionaries of numbers.
 Every score is exact, so nothing here is a network's error except what a recipe trains.
@@ -23,7 +23,7 @@ from fieldsmith.methods.align.rollouts import Plan, Rollout, roll, soft_returns
 from fieldsmith.methods.align.schedule import Schedule, schedule, strength
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, VariancePreserving
-from fieldsmith.rewards import Reward
+from fieldsmith.rewards import Named
 from fieldsmith.samplers import ddim_step
 from fieldsmith.samplers import rollout as sample_path
 from fieldsmith.training import step_generator
@@ -60,7 +60,7 @@ def field(mixture: Mixture, x: Tensor, t: Tensor, prompt: Tensor) -> Prediction:
     return Prediction("eps", mixture.eps(x, t, path()), x, t, path())
 
 
-def _said(mixture: Mixture, rows: Any, s: Schedule) -> Tensor:
+def _output(mixture: Mixture, rows: Any, s: Schedule) -> Tensor:
     return mixture.eps(rows.x, s.times[rows.step], path())
 
 
@@ -139,7 +139,7 @@ def _sde(
     plan = Plan("sde", torch.ones(len(s)).long(), s.noisy)
     run = _roll(x, count, s, generator, star, plan)
     rows, w = run.rows, s.w[run.rows.step]
-    reference = _said(base, rows, s)
+    reference = _output(base, rows, s)
     rewards = linear(run.x_0)
     log_rho = -log_ratio(reference, rows.output_old, rows.noise, w)
     plain = run.mean_over_endpoints(rewards)
@@ -162,12 +162,12 @@ def _cut(
     """The rollout stops near keep * t and scores r(x_0_hat); the estimate and the steps taken."""
     stop = max(1, int((s.times >= keep * s.times[0] - 1e-9).sum()) - 1)
     noise = torch.randn(count, 2, generator=generator, dtype=torch.float64)
-    said = field(star, x.expand(count, 2), s.times[0], noise)
+    output = field(star, x.expand(count, 2), s.times[0], noise)
     one = sample_path(
         partial(_place, star), x.expand(count, 2), s.times[:2], sde="ddim", noise_level=1.0, generator=generator
     )
     mean = one.states[1]
-    noise = (mean - _mean(said, s)) / s.sigma[0]
+    noise = (mean - _mean(output, s)) / s.sigma[0]
     late = mean
     if stop > 1:
         late = sample_path(
@@ -178,8 +178,8 @@ def _cut(
     return G.reverse_noise(advantage, noise, torch.zeros(count).long(), s).mean(0), stop + 1
 
 
-def _mean(said: Prediction, s: Schedule) -> Tensor:
-    return ddim_step(said, s.times[1], 1.0).mean
+def _mean(output: Prediction, s: Schedule) -> Tensor:
+    return ddim_step(output, s.times[1], 1.0).mean
 
 
 def _tree(
@@ -272,7 +272,7 @@ def train(name: str, seed: int, cap: int, samples: int = 20_000) -> dict[str, An
 
     broke = ""
     try:
-        align(model, configured(name, seed), Reward("3 - x / 2", True, linear), None, callback)
+        align(model, configured(name, seed), Named("3 - x / 2", True, linear), None, callback)
     except RunError as error:  # nothing holds a pathwise recipe near the reference
         broke = str(error)
     found = {kind: judged(model, kind, seed, samples) for kind in ("sde", "ode")}
