@@ -1,7 +1,7 @@
 """A model from its JSON configs alone: whole in shape and type, without one weight.
 
 In: what `models.load` takes. Out: a `Model` whose weights are fake tensors, which cost nothing; of a hub id only JSON
-is fetched. It predicts and decodes fake states of the right shapes; prompts become `Model.blank`, as it has no words.
+is fetched. It predicts and decodes fake states of the right shapes; prompts become `Model.dummy_condition`.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def blueprint(name: str | pathlib.Path, resolution: int | None = None, dtype: to
         row = Condition(
             {
                 key: mode.from_tensor(part) if part.is_floating_point() else part
-                for key, part in model.blank().parts.items()
+                for key, part in model.dummy_condition().parts.items()
             }
         )
-        model.blank = lambda: row  # type: ignore[method-assign]
+        model.dummy_condition = lambda: row  # type: ignore[method-assign]
         model.encode = lambda prompts, grad=False: stack([row] * len(prompts))  # type: ignore[method-assign]
     return Blueprint(model, 0 if folder else downloads)
 

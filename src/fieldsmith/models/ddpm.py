@@ -82,12 +82,11 @@ class ClassDDPM(Model):
         """The same kind of model, with the same classes, over another pipeline of its kind."""
         raise NotImplementedError
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """n draws of x_1, drawn as the pipelines draw them so that equal seeds give equal images."""
-        return torch.randn(n, self.channels, *self.size, generator=generator).to(self.device)
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.size
 
     def grid(self, steps: int) -> Tensor:
-        """Times for `steps` steps in the scheduler's own spacing, from noise to clean data at 0; (steps + 1,)."""
         return scheduled_grid(self.path, self.pipeline.scheduler.config, steps, self.name).to(self.device)
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
@@ -97,7 +96,7 @@ class ClassDDPM(Model):
         """
         return Condition({"label": torch.tensor([self._label(p) for p in prompts], device=self.device)})
 
-    def blank(self) -> Condition:
+    def dummy_condition(self) -> Condition:
         return self.condition(torch.zeros(1, dtype=torch.long))
 
     def condition(self, labels: Tensor) -> Condition:

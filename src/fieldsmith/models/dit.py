@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from fieldsmith.errors import InputError
-from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.ddpm import CLASSES_FILE, ClassDDPM
 
 
@@ -58,9 +55,3 @@ class DiT(ClassDDPM):
 
     def of(self, pipeline: Any) -> DiT:
         return DiT(pipeline, self.name, None, self.classes, self.scales)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return decoded(self.pipeline.vae, latents)
-
-    def _encode_images(self, images: Tensor) -> Tensor:
-        return encoded(self.pipeline.vae, images)

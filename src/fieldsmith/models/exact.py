@@ -81,8 +81,9 @@ class Exact(Model):
     def _encode_images(self, images: Tensor) -> Tensor:
         return images
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(n, self.mixture.means.shape[1], generator=generator)
+    @property
+    def latent_shape(self) -> tuple[int]:
+        return (self.mixture.means.shape[1],)
 
     def grid(self, steps: int) -> Tensor:
         if steps != len(self.grid_times) - 1:
