@@ -57,9 +57,7 @@ def blueprint(name: str | pathlib.Path, resolution: int | None = None, dtype: to
             pipeline = _pipeline(index, parts)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"'{name}' could not be read, is it whole? ({models._first_line(error)})") from error
-    module, _, kind = family.made_by.partition(":")
-    made_by = getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
-    model: Model = made_by.of_folder(pipeline, name, resolution, inside)
+    model: Model = family.model_class().of_folder(pipeline, name, resolution, inside)
     if isinstance(model, Prompted):
         mode = next(model.network.parameters()).fake_mode
         row = Condition(
@@ -141,9 +139,7 @@ def headed(model: ClassDDPM) -> ClassDDPM:
     fields = {k: v for k, v in model.network.config.items() if not k.startswith("_")}
     with torch.device("meta"):
         network = type(model.network)(**fields | {"out_channels": 2 * model.channels})
-    found = model.of(variance_head.pipeline_with(model, faked(network, mode)))
-    found.size = model.size
-    return found
+    return model.of(variance_head.pipeline_with(model, faked(network, mode)))
 
 
 def faked(part: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -72,6 +72,15 @@ class LoraSpec:
     seed: int = 0  # of the adapter's random half; the other half starts at zero
 
 
+def check_resolution(model: Model, resolution: int | None) -> None:
+    """Raises InputError where a config asks for another resolution than the model was loaded with."""
+    if resolution not in (None, model.resolution):
+        raise InputError(
+            f"resolution={resolution}: {model.name} was loaded at {model.resolution} pixels; leave it out, or load the "
+            f"model with resolution={resolution}"
+        )
+
+
 @dataclass(eq=False)
 class Nfe:
     """Network function evaluations: a forward of one state is 1, its backward 2 more."""
@@ -89,6 +98,7 @@ class Model:
     ERASE_SUBSET: ClassVar[str] = "attention"  # and what erase trains then
     UNREAD: ClassVar[str] = ""  # regular expression of names whose results nothing reads; LAST: the last block's index
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
+    resolution: int | None = None  # pixels a side of an image; None where images are not square
     clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path
     kind: Kind  # what the network predicts

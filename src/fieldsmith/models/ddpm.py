@@ -9,14 +9,14 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Condition, Model
-from fieldsmith.models.discrete import KINDS, network_index, path_of, scheduled_grid
+from fieldsmith.models.schedulers import KINDS, check_discrete, network_index, path_of, scheduled_grid
 from fieldsmith.paths import Prediction, VariancePreserving, expand, guide
 
 # beside model_index.json: a list of class names in the order of their embeddings, or
@@ -57,6 +57,7 @@ class ClassDDPM(Model):
 
     def _read_scheduler(self) -> None:
         shape, scheduler = self.network.config, self.pipeline.scheduler.config
+        check_discrete(self.pipeline.scheduler, self.name)
         self.path = path_of(self.pipeline.scheduler, self.name)
         self.kind = KINDS[scheduler.prediction_type]
         self.clip = float(scheduler.get("clip_sample_range", 1.0)) if scheduler.get("clip_sample", False) else None
@@ -78,9 +79,18 @@ class ClassDDPM(Model):
     def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> ClassDDPM:
         return cls(pipeline, name, resolution, *class_names(name, folder))  # type: ignore[arg-type, call-arg]
 
-    def of(self, pipeline: Any) -> ClassDDPM:
-        """The same kind of model, with the same classes, over another pipeline of its kind."""
-        raise NotImplementedError
+    def of(self, pipeline: Any, name: str | None = None, scales: Sequence[float] | None = None) -> Self:
+        """The same kind of model, with the same classes and size, over another pipeline of its kind."""
+        made = type(self)(  # type: ignore[call-arg]
+            pipeline, name or self.name, None, self.classes if self.conditional else None,  # type: ignore[arg-type]
+            scales or self.scales, **self._options(),
+        )  # fmt: skip
+        made.size, made.resolution = self.size, self.resolution
+        return made
+
+    def _options(self) -> dict[str, Any]:
+        """What else the family's constructor takes."""
+        return {}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -51,6 +51,7 @@ class Exact(Model):
 
     family = "exact"
     SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
+    DEFAULT_SUBSET = ERASE_SUBSET = "all-linear"
     DORMANT: ClassVar[str] = "inner"
 
     def __init__(self, mixture: Truth, path: Path, grid_times: Tensor, width: int = 128, seed: int = 0):

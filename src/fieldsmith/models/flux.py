@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.core import Condition
-from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted, dynamic_shift
+from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted
+from fieldsmith.models.schedulers import check_flow, dynamic_shift, euler_of
 from fieldsmith.models.sources import shared, tokens_of
 from fieldsmith.paths import Kind, RectifiedFlow
 from fieldsmith.samplers import flow_grid
@@ -35,6 +36,7 @@ class Flux(Prompted):
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
         native, multiple = min(512, pipeline.vae.config.sample_size), 2 * pipeline.vae_scale_factor
         super().__init__(pipeline, name, resolution, native, multiple)
+        check_flow(pipeline.scheduler, name)
         side = self.resolution // multiple
         self.tokens = side * side
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
@@ -53,7 +55,7 @@ class Flux(Prompted):
 
     def grid(self, steps: int) -> Tensor:
         """The pipeline's own times for `steps` Euler steps: shifted, from 1 down to 0; (steps + 1,)."""
-        config = self.pipeline.scheduler.config
+        config = euler_of(self.pipeline.scheduler).config
         shift = math.exp(dynamic_shift(config, self.tokens)) if config.use_dynamic_shifting else config.shift
         return flow_grid(steps, shift).to(self.device)
 

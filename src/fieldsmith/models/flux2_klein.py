@@ -14,7 +14,8 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from fieldsmith.models.core import Condition
-from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, flow_times
+from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS
+from fieldsmith.models.schedulers import check_flow, flow_times
 from fieldsmith.models.sources import Editor, Size, shared, tokens_of
 from fieldsmith.paths import Kind, RectifiedFlow
 
@@ -35,6 +36,7 @@ class Flux2Klein(Editor):
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
         native, multiple = min(512, pipeline.vae.config.sample_size), 2 * pipeline.vae_scale_factor
         super().__init__(pipeline, name, resolution, native, multiple)
+        check_flow(pipeline.scheduler, name)
         self.side = self.resolution // multiple
         self.tokens = self.side**2
         self.image_ids = pipeline._prepare_latent_ids(torch.zeros(1, 1, self.side, self.side))[0].to(self.device)

@@ -66,6 +66,7 @@ class Perceptron(Model):
 
     family = "perceptron"
     SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
+    DEFAULT_SUBSET = ERASE_SUBSET = "all-linear"
     path: VariancePreserving
 
     def __init__(self, d: int, path: VariancePreserving, head: Head | None = None, width: int = 64, seed: int = 0):

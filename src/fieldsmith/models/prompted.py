@@ -1,4 +1,4 @@
-"""What the families of prompts share: encoding, classifier-free guidance, named layer subsets, time grids.
+"""What the families of prompts share: encoding, classifier-free guidance, named layer subsets.
 
 A family file (flux.py, sd3.py, ...) adds `_encode`, `_forward`, `dummy_condition` and `grid` over the parts of its
 diffusers pipeline, and `_decode`, `_encode_images` and `noise` where its states are not latents as the autoencoder
@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from fieldsmith.errors import InputError, check_word
@@ -112,26 +110,3 @@ class Prompted(Model):
                 raise InputError(
                     f"prompt '{prompt}' is longer than {self.text_length - 1} words, the limit of {self.name}"
                 )
-
-
-def dynamic_shift(config: Any, tokens: int, max_shift: float = 1.15) -> float:
-    """The shift mu of a flow scheduler's config at this number of image tokens; `max_shift` where it names none."""
-    mu: float = calculate_shift(
-        tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5), config.get("max_shift", max_shift),
-    )  # fmt: skip
-    return mu
-
-
-def flow_times(scheduler: Any, steps: int, mu: float) -> Tensor:
-    """The times at which diffusers' flow scheduler itself steps, whatever shift, stretch or spacing it is set to.
-
-    (steps + 1,), from 1 down to 0; `mu` is the dynamic shift, which static ones pass over. The scheduler stays as it
-    was. Raises InputError at a single step where the times are stretched, which needs two.
-    """
-    if steps < 2 and scheduler.config.get("shift_terminal"):
-        raise InputError(f"steps={steps}: this pipeline stretches its times to a last one above 0; use 2 steps or more")
-    fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    times: Tensor = fresh.sigmas
-    return times

@@ -13,7 +13,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from torch import Tensor
 
 from fieldsmith.models.core import Condition
-from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted, dynamic_shift, flow_times
+from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted
+from fieldsmith.models.schedulers import check_flow, dynamic_shift, flow_times
 from fieldsmith.models.sources import shared, tokens_of
 from fieldsmith.paths import Kind, RectifiedFlow, guide
 
@@ -31,6 +32,7 @@ class QwenImage(Prompted):
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
         # no part of the pipeline says its resolution
         super().__init__(pipeline, name, resolution, 512, 2 * pipeline.vae_scale_factor)
+        check_flow(pipeline.scheduler, name)
         self.side = self.resolution // self.multiple
         self.tokens = self.side**2
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition
-from fieldsmith.models.discrete import KINDS, network_index, path_of, scheduled_grid
 from fieldsmith.models.prompted import Prompted
+from fieldsmith.models.schedulers import KINDS, check_discrete, network_index, path_of, scheduled_grid
 from fieldsmith.paths import Kind, VariancePreserving
 
 
@@ -49,6 +49,7 @@ class SD15(Prompted):
         super().__init__(pipeline, name, resolution, native * scale, scale)
         self.text_length = pipeline.tokenizer.model_max_length
         self.text_parts = ((pipeline.tokenizer, 0),)
+        check_discrete(pipeline.scheduler, name)
         self.scheduler = _ddim(pipeline.scheduler)
         self.path = path_of(self.scheduler, name)
         self.kind = KINDS[self.scheduler.config.prediction_type]

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition
-from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted, dynamic_shift
+from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted
+from fieldsmith.models.schedulers import check_flow, dynamic_shift, euler_of
 from fieldsmith.paths import Kind, RectifiedFlow
 
 TEXT_LENGTH = 256  # T5 tokens, as the pipeline has them unless told otherwise
@@ -41,6 +41,7 @@ class SD3(Prompted):
         scale = factor * shape.patch_size  # pixels per token side
         most = factor * shape.pos_embed_max_size * shape.patch_size
         super().__init__(pipeline, name, resolution, min(512, shape.sample_size * factor), scale, most)
+        check_flow(pipeline.scheduler, name)
         self.tokens = (self.resolution // scale) ** 2
         t5 = pipeline.tokenizer_3 if pipeline.text_encoder_3 is not None else None
         self.text_length = TEXT_LENGTH if t5 is None else min(TEXT_LENGTH, t5.model_max_length)
@@ -58,7 +59,7 @@ class SD3(Prompted):
         They are asked from its scheduler, which shifts its smallest time and then all of them: for SD3's shift of 3
         the last step but one ends near t = 0.009, whatever their number.
         """
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler = euler_of(self.pipeline.scheduler)
         config = scheduler.config
         shift = dynamic_shift(config, self.tokens, 1.16)
         scheduler.set_timesteps(steps, mu=shift if config.use_dynamic_shifting else None)
