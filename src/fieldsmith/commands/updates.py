@@ -101,7 +101,7 @@ def erase(model: Model, config: EraseConfig) -> Update:
     starts = max(16, len(config.keep or ("",)))
     kept, state = starts * K, state_bytes(model)
     # kept states with the reference's word at each, and the prompt of each beside them
-    stored = kept * (2 * state + row_bytes(model.blank())) + 2 * B * (K + 1) * state
+    stored = kept * (2 * state + row_bytes(model.dummy_condition())) + 2 * B * (K + 1) * state
     drifted = -(-kept // 15)  # states at which the drift on kept prompts is measured
     plain = [_said(model, drifted, config.loss_guidance)]
     rolled, compared = (costs.forwards_of_one(model, w) for w in (config.rollout_guidance, config.loss_guidance))
@@ -120,7 +120,7 @@ def erase(model: Model, config: EraseConfig) -> Update:
 
 def align(model: Model, config: AlignConfig) -> Update:
     roots, state = config.prompts_per_epoch * config.rollouts, state_bytes(model)
-    texts = len(config.prompts) * row_bytes(model.blank())
+    texts = len(config.prompts) * row_bytes(model.dummy_condition())
     n = min(config.chunk, roots)
     plain: list[Callable[[], object]] = [_said(model, n, config.guidance), _decoded(model, n)]
     if config.estimator == "pathwise":
@@ -152,7 +152,7 @@ def edit(model: Any, config: EditConfig) -> Update:
     per_edit = drawn if config.objective == "grpo" else min(config.renoise, config.steps)
     image = 4 * 3 * model.resolution**2
     stored = edits * (2 + 4 * per_edit) * state + 4 * sessions * image
-    stored += config.groups * config.turns * row_bytes(model.blank())
+    stored += config.groups * config.turns * row_bytes(model.dummy_condition())
     if config.old != "fresh":
         stored += sum(p.numel() * p.element_size() for p in model.trainable().values())
     n, share = min(config.chunk, sessions), -(-edits * per_edit // config.updates)

@@ -1,7 +1,7 @@
 """A model from its JSON configs alone: whole in shape and type, without one weight.
 
 In: what `models.load` takes. Out: a `Model` whose weights are fake tensors, which cost nothing; of a hub id only JSON
-is fetched. It predicts and decodes fake states of the right shapes; prompts become `Model.blank`, as it has no words.
+is fetched. It predicts and decodes fake states of the right shapes; prompts become `Model.dummy_condition`.
 """
 
 from __future__ import annotations
@@ -57,18 +57,16 @@ def blueprint(name: str | pathlib.Path, resolution: int | None = None, dtype: to
             pipeline = _pipeline(index, parts)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"'{name}' could not be read, is it whole? ({models._first_line(error)})") from error
-    module, _, kind = family.made_by.partition(":")
-    made_by = getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
-    model: Model = made_by.of_folder(pipeline, name, resolution, inside)
+    model: Model = family.model_class().of_folder(pipeline, name, resolution, inside)
     if isinstance(model, Prompted):
         mode = next(model.network.parameters()).fake_mode
         row = Condition(
             {
                 key: mode.from_tensor(part) if part.is_floating_point() else part
-                for key, part in model.blank().parts.items()
+                for key, part in model.dummy_condition().parts.items()
             }
         )
-        model.blank = lambda: row  # type: ignore[method-assign]
+        model.dummy_condition = lambda: row  # type: ignore[method-assign]
         model.encode = lambda prompts, grad=False: stack([row] * len(prompts))  # type: ignore[method-assign]
     return Blueprint(model, 0 if folder else downloads)
 
@@ -141,9 +139,7 @@ def headed(model: ClassDDPM) -> ClassDDPM:
     fields = {k: v for k, v in model.network.config.items() if not k.startswith("_")}
     with torch.device("meta"):
         network = type(model.network)(**fields | {"out_channels": 2 * model.channels})
-    found = model.of(variance_head.pipeline_with(model, faked(network, mode)))
-    found.size = model.size
-    return found
+    return model.of(variance_head.pipeline_with(model, faked(network, mode)))
 
 
 def faked(part: nn.Module, mode: FakeTensorMode) -> nn.Module:

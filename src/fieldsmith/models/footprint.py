@@ -270,12 +270,12 @@ def asked(model: Model, n: int) -> Asked:
     """What a network is asked at n states: fake tensors where the network's weights are fake."""
     shape = model.noise(1, torch.Generator().manual_seed(0)).shape[1:]
     mode = getattr(next(model.network.parameters()), "fake_mode", None)
-    blank = model.blank()
+    dummy = model.dummy_condition()
     if mode is None:
-        return Asked(torch.zeros(n, *shape), torch.full((n,), 0.5), blank.repeat(n))
+        return Asked(torch.zeros(n, *shape), torch.full((n,), 0.5), dummy.repeat(n))
     with mode:
         x, t = torch.zeros(n, *shape), torch.full((n,), 0.5)
-    parts = {name: mode.from_tensor(part) if part.is_floating_point() else part for name, part in blank.parts.items()}
+    parts = {name: mode.from_tensor(part) if part.is_floating_point() else part for name, part in dummy.parts.items()}
     return Asked(x, t, Condition(parts).repeat(n))
 
 

@@ -41,9 +41,7 @@ def with_variance_head(model: Model) -> ClassDDPM:
     network.to(model.device).eval()
     if network.dtype != model.network.dtype:  # diffusers warns of a change of type even where there is none
         network.to(model.network.dtype)
-    found = model.of(pipeline_with(model, network))
-    found.size = model.size
-    return found
+    return model.of(pipeline_with(model, network))
 
 
 def pipeline_with(model: ClassDDPM, network: Any) -> Any:
