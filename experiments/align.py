@@ -20,12 +20,12 @@ import torch
 
 from experiments import align_mixture as mixture
 from experiments.align_summary import reward_of, summarise
-from fieldsmith.diagnose.concepts import sampler
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.config import preset
 from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.align.measures import path_kl
-from fieldsmith.metrics.distances import diversity, pixel_features
+from fieldsmith.measure.distances import diversity, pixel_features
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.rewards import load as load_reward

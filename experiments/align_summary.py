@@ -16,7 +16,7 @@ import torch
 
 from experiments.align_mixture import ceiling
 from experiments.claims import entry, opening, table
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.intervals import Interval, mean_interval
 from fieldsmith.run import write_atomically
 
 PAPER = "RSM, arXiv 2604.17415"

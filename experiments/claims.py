@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fieldsmith.metrics.intervals import Interval
+from fieldsmith.measure.intervals import Interval
 
 
 def entry(

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose.guidance import Guidance, ask, measure, noised_tuples, path_tuples
-from fieldsmith.diagnose.sweep import Sweep
 from fieldsmith.errors import InputError
+from fieldsmith.measure.distances import frechet_distance
+from fieldsmith.measure.guidance import Guidance, ask, measure, noised_tuples, path_tuples
+from fieldsmith.measure.sweep import Sweep
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.loop import Result, distill
-from fieldsmith.metrics.distances import frechet_distance
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.ddpm import ClassDDPM

@@ -21,8 +21,8 @@ from experiments.distill_summary import (
     guided_error,
     worst_rho,
 )
-from fieldsmith.diagnose.sweep import best
-from fieldsmith.metrics.intervals import mean_interval
+from fieldsmith.measure.sweep import best
+from fieldsmith.measure.intervals import mean_interval
 
 HEADERS = ("arm", "distance, best w", "w=1", "w=1.5", "w=2", "right, best w", "drift, w=1.5", "cost")
 BRANCHES = ("arm", "rho", "worst rho", "cosine", "gap error", "E_c", "E_u", "G(2)", "G(2) on its path", "verdict")

@@ -18,8 +18,8 @@ import torch
 
 from experiments.claims import entry
 from experiments.distill import FINE, SCALES
-from fieldsmith.diagnose.sweep import best
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.sweep import best
+from fieldsmith.measure.intervals import Interval, mean_interval
 from fieldsmith.run import write_atomically
 
 PAPER = "DASH, arXiv 2606.00798"

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from experiments.jobs import Job, check_part, slug, work_through
 from fieldsmith.commands.edit import HELD_OUT, task_of
-from fieldsmith.diagnose.exposure import exposure
+from fieldsmith.measure.exposure import exposure
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.methods.edit import loop
 from fieldsmith.methods.edit.config import EditConfig, preset
 from fieldsmith.methods.edit.rollouts import Task
-from fieldsmith.metrics import editing
-from fieldsmith.metrics.judges import coarse, lenient
+from fieldsmith.measure import editing
+from fieldsmith.measure.judges import coarse, lenient
 from fieldsmith.models import load
 from fieldsmith.rewards.edits import EditScores
 from fieldsmith.rewards.sessions import Exact

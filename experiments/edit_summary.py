@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from experiments.claims import entry, opening, table
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.intervals import Interval, mean_interval
 from fieldsmith.run import write_atomically
 
 PAPER = "MT-EditFlow, arXiv 2606.01985"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from experiments.erase_summary import choice, summarise
-from fieldsmith.diagnose import attacks
+from fieldsmith.measure import attacks
 from fieldsmith.diagnose.concepts import (
     Asked,
     Sampler,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.claims import entry
-from fieldsmith.metrics.intervals import Interval, mean_interval, wilson
+from fieldsmith.measure.intervals import Interval, mean_interval, wilson
 from fieldsmith.run import write_atomically
 
 ORDER = (

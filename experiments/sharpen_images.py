@@ -24,13 +24,13 @@ from torch.nn.functional import avg_pool2d
 from experiments.oracles.chess import ChessWorld
 from experiments.oracles.likelihood import feature_likelihood
 from experiments.zoo.judged_ddpm import JudgedDDPM, untrained
-from fieldsmith.diagnose.smoothness import SharpestJacobian, TrajectoryVariance
+from fieldsmith.measure.smoothness import SharpestJacobian, TrajectoryVariance
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD, SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
-from fieldsmith.metrics.classifier import Classifier, train_classifier
-from fieldsmith.metrics.distances import frechet_distance, precision_recall
-from fieldsmith.metrics.hallucination import auroc, coverage, threshold
+from fieldsmith.measure.classifier import Classifier, train_classifier
+from fieldsmith.measure.distances import frechet_distance, precision_recall
+from fieldsmith.measure.hallucination import auroc, coverage, threshold
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.unet import UNet
 from fieldsmith.models.variance_head import with_variance_head

@@ -15,8 +15,8 @@ from torch import Tensor
 from experiments.claims import opening, table
 from experiments.sharpen_mixture import INDICES, reference_of
 from experiments.sharpen_summary import Runs, best, equal, rate, ratio, reduction
-from fieldsmith.metrics.hallucination import hallucination
-from fieldsmith.metrics.intervals import Interval
+from fieldsmith.measure.hallucination import hallucination
+from fieldsmith.measure.intervals import Interval
 
 
 def readme(runs: Runs, listed: list[dict[str, Any]], command: str) -> str:

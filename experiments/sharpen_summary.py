@@ -17,7 +17,7 @@ import torch
 
 from experiments.claims import entry
 from experiments.sharpen_mixture import reference_of
-from fieldsmith.metrics.intervals import Interval, mean_interval
+from fieldsmith.measure.intervals import Interval, mean_interval
 from fieldsmith.run import write_atomically
 
 PAPER = "VSM, arXiv 2606.00377"

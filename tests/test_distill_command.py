@@ -18,9 +18,9 @@ from fieldsmith import training
 from fieldsmith.cli import main
 from fieldsmith.commands import distill as command
 from fieldsmith.commands.distill import configure
-from fieldsmith.diagnose import sweep
+from fieldsmith.measure import sweep
+from fieldsmith.measure.classifier import train_classifier
 from fieldsmith.methods.distill.config import OBJECTIVES, PRESETS, check, preset
-from fieldsmith.metrics.classifier import train_classifier
 from fieldsmith.models import load
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet

@@ -8,14 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fieldsmith.commands.memory import Memory
+from fieldsmith.methods.align.loop import align
+from fieldsmith.methods.erase.loop import erase
 
 from fieldsmith.cli import main
 from fieldsmith.commands import costs, plan, plan_error
-from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import RECIPES, AlignConfig
 from fieldsmith.methods.align.config import preset as align_preset
-from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.config import preset as distill_preset
@@ -24,7 +25,6 @@ from fieldsmith.methods.edit.config import preset as edit_preset
 from fieldsmith.methods.edit.loop import edit
 from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import erase
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import load

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.exposure import exposure
-from fieldsmith.metrics.editing import scores
+from fieldsmith.measure.editing import scores
+from fieldsmith.measure.exposure import exposure
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Optimisation, fit
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
+from fieldsmith.worlds.scenes_judge import Channel, judge
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
 
 def write_card(model: FluxKontext, config: ScenesKontext, folder: pathlib.Path, name: str, n: int = 1600) -> None:
     """card.json (which world judges it, what made it, what it scores) and the same in words, README.md."""
-    found = exposure(model, ScenesWorld(config.size).sessions(n, 3, 99, 0.7), 8, seed=1)
+    found = exposure(model, ScenesWorld(config.size).sessions(n, 3, 99, 0.7), judge, Channel(), 8, seed=1)
     scored = scores(found.sessions)
     numbers = {
         key: [{"value": x.value, "low": x.low, "high": x.high, "n": x.n} for x in getattr(scored, key)]

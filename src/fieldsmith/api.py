@@ -5,22 +5,84 @@ The command line calls the same functions with a config that it has parsed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from fieldsmith import verb
+from fieldsmith import rewards, verb
 from fieldsmith.config import Config, configure
 from fieldsmith.errors import InputError
+from fieldsmith.functions import load_function, name_of
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs as AlignInputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
+from fieldsmith.methods.erase.step import Judged
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
+from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
 from fieldsmith.verb import Callback
 from fieldsmith.worlds.model_cards import world_of
+from fieldsmith.worlds.shapes import open_captions, training_captions
+from fieldsmith.worlds.shapes_groups import erased_concepts, paraphrases
+from fieldsmith.worlds.shapes_groups import groups as concept_groups
 
 C = TypeVar("C", bound=Config)
+RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
+
+
+def align(
+    model: Model | str | None = None,
+    reward: RewardLike | None = None,
+    prompts: str | pathlib.Path | Iterable[str] | None = None,
+    *,
+    held_out_rewards: RewardLike | Sequence[RewardLike] = (),
+    config: AlignConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Raise a reward of what prompts give: reward score matching and the policy gradients that are cases of it.
+
+    `model` is a Model, which is trained in place, or a name to load. `reward` is a name or a function of images
+    (n, 3, h, w) in [0, 1] and n prompts that returns n numbers; with an attribute `differentiable = True` its gradient
+    may be used. `held_out_rewards` are only measured. `prompts` are texts, or a file with one a line; None: the
+    captions that a zoo model was trained on. Every field of AlignConfig is a keyword; `config` takes the whole, beside
+    which rewards may still be functions. out=None writes nothing.
+    Raises InputError before anything is trained or written, RewardError and RunError where training breaks.
+    """
+    held_out = (
+        (held_out_rewards,) if callable(held_out_rewards) or isinstance(held_out_rewards, str) else held_out_rewards
+    )
+    named: dict[str, Any] = {"reward": _name(reward), "held_out_rewards": tuple(map(_name, held_out)) or None}
+    if prompts is not None:
+        named["prompts"] = (str(prompts),) if isinstance(prompts, (str, pathlib.Path)) else tuple(prompts)
+    functions = {_name(one): one for one in (reward, *held_out) if callable(one)}
+    if config is not None:  # which cannot hold functions
+        config = config.replace(**{name: named.pop(name) for name in list(named) if functions and named[name]})
+    config, model = settle(AlignConfig, model, "model", config, preset, scale, named, settings)
+    config.check()
+    world = world_of(config.model)
+    if world:
+        config = config.replace(prompts=read_prompts(config.prompts) or training_captions())
+    else:
+        config = config.replace(prompts=read_prompts(config.prompts))
+    watched = [rewards.load(functions.get(name, name), world) for name in config.held_out_rewards]
+    watched += [rewards.load("valid", world)] if world else []
+    others = tuple(name for name in (*open_captions(), "") if name not in config.prompts) if world else ()
+    inputs = AlignInputs(
+        rewards.load(functions.get(config.reward, config.reward), world), {one.name: one for one in watched}, others
+    )
+    return verb.run(ALIGN, config, inputs, model, callback)
+
+
+def _name(reward: RewardLike | None) -> str | None:
+    """How a config names a reward."""
+    return f"function:{name_of(reward)}" if callable(reward) else reward
 
 
 def erase(
@@ -46,7 +108,17 @@ def erase(
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
     if build is None and ":" in config.method:
         build = load_function(config.method)
-    return verb.run(ERASE, config, EraseInputs(world_of(config.model), build), model, callback)
+    return verb.run(ERASE, config, EraseInputs(_judged(config), build), model, callback)
+
+
+def _judged(config: EraseConfig) -> Judged | None:
+    """What the model's world says of the targets, where the model has one. Raises InputError at an unknown word."""
+    world = world_of(config.model)
+    if world is None:
+        return None
+    targets = erased_concepts(config.targets)
+    groups = {target: concept_groups(target, targets) for target in targets}
+    return Judged(world, groups, {target: paraphrases(target) for target in targets})
 
 
 def settle(

@@ -6,7 +6,6 @@ In: the words after the verb. Out: a run directory with model/ (a diffusers pipe
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from fieldsmith.commands import arguments, memory
 from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill.config import OBJECTIVES, PRESETS, DistillConfig, check, preset
+from fieldsmith.read import read_json
 
 if TYPE_CHECKING:
     from fieldsmith.models.core import Model
@@ -90,8 +90,8 @@ def run(config: DistillConfig, fits: Memory = memory.DEFAULT) -> Run:
     from rich.console import Console
 
     from fieldsmith.commands.distill_page import page_of
-    from fieldsmith.diagnose.guidance import ask, measure, noised_tuples, path_tuples
-    from fieldsmith.diagnose.sweep import Sweep
+    from fieldsmith.measure.guidance import ask, measure, noised_tuples, path_tuples
+    from fieldsmith.measure.sweep import Sweep
     from fieldsmith.methods.distill import loop
     from fieldsmith.methods.distill.bank import Source
     from fieldsmith.methods.distill.objectives import identifiability, objective_of
@@ -213,12 +213,7 @@ def student_fields(config: DistillConfig) -> dict[str, Any] | None:
     """The config fields of the file that the settings name, if they do. Raises InputError where it is no such file."""
     if config.student is None:
         return None
-    try:
-        fields = json.loads(config.student.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"student config '{config.student}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"student config '{config.student}' is not JSON: {error}") from error
+    fields = read_json(config.student, "student config")
     if not isinstance(fields, dict):
         raise InputError(f"student config '{config.student}' is no mapping of config fields to values")
     return fields

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fieldsmith.commands import arguments
-from fieldsmith.diagnose.guidance import VERDICTS
-from fieldsmith.diagnose.sweep import Sweep, best
+from fieldsmith.measure.guidance import VERDICTS
+from fieldsmith.measure.sweep import Sweep, best
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.models.core import Model
 from fieldsmith.report.page import Caption, Page, Pair, Panel

@@ -121,12 +121,12 @@ def task_of(config: EditConfig) -> Task:
         return Task(lambda n, seed: world.sessions(n, config.turns, seed, config.dependency), judge, True)
     if config.judge == "exact":
         raise InputError("judge 'exact' knows worlds alone; add --judge remote:http://HOST:PORT/v1?model=MODEL")
-    from fieldsmith.sessions import Listed
+    from fieldsmith.sessions import UserSessions
 
-    listed = Listed.read(config.sessions, config.resolution or 512)
+    listed = UserSessions.of(config.sessions, config.resolution or 512)
     if listed.turns < config.turns:
         raise InputError(f"turns={config.turns}, but the sessions of '{config.sessions}' have {listed.turns}; lower it")
-    return Task(lambda n, seed: listed.drawn(n, seed, config.turns), judge, False)
+    return Task(lambda n, seed: listed.sample(n, seed, config.turns), judge, False)
 
 
 def remote_judge(config: EditConfig) -> EditJudge:
@@ -151,24 +151,30 @@ class Measured:
 
 def measured(model: Model, config: EditConfig, task: Task, channel: Channel, shown: int = 6) -> Measured:
     """Everything that the sessions tell; on a world with what clean sources and asking for nothing give too."""
-    from fieldsmith.metrics import editing
+    from fieldsmith.measure import editing
 
     seed = HELD_OUT + config.seed
     if not task.planned:
         return _judged(model, config, task, channel, shown)
-    from fieldsmith.diagnose.exposure import exposure
+    from fieldsmith.measure.exposure import exposure, identity_drift
+    from fieldsmith.worlds import scenes_judge
+    from fieldsmith.worlds.scenes import NOTHING
 
     sessions = task.draw(1, 0).world.sessions(config.evaluate, config.evaluate_turns, seed, config.dependency)
     found = exposure(
-        model, sessions, config.evaluate_steps, seed, config.guidance, channel, forced=True, still=config.still
+        model, sessions, scenes_judge.judge, channel, config.evaluate_steps, seed, config.guidance, forced=True
     )
     scores = editing.scores(found.sessions)
     numbers: dict[str, Any] = {
         name: [dataclasses.asdict(one) for one in turns] for name, turns in vars(scores).items() if turns
     }
-    if found.drift is not None and found.artefacts is not None:
-        numbers["drift"] = found.drift.mean(1).tolist()
-        numbers["artefacts"] = found.artefacts.mean(1).tolist()
+    if config.still:
+        drift = identity_drift(
+            model, sessions.clean(0), NOTHING, partial(scenes_judge.likeness, sessions.world), channel, config.still,
+            config.evaluate_steps, seed, config.guidance,
+        )  # fmt: skip
+        numbers["drift"] = drift.away.mean(1).tolist()
+        numbers["artefacts"] = drift.artefacts.mean(1).tolist()
     words = [sessions.prompts(turn)[:shown] for turn in range(1, sessions.turns + 1)]
     marks: list[list[bool | None]] = [[bool(x) for x in one.done[:shown]] for one in found.own]
     return Measured(numbers, found.images[:shown], words, marks)
@@ -178,7 +184,7 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
     """Sessions of a file, by the judge that trained: mean scores a turn."""
     import torch
 
-    from fieldsmith.metrics.intervals import mean_interval
+    from fieldsmith.measure.intervals import mean_interval
     from fieldsmith.models.editing import edit, encode_unique, quantised
     from fieldsmith.training import step_generator
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments
+from fieldsmith.measure import editing
+from fieldsmith.measure.intervals import from_json
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.report.page import Caption, Page, Pair, Panel
 from fieldsmith.run import Run
@@ -15,14 +17,7 @@ from fieldsmith.run import Run
 if TYPE_CHECKING:
     from fieldsmith.commands.edit import Measured
 
-MEASURES = {
-    "following": "instruction following (all turns up to there done)",
-    "marginal": "turn done, whatever came before",
-    "conditional": "turn done after all before it were",
-    "teacher_forced": "turn done on the planned, clean source",
-    "gap": "exposure gap: clean source less own source",
-    "consistency": "consistency with the first image",
-    "overall": "overall: root of following x consistency",
+MEASURES = editing.MEASURES | {
     "score of following": "the judge's score of following",
     "score of consistency": "the judge's score of consistency",
 }
@@ -90,4 +85,4 @@ def page_of(config: EditConfig, metrics: dict[str, Any], before: Measured, after
 
 
 def _percent(one: dict[str, Any]) -> str:
-    return f"{100 * one['value']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+    return f"{100 * one['value']:.1f}{from_json(one).bounds('.1f', 100)}"

@@ -5,6 +5,7 @@ In: the words after the verb. Out: a PNG grid, or a table of verdicts.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError
+from fieldsmith.read import read_json, read_prompts
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class SampleConfig:
     """Draw a grid of images: one row a prompt."""
 
     prompts: tuple[str, ...] = ()
-    """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`; '' for a model without any."""
+    """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`, or a text file with one a line."""
     image: pathlib.Path | None = None
     """For editors: where a session starts; the prompts are its turns, each on what the last one made."""
     model: str = "zoo:shapes-flux"
@@ -48,6 +50,7 @@ class SampleConfig:
 
 def sample(words: Sequence[str]) -> None:
     config = arguments.parse(SampleConfig(), list(words), "sample")
+    config = dataclasses.replace(config, prompts=read_prompts(config.prompts))
     if not config.prompts:
         raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')
     arguments.at_least(config, 1, "each", "steps", "resolution")
@@ -133,11 +136,12 @@ def evaluate(words: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fieldsmith.diagnose.concepts import ask, by_attribute
+    from fieldsmith.measure.detection import ask, right_by_group
     from fieldsmith.run import write_atomically
     from fieldsmith.worlds.shapes import concepts
+    from fieldsmith.worlds.shapes_groups import attributes
 
-    rows = by_attribute(ask(draw, world, concepts(), config.each, config.seed))
+    rows = right_by_group(ask(draw, world, concepts(), config.each, config.seed), attributes())
     table = Table(title=f"{config.model}, {config.steps} steps, {config.each} images a prompt", title_justify="left")
     table.add_column("prompts")
     table.add_column("judged right [95%], n", justify="right")
@@ -150,7 +154,7 @@ def evaluate(words: Sequence[str]) -> None:
 
 
 def _sampler(config: SampleConfig | EvaluateConfig):  # type: ignore[no-untyped-def]
-    from fieldsmith.diagnose.concepts import sampler
+    from fieldsmith.measure.drawing import sampler
     from fieldsmith.models import load, load_adapter
 
     model = load(config.model, config.resolution)
@@ -194,13 +198,11 @@ def _guidance(model: Any, config: SampleConfig | EvaluateConfig) -> Any:
 
     if schedule == "tag":
         return tag_schedule(model.path)
-    import json
-
     try:
-        states = json.loads(pathlib.Path(schedule).read_text(encoding="utf-8"))["states"]
+        states = read_json(schedule, "schedule")["states"]
         bins = list(states.values())[-1]["bins"]  # those on the teacher's guided path, where sampling takes place
         ends, factors = [one["t_high"] for one in bins], [float(one["recalibration"]) for one in bins]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"schedule '{schedule}' is neither constant, tag nor a metrics.json of `fieldsmith diagnose`"
         ) from error

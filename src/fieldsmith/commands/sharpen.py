@@ -18,7 +18,7 @@ from fieldsmith.methods.sharpen.config import METHODS, NEEDS_HEAD, PRESETS, Shar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fieldsmith.metrics.distances import Features
+    from fieldsmith.measure.distances import Features
     from fieldsmith.models.core import Model
     from fieldsmith.run import Run
     from fieldsmith.samplers import Field
@@ -178,7 +178,7 @@ def world_for(model: Model, config: SharpenConfig) -> JudgedWorld:
 
 def extractor_of(config: SharpenConfig) -> Features:
     """What distances are measured on. Raises InputError where its weights are not at hand."""
-    from fieldsmith.metrics.distances import pixel_features
+    from fieldsmith.measure.distances import pixel_features
     from fieldsmith.models.features import load_features
 
     return load_features(config.extractor) if config.extractor else pixel_features(8)
@@ -186,8 +186,8 @@ def extractor_of(config: SharpenConfig) -> Features:
 
 def measured(world: JudgedWorld, images: Tensor) -> dict[str, Any]:
     """Rate of hallucination, novelty and coverage, each with how many images it rests on."""
-    from fieldsmith.metrics.hallucination import coverage
-    from fieldsmith.metrics.intervals import share
+    from fieldsmith.measure.hallucination import coverage
+    from fieldsmith.measure.intervals import share
 
     judged = world.judge(images)
     rate = share(~judged.valid)
@@ -214,7 +214,7 @@ def rest(
     """What else changed: distances to held-out data, precision and recall, brightness, diversity."""
     import torch
 
-    from fieldsmith.metrics.distances import extractor_name, frechet_distance, precision_recall
+    from fieldsmith.measure.distances import extractor_name, frechet_distance, precision_recall
 
     real = features(world.sample(max(200, config.samples), 1_000_003 + config.seed))
     found: dict[str, Any] = {"extractor": extractor_name(features), "real": len(real)}

@@ -6,6 +6,7 @@ In: 'digits', 'shapes' or a folder whose subfolders hold images. Out: `Classes`,
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class Classes:
-    """images (n, channels, size, size) in [0, 1], labels (n,) into `names`, and held-out ones of the same kind."""
+    """images (n, channels, size, size) in [0, 1], labels (n,) into `names`, and held-out ones of the same kind.
+
+    `read` names the class of images (n, ...) from their pixels alone, (n,), where such a judge is known; no valid class
+    is read as one outside the names.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -29,6 +34,7 @@ class Classes:
     labels: Tensor
     held_images: Tensor
     held_labels: Tensor
+    read: Callable[[Tensor], Tensor] | None = None
 
 
 def load(source: str, size: int, channels: int, seed: int = 0) -> Classes:
@@ -63,7 +69,12 @@ def shapes(size: int = 16, channels: int = 3, seed: int = 0) -> Classes:
     parts = [world.sample(n, 2 * seed + i, hold_out=False) for i, n in enumerate((POOL, POOL // 5))]
     labels = [part.colour * len(SHAPES) + part.shape for part in parts]
     names = tuple(str(concept) for concept in concepts())
-    return Classes("shapes", names, parts[0].images, labels[0], parts[1].images, labels[1])
+
+    def read(images: Tensor) -> Tensor:
+        seen = world.judge(images)
+        return seen.colour * len(SHAPES) + seen.shape
+
+    return Classes("shapes", names, parts[0].images, labels[0], parts[1].images, labels[1], read)
 
 
 def folder(path: pathlib.Path, size: int, channels: int) -> Classes:

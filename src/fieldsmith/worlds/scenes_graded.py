@@ -34,6 +34,7 @@ class Graded:
     after: Tensor
     following: Tensor
     consistency: Tensor
+    kinds: tuple[str, ...] = KINDS
 
 
 def graded(world: ScenesWorld, groups: int, seed: int) -> Graded:

@@ -160,6 +160,11 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     return torch.where(count > 0, (values * where).sum(1) / count.clamp(min=1), torch.ones(len(values)))
 
 
+def likeness(world: ScenesWorld, images: Tensor, first: Tensor) -> Tensor:
+    """How like the first images whole images are, both (n, 3, size, size): partial credit over all cells, (n,)."""
+    return torch.exp(-_per_cell(world, images - first) / SCALE).mean(1)
+
+
 @dataclass(frozen=True)
 class Channel:
     """What happens to an image between two turns: contrast, blur, noise, 8 bit; the default quantises alone."""

@@ -26,7 +26,7 @@ class SharpenConfig:
     data: str = "auto"
     """columns, cards or a folder of images; auto: what the model's card names."""
     judge: str | None = None
-    """For a folder: module:function, file.py:function or an http:// address that says which images are valid."""
+    """For a folder: file.py:name, package.module:name or an http:// address that says which images are valid."""
     out: pathlib.Path | None = None
     """The run directory to write (new or empty); the model goes to its model/."""
     method: str = "guide"

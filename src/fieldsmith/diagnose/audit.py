@@ -1,21 +1,31 @@
-"""What `fieldsmith audit` says: its numbers for metrics.json, and the page made of those numbers alone.
+"""Diagnosis 'audit': which choice would hurt on this model and reward: estimator, strength per step, trust region.
 
-In: Moments and Outlooks, then the metrics. Out: plain dicts, and a Page.
+In: a model, a reward, prompts, closed forms where they are known. Out: each estimator against a reference, each
+recipe of `align` with what it would lose, one advice. What is measured is in methods/align/audit.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fieldsmith.methods.align.advice import BUDGET, Outlook, breaks, outside
-from fieldsmith.methods.align.audit import Moment
+from fieldsmith.diagnose import Diagnosis
+from fieldsmith.diagnose.config import AuditConfig
+from fieldsmith.errors import InputError
+from fieldsmith.measure.progress import progress
+from fieldsmith.methods.align.advice import BUDGET, Outlook, breaks, outlooks, outside, recommend
+from fieldsmith.methods.align.audit import Moment, Truths, measure
+from fieldsmith.methods.align.config import RECIPES, AlignConfig
+from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.align.probes import Kind
+from fieldsmith.models.core import Model
 from fieldsmith.report.page import Page, Panel
+from fieldsmith.training import step_generator
 
-POLICIES = ("clip", "hinge", "guard-hinge", "fair-hinge")
 HOW = (
     "What is estimated is the gradient of the expected reward of what the reference makes from a state, in units of "
     "score: the limit of alpha grad V, V being the soft value, for a reward that varies little beside alpha. On a "
@@ -32,50 +42,101 @@ HOW = (
 )
 
 
+def diagnosis(
+    model: Model, config: AuditConfig, reward: Any, prompts: Sequence[str], exact: Truths | None = None
+) -> Diagnosis:
+    """`reward` as methods.align takes it; `exact` gives grad E r and alpha grad V where they are closed forms.
+
+    Raises InputError where settings, model and prompts do not fit each other, or the reward is the same for everything.
+    """
+    sde = "ddim" if exact and config.sde == "auto" else config.sde
+    plain = AlignConfig(
+        model=model.name, reward=reward.name, prompts=tuple(prompts), seed=config.seed, steps=config.steps, sde=sde,
+        chunk=config.chunk, noise_level=config.noise_level, guidance=config.guidance, strength="jacobian",
+    )  # fmt: skip
+    with model.count_nfe() as nfe:
+        context = AlignContext.of(model, plain, reward)
+        truths = exact if config.reference == "auto" else None
+        ids = _steps(config, context)
+        kind: Kind = "closed form" if truths else "zeroth order"
+        if config.reference == "auto" and not truths and reward.differentiable:
+            kind = "pathwise"
+        pool = max(32, min(64, config.samples // 2))
+        with progress("auditing", len(ids)) as advance:
+            moments = measure(
+                context, ids, config.states, config.samples, kind, pool, truths, tell=lambda step: advance()
+            )
+    where = "zoo:" if exact else model.name  # recipes as they are on small models
+    presets = {}
+    for name in RECIPES:
+        clip = AlignConfig.preset_of(name, None, {"model": where}).clip
+        presets[name] = AlignConfig.preset_of(name, "laptop", {}).replace(steps=config.steps, clip=clip)
+    recipes = outlooks(presets, context.schedule, context.prior, moments)
+    dim = model.noise(1, step_generator(config.seed, 0)).numel()
+    words = recommend(recipes, context.schedule, moments, reward.differentiable, dim, config.temperature)
+    numbers = {
+        "nfe": nfe.total,
+        "recommendation": words,
+        "reference": kind,
+        "numbers": dim,
+        "grid": context.schedule.times.tolist(),
+        "times": [of_moment(moment) for moment in moments],
+        "recipes": {one.name: of_outlook(one, config.displacement, dim) for one in recipes},
+    }
+    return Diagnosis(numbers, words, _page(f"{reward.name} on {model.name}", config, numbers))
+
+
+def _steps(config: AuditConfig, context: AlignContext) -> list[int]:
+    """`times` of the steps that draw noise, evenly spread. Raises InputError where there are fewer."""
+    noisy = context.schedule.noisy.nonzero().flatten().tolist()
+    if config.times > len(noisy):
+        raise InputError(f"times={config.times} is more than the {len(noisy)} steps that draw noise; lower it")
+    return sorted({noisy[round(i * (len(noisy) - 1) / max(config.times - 1, 1))] for i in range(config.times)})
+
+
 def of_moment(moment: Moment) -> dict[str, Any]:
     """What metrics.json holds of one time."""
     rows = {
-        name: {**dataclasses.asdict(row), "bias": row.bias, "floor": row.floor, "turned": _said(row.turned)}
+        name: {**dataclasses.asdict(row), "bias": row.bias, "floor": row.floor, "turned": _finite(row.turned)}
         for name, row in moment.rows.items()
     }
     return {**{k: v for k, v in dataclasses.asdict(moment).items() if k != "rows"}, "estimators": rows}
 
 
-def of_outlook(one: Outlook, displacement: float, numbers: int) -> dict[str, Any]:
+def of_outlook(one: Outlook, displacement: float, dim: int) -> dict[str, Any]:
     """What metrics.json holds of one recipe; held and breaks by step, displacements a number of the output."""
     trust: dict[str, Any] = {}
     if one.config.trust != "none":
-        moved = torch.full_like(one.s.w, displacement * numbers**0.5)
+        moved = torch.full_like(one.s.w, displacement * dim**0.5)
         held = outside(moved, one.s, one.config.trust, one.config.clip) / 2
-        at = breaks(one.s, one.config.trust, one.config.clip) / numbers**0.5
+        at = breaks(one.s, one.config.trust, one.config.clip) / dim**0.5
         trust = {"kind": one.config.trust, "clip": one.config.clip, "held": held.tolist(),
-                 "breaks": [_said(d) for d in at.tolist()]}  # fmt: skip
-    kept = {name: _said(getattr(one, name)) for name in ("of_estimator", "of_strength", "of_noise")}
+                 "breaks": [_finite(d) for d in at.tolist()]}  # fmt: skip
+    kept = {name: _finite(getattr(one, name)) for name in ("of_estimator", "of_strength", "of_noise")}
     return {"h": one.h.tolist(), "silenced": one.silenced, "estimator": one.estimator, **kept, "hurts": one.hurts,
             "trust": trust}  # fmt: skip
 
 
-def _said(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
 # the page
 
 
-def page_of(config: dict[str, Any], metrics: dict[str, Any], folder: str) -> Page:
-    """The report."""
+def _page(title: str, config: AuditConfig, metrics: dict[str, Any]) -> Page:
+    """The report, from the numbers alone."""
+    times = metrics["times"]
     page = Page(
-        f"Audit of {config['reward']} on {config['model']}",
-        f"{config['steps']} steps, {config['states']} states at each of {len(metrics['times'])} times, seed "
-        f"{config['seed']}; nothing was trained",
+        f"Audit of {title}",
+        f"{config.steps} steps, {config.states} states at each of {len(times)} times, seed {config.seed}; nothing was "
+        "trained",
     )
     page.verdict(metrics["recommendation"], True, "Advice")
-    times = metrics["times"]
     worst = max(m["spread_sde"] for m in times)
     page.numbers([
         ("reference", metrics["reference"], _quality(metrics)),
-        ("siblings differ by", f"{worst:.3g}", f"alpha = {config['temperature']:g}: " + _small(worst, config)),
-        ("cost", f"{metrics['forward_equivalents']:,}", f"forward-equivalents, {metrics['seconds']:.0f} s"),
+        ("siblings differ by", f"{worst:.3g}", f"alpha = {config.temperature:g}: {_small(worst, config)}"),
     ])  # fmt: skip
     _estimators(page, times)
     spread = {
@@ -85,9 +146,8 @@ def page_of(config: dict[str, Any], metrics: dict[str, Any], folder: str) -> Pag
     page.curves("Where the reward is decided", spread, "t", "deviation among siblings",
                 note="Siblings share a state and differ in the noise of one step.")  # fmt: skip
     _recipes(page, metrics)
-    _trust(page, metrics, config)
+    _trust(page, metrics, config.displacement)
     page.text("How to read it", HOW)
-    page.command("Repeat it", f"fieldsmith audit --config {folder}/config.toml --out ANOTHER-FOLDER")
     return page
 
 
@@ -101,8 +161,8 @@ def _quality(metrics: dict[str, Any]) -> str:
     return f"noise {max(m['noise'] / m['truth2'] for m in metrics['times']):.0%} of the signal's power at worst"
 
 
-def _small(spread: float, config: dict[str, Any]) -> str:
-    return "small beside it" if spread < config["temperature"] / 2 else "not small beside it, so V bends"
+def _small(spread: float, config: AuditConfig) -> str:
+    return "small beside it" if spread < config.temperature / 2 else "not small beside it, so V bends"
 
 
 def _estimators(page: Page, times: list[dict[str, Any]]) -> None:
@@ -126,7 +186,7 @@ def _estimators(page: Page, times: list[dict[str, Any]]) -> None:
         panels.append(Panel(title, series, "t"))
     heading = "Estimators against the reference"
     if known:
-        page.curves(heading, panels, note="Direction error is what no scalar can mend: the sine of the angle to the "
+        page.curves(heading, panels, note="Direction error is what no scalar can fix: the sine of the angle to the "
                     "truth. How much of the truth: 1 is the right size, along the right direction.")  # fmt: skip
     else:
         page.text(heading, "At no time does the reference stand out from its own noise, so no bias can be told.")
@@ -201,7 +261,7 @@ def _names(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _trust(page: Page, metrics: dict[str, Any], config: dict[str, Any]) -> None:
+def _trust(page: Page, metrics: dict[str, Any], displacement: float) -> None:
     grid = metrics["grid"]
     regions: dict[tuple[Any, ...], tuple[dict[str, Any], list[str]]] = {}
     for name, r in metrics["recipes"].items():
@@ -218,5 +278,5 @@ def _trust(page: Page, metrics: dict[str, Any], config: dict[str, Any]) -> None:
     page.curves("Where the trust region breaks", series, "t", "log10 of the output's change",
                 note="The root mean square change of the output, a number, at which half of a step's rows are beyond. "
                 "A level line treats all steps alike; where it dips, that step is clipped first.")  # fmt: skip
-    page.table(f"Rows held back once the output has moved by {config['displacement']:g} a number", heads, rows,
+    page.table(f"Rows held back once the output has moved by {displacement:g} a number", heads, rows,
                "At most half: a row is held on its advantage's side only.")  # fmt: skip

@@ -7,14 +7,23 @@ sessions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fieldsmith.metrics.intervals import Interval, bootstrap
+from fieldsmith.measure.intervals import Interval, bootstrap
 
 DRAWS = 1000
+MEASURES = {
+    "following": "instruction following (all turns up to there done)",
+    "marginal": "turn done, whatever came before",
+    "conditional": "turn done after all before it were",
+    "teacher_forced": "turn done on the planned, clean source",
+    "gap": "exposure gap: clean source less own source",
+    "consistency": "consistency with the first image",
+    "overall": "overall: root of following x consistency",
+}
 
 
 @dataclass(frozen=True)
@@ -77,22 +86,18 @@ class Scores:
 
 
 def scores(sessions: Sessions, seed: int = 0) -> Scores:
-    """All of them with 95% intervals from resampled sessions; teacher_forced and gap are () without clean verdicts.
-
-    Raises ValueError below two sessions.
-    """
+    """All of them with 95% intervals from resampled sessions; teacher_forced and gap are () without clean verdicts."""
     turns = sessions.done.shape[1]
     table = torch.stack((sessions.done.float(), sessions.consistency.float()), 2)  # (n, T, 2)
     if sessions.clean is not None:
         table = torch.cat((table, sessions.clean.float()[:, :, None]), 2)
 
     def by_turn(statistic: Callable[[Tensor], Tensor]) -> tuple[Interval, ...]:
-        found = []
-        for t in range(turns):
-            draws = torch.Generator().manual_seed(seed)
-            one = bootstrap(table, lambda rows: statistic(rows)[t], draws, DRAWS)  # noqa: B023
-            found.append(Interval(one.value, one.low, one.high, one.n, "%"))
-        return tuple(found)
+        def of_turn(t: int) -> Interval:
+            generator = torch.Generator().manual_seed(seed)
+            return replace(bootstrap(table, lambda rows: statistic(rows)[t], generator, DRAWS), unit="%")
+
+        return tuple(of_turn(t) for t in range(turns))
 
     forced = sessions.clean is not None
     return Scores(

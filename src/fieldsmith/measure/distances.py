@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fieldsmith.metrics.intervals import Interval, percentile_interval
-
 Features = Callable[[Tensor], Tensor]  # images (n, 3, h, w) in [0, 1] -> (n, d)
 
 
@@ -74,21 +72,6 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     return float(_without_diagonal(_cubic(a, a)) + _without_diagonal(_cubic(b, b)) - 2 * _cubic(a, b).mean())
 
 
-def kernel_interval(
-    a: Tensor, b: Tensor, generator: torch.Generator, subsets: int = 50, size: int = 100, level: float = 0.95
-) -> Interval:
-    """The kernel distance of all rows, beside its spread over random subsets of `size` rows of each, as KID reports.
-
-    The spread is that of a distance at n=size. Raises ValueError where a or b has fewer rows than `size`.
-    """
-    if min(len(a), len(b)) < size:
-        raise ValueError(f"subsets of {size} rows from {len(a)} and {len(b)}; lower `size` to {min(len(a), len(b))}")
-    drawn = [
-        kernel_distance(a[_some(len(a), size, generator)], b[_some(len(b), size, generator)]) for _ in range(subsets)
-    ]
-    return percentile_interval(kernel_distance(a, b), torch.tensor(drawn, dtype=torch.float64), size, level)
-
-
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
@@ -96,10 +79,6 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 def _without_diagonal(kernel: Tensor) -> Tensor:
     n = len(kernel)
     return (kernel.sum() - kernel.diagonal().sum()) / (n * (n - 1))
-
-
-def _some(n: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(n, generator=generator)[:size]
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ dropped. A threshold comes from valid images held out, never from the batch that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from fieldsmith.metrics.intervals import Interval, mean_interval, percentile_interval, share
+from fieldsmith.measure.intervals import Interval, percentile_interval, share
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def hallucination(
     clustered = None
     if len(flags_by_seed) > 1:
         drawn = _redrawn(flags_by_seed, rates, generator, draws)
-        clustered = percentile_interval(pooled.value, drawn, len(rates), level)
-        clustered = Interval(clustered.value, clustered.low, clustered.high, len(rates), "%")
+        clustered = replace(percentile_interval(pooled.value, drawn, len(rates), level), unit="%")
         error = max(error, float(drawn.std()))
     return Hallucination(
         pooled,
@@ -88,27 +87,7 @@ def _redrawn(flags_by_seed: Sequence[Tensor], rates: Tensor, generator: torch.Ge
     return counts.sum(1) / sizes[rows].sum(1)
 
 
-def paired_reduction(before: Sequence[Tensor], after: Sequence[Tensor], level: float = 0.95) -> Interval:
-    """1 - rate_after / rate_before, mean over training seeds with Student's t interval, shown in percent (unit '%').
-
-    Entry i of both is seed i, which shares its initialisation, batches and noise. Raises ValueError below 2 seeds, at
-    unequal numbers of them, or where a seed had nothing to reduce.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} seeds before and {len(after)} after; pairs need equal seeds, in order")
-    pairs = [(float(b.double().mean()), float(a.double().mean())) for b, a in zip(before, after, strict=True)]
-    for i, (was, _) in enumerate(pairs):
-        if not was > 0:
-            raise ValueError(f"seed {i} has a rate of {was} before, which nothing can reduce; draw more images")
-    return mean_interval(torch.tensor([1 - now / was for was, now in pairs], dtype=torch.float64), level, "%")
-
-
 # what valid images show
-
-
-def novelty(contents: Sequence[Hashable], novel: Callable[[Hashable], bool], level: float = 0.95) -> Interval:
-    """The share of valid images whose content is novel, such as a hand of cards that no training image shows."""
-    return share(torch.tensor([novel(content) for content in contents], dtype=torch.bool), level)
 
 
 @dataclass(frozen=True)
@@ -145,44 +124,14 @@ def coverage(contents: Sequence[Hashable], support: int) -> Coverage:
 def auroc(scores: Tensor, labels: Tensor) -> float:
     """The chance that a hallucinated image scores above a valid one, ties counting half."""
     scores, labels = _checked(scores, labels)
-    positive, negative = int(labels.sum()), int((~labels).sum())
-    rank = torch.from_numpy(rankdata(scores.numpy()))
-    return (float(rank[labels].sum()) - positive * (positive + 1) / 2) / (positive * negative)
-
-
-@dataclass(frozen=True)
-class Retention:
-    """By threshold, falling: the share of valid images kept, and of hallucinated ones removed, at or above it."""
-
-    thresholds: Tensor
-    kept: Tensor
-    removed: Tensor
-
-
-def retention_curve(scores: Tensor, labels: Tensor) -> Retention:
-    """At every different score; images of a score at or above the threshold are removed."""
-    scores, labels = _checked(scores, labels)
-    thresholds = scores.unique().flip(0)
-    order = scores.argsort(descending=True)
-    ends = torch.searchsorted(-scores[order], -thresholds, right=True) - 1  # the last image of each score
-    true, false = labels[order].cumsum(0)[ends], (~labels[order]).cumsum(0)[ends]
-    return Retention(thresholds, 1 - false.double() / (~labels).sum(), true.double() / labels.sum())
+    return float(roc_auc_score(labels, scores))
 
 
 def tpr_at(scores: Tensor, labels: Tensor, fpr: float = 0.05) -> float:
     """The largest share of hallucinated images that a threshold removes with at most `fpr` of the valid ones."""
-    curve = retention_curve(scores, labels)
-    allowed = curve.kept >= 1 - fpr - 1e-12
-    return float(curve.removed[allowed].max()) if bool(allowed.any()) else 0.0
-
-
-def average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Precision averaged over the recall that each threshold adds."""
-    curve = retention_curve(scores, labels)
-    true = curve.removed * labels.sum()
-    false = (1 - curve.kept) * (~labels).sum()
-    gained = curve.removed.diff(prepend=torch.zeros(1, dtype=torch.float64))
-    return float((gained * true / (true + false)).sum())
+    scores, labels = _checked(scores, labels)
+    removed_valid, removed_hallucinated, _ = roc_curve(labels, scores, drop_intermediate=False)
+    return float(removed_hallucinated[removed_valid <= fpr + 1e-12].max())
 
 
 def threshold(scores_of_valid: Tensor, level: float = 0.05) -> float:

@@ -6,22 +6,39 @@ that drift is between pairs; the judge is a classifier trained on the data alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.concepts import sampler
-from fieldsmith.metrics.classifier import Classifier, train_classifier
-from fieldsmith.metrics.distances import frechet_distance
+from fieldsmith.measure.classifier import Classifier, train_classifier
+from fieldsmith.measure.distances import frechet_distance
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.models.core import Model
 from fieldsmith.paths import tag_schedule
-from fieldsmith.worlds.classes import Classes
 
 TAG = "tag"  # in place of a scale: TAG's schedule w(t), from 1 at noise to 4 at data
+
+
+class Classes(Protocol):
+    """Images (n, c, h, w) in [0, 1] with labels (n,) into `names`, and held-out ones; `read` is an exact judge of
+    classes where there is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def held_images(self) -> Tensor: ...
+    @property
+    def read(self) -> Callable[[Tensor], Tensor] | None: ...
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,8 @@ class Sweep:
             "accuracy": float((self.judge.read(images) == self.labels).float().mean()),
             "drift": float((images - self.of_teacher(scale)).square().mean()),
         }
-        if self.data.name == "shapes":
-            from fieldsmith.worlds.shapes import SHAPES, ShapesWorld
-
-            seen = ShapesWorld(images.shape[-1]).judge(images)
-            found["judged right"] = float((seen.colour * len(SHAPES) + seen.shape == self.labels).float().mean())
+        if self.data.read:
+            found["judged right"] = float((self.data.read(images) == self.labels).float().mean())
         return found
 
     def curve(self, model: Model, scales: Sequence[float | str]) -> dict[str, dict[str, float]]:

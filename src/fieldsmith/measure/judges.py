@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fieldsmith.metrics.intervals import Interval, percentile_interval, wilson
+from fieldsmith.measure.intervals import Interval, percentile_interval, wilson
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DONE = 0.5  # a score from here on says that the edit was done
@@ -117,7 +117,7 @@ def measure_judge(
         false_done = interval(m["false"] / m["undone"], undone_edits)
         if false_done.value in (0, 1):  # all draws agree, which is no certainty
             false_done = wilson(int(false_done.value) * undone_edits, undone_edits)
-        false_done = Interval(false_done.value, false_done.low, false_done.high, undone_edits, "%")
+        false_done = replace(false_done, unit="%")
     within = [m[f"{what} within"] / degrees for what in ("ss", "ff", "sf")]
     return JudgeMeasures(
         bias=interval(mean_s - mean_f),

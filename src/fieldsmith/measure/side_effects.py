@@ -1,8 +1,8 @@
-"""The rest: what else changed. Images before and after a method ran, at equal seeds, on prompts it did not aim at.
+"""Side effects: what else changed. Images before and after a method ran, at equal seeds, on prompts it did not aim at.
 
-In: images (n, 3, h, w) in [0, 1], their prompts, a feature extractor, a judge where the world has one. Out: a `Rest`,
-one table with intervals and one plain sentence. `image_statistics` and `field_drift` are cheap enough to log while a
-run goes on, so that a run that rots is seen rotting.
+In: images (n, 3, h, w) in [0, 1], their prompts, a feature extractor, a judge where the world has one. Out: a
+`SideEffects`, one table with intervals and one plain sentence. `image_statistics` and `field_drift` are cheap enough to
+log while a run goes on, so that a run that rots is seen rotting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fieldsmith.metrics.distances import (
+from fieldsmith.measure.distances import (
     Features,
     diversity,
     extractor_name,
@@ -24,7 +24,7 @@ from fieldsmith.metrics.distances import (
     kernel_distance,
     sliced_wasserstein,
 )
-from fieldsmith.metrics.intervals import Interval, mean_interval, paired_difference, percentile_interval, share
+from fieldsmith.measure.intervals import Interval, mean_interval, paired_difference, percentile_interval, share
 
 Better = Literal["higher", "lower", "same"]
 Verdict = Literal["kept", "worse", "better", "changed"]
@@ -58,7 +58,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rest:
+class SideEffects:
     """What else changed over n pairs of images at equal seeds.
 
     `drift` is the root mean square pixel difference at equal seed and `redraw` that of two seeds of one prompt, for
@@ -83,12 +83,12 @@ class Rest:
         if not self.kept:
             rows = [_moved(row) for row in self.rows if row.flagged]
             far = [_apart(row) for row in self.distances if row.flagged]
-            return f"The rest changed: {'; '.join(rows + far)} (n={self.n})."
+            return f"Side effects: {'; '.join(rows + far)} (n={self.n})."
         judged = [row for row in self.rows if row.unit == "points"]
         worst = min((row.change.low for row in judged), default=0.0)
         bound = f"no judged attribute fell by more than {max(0.0, -worst):.1f} points, " if judged else ""
         return (
-            f"The rest is kept, as far as {self.n} pairs can tell: {bound}"
+            f"No side effects, as far as {self.n} pairs can tell: {bound}"
             f"{len(self.rows) - len(judged)} statistics and {len(self.distances)} distances show no change."
         )
 
@@ -109,10 +109,11 @@ class Rest:
 
 def _moved(row: Row) -> str:
     """'colour right fell 6.2 points [-9.1, -3.3]'."""
-    size = f"{abs(row.change.value):{'.1f' if row.unit == 'points' else '.3g'}}"
-    ends = row.change.short()
+    points = row.unit == "points"
+    size = f"{abs(row.change.value):{'.1f' if points else '.3g'}}"
     unit = f" {row.unit}" if row.unit else ""
-    return f"{row.name} {'fell' if row.change.value < 0 else 'rose'} {size}{unit} {ends[ends.index('[') :]}"
+    bounds = row.change.bounds("+.1f" if points else ".3g")
+    return f"{row.name} {'fell' if row.change.value < 0 else 'rose'} {size}{unit}{bounds}"
 
 
 def _apart(row: Row) -> str:
@@ -153,7 +154,7 @@ def compare(
     generator: torch.Generator,
     judge: Judge | None = None,
     splits: int = 20,
-) -> Rest:
+) -> SideEffects:
     """What changed between before and after, (n, 3, h, w) in [0, 1], where row i of both is prompt i at one seed.
 
     Judged shares and statistics are compared pair by pair. Diversity is the mean feature distance within a prompt, one
@@ -180,7 +181,9 @@ def compare(
     rows = [_judged(key, judged[0][key], judged[1][key], len(before), level) for key in judged[0]]
     rows += [_statistic(key, seen[0][key], seen[1][key], level) for key in seen[0]]
     drift = mean_interval((after - before).square().flatten(1).mean(1).sqrt())
-    return Rest(len(before), name, rows, _split(*codes, name, generator, splits), drift, _redraw(before, prompts))
+    return SideEffects(
+        len(before), name, rows, _split(*codes, name, generator, splits), drift, _redraw(before, prompts)
+    )
 
 
 def _judged(name: str, before: Tensor, after: Tensor, n: int, level: float) -> Row:
