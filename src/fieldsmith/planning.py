@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldsmith import api, training, verb
+from fieldsmith import api, rewards, training, verb
 from fieldsmith.commands.plan import Plan
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
@@ -33,23 +33,48 @@ EQUAL, MOST = 3, 24  # collections that are rehearsed: until so many in a row co
 
 
 class Judged:
-    """A reward or a judge of edits that makes its numbers up and counts the images that it is asked for."""
-
-    differentiable = True
+    """Stands in for rewards: makes numbers up and counts the images that it is asked for."""
 
     def __init__(self) -> None:
         self.calls = 0
         self._generator = torch.Generator().manual_seed(0)
 
-    def reward(self, images: Tensor, prompts: Any) -> Tensor:
+    def numbers(self, images: Tensor) -> Tensor:
+        """One for each image."""
         self.calls += len(images)
-        if images.requires_grad:
-            return images.flatten(1).mean(1)
         return torch.rand(len(images), generator=self._generator)
 
-    def edits(self, before: Tensor, after: Tensor, instructions: Any) -> tuple[Tensor, Tensor]:
-        self.calls += len(after)
-        return tuple(torch.rand(2, len(after), generator=self._generator))  # type: ignore[return-value]
+    def load(self, words: str, world: Any = None) -> MadeUp:
+        """In place of the reward that words name. Raises InputError where they name none; loads no large network."""
+        free = any(name in rewards.FREE for _, name, _ in rewards.parse(words))
+        return MadeUp(words, not words.startswith("remote") if free else rewards.load(words, world).differentiable, self)
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A reward in name."""
+
+    name: str
+    differentiable: bool
+    judged: Judged
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        numbers = self.judged.numbers(images)
+        return images.flatten(1).mean(1) if images.requires_grad else numbers
+
+
+def align_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
+    return api.align_inputs(config, judged.load)
+
+
+def erase_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
+    return config, api.erase_inputs(config)
+
+
+INPUTS: dict[str, tuple[Verb, Callable[[Any, Judged], tuple[Any, Any]]]] = {
+    "align": (api.ALIGN, align_inputs),
+    "erase": (api.ERASE, erase_inputs),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,8 @@ def plan(name: str, config: Any) -> Plan:
     config.check()
     config = config.replace(**{key: None for key in ("out", "bank_folder") if hasattr(config, key)})
     judged = Judged()
-    of, config, inputs = api.PREPARED[name](config, judged)
+    of, inputs_of = INPUTS[name]
+    config, inputs = inputs_of(config, judged)
     verb.check_memory(of, config)
     source = getattr(config, of.source)
     dtype = torch.bfloat16 if config.dtype == "bf16" else None
