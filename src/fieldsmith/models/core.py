@@ -216,6 +216,10 @@ class Model:
         for counter in self._counters:
             counter.total += n
 
+    def make_network(self, fields: dict[str, Any]) -> Any:
+        """Another network of the same class, with these config fields and fresh weights of the global generator."""
+        return type(self.network)(**fields)
+
     # training
 
     @property

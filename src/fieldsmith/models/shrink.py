@@ -77,7 +77,7 @@ def shrink(
     fields = fields_for(model, ratio, config, scales)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # module constructors draw from the global generator
-        network = type(model.network)(**fields)
+        network = model.make_network(fields)
     if init == "copied":
         select_weights(network, model.network, _origins(model, scales))
     network.to(model.device)
