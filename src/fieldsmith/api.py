@@ -124,7 +124,7 @@ def erase(
 def erase_inputs(config: EraseConfig, method: Callable[..., Any] | None = None) -> EraseInputs:
     """What `erase` is given beside its config; `method`: a function of the user's own, where it is no name."""
     if method is None and ":" in config.method:
-        method = load_function(config.method)
+        method = load_function(config.method, "method")
     return EraseInputs(_judged(config), method)
 
 

@@ -47,7 +47,9 @@ class Judged:
     def load(self, words: str, world: Any = None) -> MadeUp:
         """In place of the reward that words name. Raises InputError where they name none; loads no large network."""
         free = any(name in rewards.FREE for _, name, _ in rewards.parse(words))
-        return MadeUp(words, not words.startswith("remote") if free else rewards.load(words, world).differentiable, self)
+        return MadeUp(
+            words, not words.startswith("remote") if free else rewards.load(words, world).differentiable, self
+        )
 
 
 @dataclass(frozen=True)
