@@ -72,13 +72,13 @@ def outside(*names: str) -> tuple[str, ...]:
         ("runs", ("errors", "processes")),
         ("optimizers", ("errors",)),
         ("training", ("errors", "optimizers", "processes", "runs")),
-        ("metrics", ("errors",)),
         ("worlds", ("errors", "paths")),
         ("models", ("errors", "paths", "processes", "samplers")),
         ("preflight", ("errors", "models", "paths", "samplers")),
         ("rewards", ("errors", "processes", "runs", "worlds")),
         ("methods", ("errors", "models", "paths", "preflight", "processes", "rewards", "runs", "samplers", "training")),
-        ("diagnose", ("errors", "metrics", "models", "paths", "samplers", "worlds")),
+        ("report", ("runs",)),
+        ("measure", ("errors", "methods", "models", "paths", "report", "samplers", "training")),
     ],
 )
 def test_a_room_imports_only_rooms_below_it(room, may_use):
@@ -114,7 +114,6 @@ def test_what_help_needs_does_not_import_torch():
         ".commands.distill",
         ".methods.distill.config",
         ".commands.align",
-        ".commands.audit",
         ".commands.diagnose",
         ".methods.align.config",
         ".commands.sharpen",

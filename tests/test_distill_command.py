@@ -20,8 +20,8 @@ from fieldsmith.cli import main
 from fieldsmith.commands import distill as command
 from fieldsmith.commands.distill import configure
 from fieldsmith.measure import sweep
-from fieldsmith.methods.distill.config import OBJECTIVES, PRESETS, check, preset
 from fieldsmith.measure.classifier import train_classifier
+from fieldsmith.methods.distill.config import OBJECTIVES, PRESETS, check, preset
 from fieldsmith.models import load
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fieldsmith.measure import editing
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.schedule import schedule
 from fieldsmith.methods.edit import credit
-from fieldsmith.measure import editing
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.samplers import Gaussian, flow_grid, gaussian_step
 

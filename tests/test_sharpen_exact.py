@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fieldsmith.measure.hallucination import auroc, tpr_at
 from fieldsmith.measure.pushforward import (
     gap_mass,
     last_steps,
@@ -27,7 +28,6 @@ from fieldsmith.measure.smoothness import (
     profile,
     window,
 )
-from fieldsmith.measure.hallucination import auroc, tpr_at
 from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, trace, vjp
 from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.paths import Prediction, VariancePreserving, noised

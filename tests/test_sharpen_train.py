@@ -12,6 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from fieldsmith.errors import InputError, RunError
 from fieldsmith.measure.pushforward import (
     gap_mass,
     last_steps,
@@ -20,7 +21,6 @@ from fieldsmith.measure.pushforward import (
     smoothed_score_field,
     wide_linear,
 )
-from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.sharpen import losses as terms
 from fieldsmith.methods.sharpen import sampling
 from fieldsmith.methods.sharpen.config import METHODS, NEEDS_HEAD, PRESETS, SharpenConfig, check, preset

@@ -23,7 +23,6 @@ VERBS = {
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "pretrain": "Train a zoo model from its recipe.",
     "sample": "Draw a grid of images from a model.",
-    "evaluate": "Judge what a model draws, prompt by prompt.",
     "reproduce": "Repeat the papers' claims at laptop scale; writes results/VERB.",
     "demo": "Each verb once on small models, and the page that leads to what they made.",
 }
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes.begin()
         verb = words[0]
         check_word(verb, tuple(VERBS), "fieldsmith's verbs")
-        module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
+        module = "models" if verb in ("pretrain", "sample", "reproduce") else verb
         command = importlib.import_module(f"fieldsmith.commands.{module}")
         getattr(command, verb)(words[1:])
     except SystemExit as end:  # --help

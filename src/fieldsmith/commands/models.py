@@ -1,4 +1,4 @@
-"""`pretrain`, `sample`, `evaluate` and `reproduce`: making, drawing, judging models, and repeating the papers' claims.
+"""`pretrain`, `sample` and `reproduce`: making models, drawing with them, and repeating the papers' claims.
 
 In: the words after the verb. Out: a zoo model, a PNG grid, a table of verdicts, or results/VERB.
 """
@@ -136,65 +136,6 @@ def _session(config: SampleConfig) -> None:
     print(f"{config.each} sessions of {len(config.prompts)} turns: {config.out}")
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Judge what a model draws for every composition of its world, and print the table."""
-
-    model: str = "zoo:shapes-flux"
-    """A zoo model, or a pipeline folder whose card.json names its world."""
-    adapter: pathlib.Path | None = None
-    """A LoRA folder to attach first, such as a run's adapter/."""
-    out: pathlib.Path | None = None
-    """A JSON file to write the numbers to."""
-    each: int = 16
-    """Images per prompt."""
-    steps: int = 28
-    """Sampler steps."""
-    guidance: float | None = None
-    """Guidance scale; none and 1 are off."""
-    resolution: int | None = None
-    """Image side in pixels; None: the model's own."""
-    seed: int = 0
-    """Equal seeds give equal noise."""
-
-
-def evaluate(words: Sequence[str]) -> None:
-    config = arguments.parse(EvaluateConfig(), list(words), "evaluate")
-    arguments.at_least(config, 1, "each", "steps", "resolution")
-    if config.out:
-        arguments.check_out(config.out, folder=False)
-    from fieldsmith.models import pipeline_folder
-    from fieldsmith.worlds.model_cards import world_of
-
-    pipeline_folder(config.model)  # a name that is no model is refused as such
-    world = world_of(config.model)
-    if world is None:
-        raise InputError(
-            f"no judge knows the images of '{config.model}': it has no card.json that names a world; use a zoo model"
-        )
-    draw = _sampler(config)
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from fieldsmith.measure.detection import ask, right_by_group
-    from fieldsmith.runs import write_atomically
-    from fieldsmith.worlds.shapes import concepts
-    from fieldsmith.worlds.shapes_groups import attributes
-
-    rows = right_by_group(ask(draw, world, concepts(), config.each, config.seed), attributes())
-    table = Table(title=f"{config.model}, {config.steps} steps, {config.each} images a prompt", title_justify="left")
-    table.add_column("prompts")
-    table.add_column("judged right [95%], n", justify="right")
-    for name, interval in rows.items():
-        table.add_row(name, str(interval))
-    Console().print(table)
-    if config.out:
-        numbers = {k: {"value": v.value, "low": v.low, "high": v.high, "n": v.n} for k, v in rows.items()}
-        write_atomically(config.out, json.dumps(numbers, indent=1) + "\n")
-
-
 def reproduce(words: Sequence[str]) -> None:
     """fieldsmith reproduce VERB [--out results] [--field value ...]; resumable, one run at a time."""
     claim, rest = _first(words, CLAIMS, "reproduce", "verbs with claims")
@@ -230,7 +171,7 @@ def _first(words: Sequence[str], known: tuple[str, ...], verb: str, kind: str) -
     return words[0], list(words[1:])
 
 
-def _sampler(config: SampleConfig | EvaluateConfig):  # type: ignore[no-untyped-def]
+def _sampler(config: SampleConfig):  # type: ignore[no-untyped-def]
     from fieldsmith.measure.drawing import sampler
     from fieldsmith.models import load, load_adapter
 
@@ -266,7 +207,7 @@ def _ancestral(config: SampleConfig):  # type: ignore[no-untyped-def]
     return images
 
 
-def _guidance(model: Any, config: SampleConfig | EvaluateConfig) -> Any:
+def _guidance(model: Any, config: SampleConfig) -> Any:
     """A scale, or a schedule of scales in time. Raises InputError at a file that holds no recalibration."""
     schedule = getattr(config, "schedule", "constant")
     if schedule == "constant":
