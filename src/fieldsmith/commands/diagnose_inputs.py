@@ -20,7 +20,7 @@ from fieldsmith.diagnose.guidance import listed
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.measure.exposure import HELD_OUT
 from fieldsmith.methods.align.audit import Truths
-from fieldsmith.methods.align.setting import named_prompts
+from fieldsmith.methods.align.context import named_prompts
 from fieldsmith.models import load, load_adapter, pipeline_folder
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor

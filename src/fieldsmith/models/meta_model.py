@@ -22,7 +22,7 @@ from fieldsmith import models
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition, LoraSpec, Model, stack
 from fieldsmith.models.prompted import Prompted
-from fieldsmith.models.rehearsal import BLOCKS, Rehearsal
+from fieldsmith.models.rehearsal import Rehearsal
 
 FETCHED = ("model_index.json", "*.json", "*/config.json", "*/*_config.json", "*/*.index.json")
 
