@@ -6,22 +6,30 @@ The command line calls the same functions with a config that it has parsed.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
-
-from PIL import Image
 
 from fieldsmith import verb
 from fieldsmith.config import Config, configure
 from fieldsmith.errors import InputError
+from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.step import Inputs as DistillInputs
+from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.verb import ERASE
+from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
+from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
+from fieldsmith.models.features import load_features
 from fieldsmith.result import Result
 from fieldsmith.verb import Callback
-from fieldsmith.worlds.model_cards import world_of
+from fieldsmith.worlds import catalogue, classes, own
+from fieldsmith.worlds.classes import Classes
+from fieldsmith.worlds.judged import JudgedWorld
+from fieldsmith.worlds.model_cards import data_of, world_of
 
 C = TypeVar("C", bound=Config)
 
@@ -50,6 +58,93 @@ def erase(
     if build is None and ":" in config.method:
         build = load_function(config.method)
     return verb.run(ERASE, config, EraseInputs(world_of(config.model), build), model, callback)
+
+
+def distill(
+    teacher: Model | str | None = None,
+    data: str | pathlib.Path | Classes | Iterable[tuple[Any, str]] | None = None,
+    student: float | str | pathlib.Path | Model | None = None,
+    *,
+    config: DistillConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a smaller student on both branches of a guided teacher (DASH, arXiv 2606.00798, its rivals, and ours).
+
+    `teacher` is a Model or a name to load. `data` is digits, shapes, a folder with a subfolder of images a class, or
+    pairs (image, class). `student` is how many times smaller, a JSON file of config fields, or an untrained Model.
+    Every field of DistillConfig is a keyword; `config` takes the whole. out=None writes nothing. The result's model is
+    the student. Raises InputError before anything is trained or written, RunError where training breaks.
+    """
+    given: dict[str, Any] = {"data": data if data is None else _recorded(data)}
+    if isinstance(student, (str, pathlib.Path)):
+        given["student"] = student
+    elif not isinstance(student, Model):
+        given["shrink"] = student
+    config, teacher = settle(DistillConfig, teacher, "teacher", config, preset, scale, given, settings)
+
+    def sized(size: int, channels: int) -> Classes:
+        if isinstance(data, Classes):
+            return data
+        if data is not None and not isinstance(data, (str, pathlib.Path)):
+            return classes.of_pairs(data, size, channels)
+        name = data_of(config.teacher, "digits, shapes") if config.data == "auto" else config.data
+        return classes.load(_there(name), size, channels)
+
+    inputs = DistillInputs(sized, student=student if isinstance(student, Model) else None)
+    return verb.run(DISTILL, config, inputs, teacher, callback)
+
+
+def sharpen(
+    model: Model | str | None = None,
+    data: str | pathlib.Path | JudgedWorld | Iterable[Any] | None = None,
+    judge: str | Callable[..., Any] | None = None,
+    *,
+    config: SharpenConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a model, or a guide beside it, so that fewer samples lie where its data have none (VSM, rivals, and ours).
+
+    `data` is columns, cards, chess, a folder of images or images themselves, and then `judge` says which images are
+    valid: a function of images (n, channels, size, size) in [0, 1] that gives n bools or pairs (bool, reason), its
+    name, or an http address. Every field of SharpenConfig is a keyword; `config` takes the whole. out=None writes
+    nothing. Raises InputError before anything is trained or written, RunError where training or judging breaks.
+    """
+    given = {"data": None if data is None else _recorded(data), "judge": None if judge is None else _recorded(judge)}
+    config, model = settle(SharpenConfig, model, "model", config, preset, scale, given, settings)
+
+    def sized(channels: int, size: int) -> JudgedWorld:
+        verdict = judge if callable(judge) else config.judge and _there(config.judge)
+        if data is None or isinstance(data, (str, pathlib.Path)):
+            name = data_of(config.model, "columns, cards, chess") if config.data == "auto" else config.data
+            return catalogue.load(_there(name), size, verdict, channels)
+        if hasattr(data, "sample"):
+            return data  # type: ignore[return-value]
+        if verdict is None:
+            raise InputError("these images need a judge; give judge=, a function that says which images are valid")
+        return own.of_images(data, verdict, size, channels)
+
+    features = load_features(config.extractor) if config.extractor else None
+    return verb.run(SHARPEN, config, SharpenInputs(sized, features=features), model, callback)
+
+
+def _recorded(value: Any) -> str:
+    """How settings hold what was handed over: a name as it is, an object as 'object:NAME'."""
+    if isinstance(value, (str, pathlib.Path)):
+        return str(value)
+    return f"object:{getattr(value, 'name', None) or getattr(value, '__name__', type(value).__name__)}"
+
+
+def _there(name: str) -> str:
+    """The name. Raises InputError where it stands for an object of another session."""
+    if name.startswith("object:"):
+        raise InputError(f"'{name}' was an object in Python when this run was begun; hand it over again")
+    return name
 
 
 def settle(

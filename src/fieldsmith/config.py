@@ -21,6 +21,7 @@ from fieldsmith.read import read_toml
 T = TypeVar("T")
 
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -126,6 +127,26 @@ class OptimConfig:
     """AdamW's weight decay."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps AdamW's moments in 8 bits; it comes with `pip install fieldsmith[8bit]`."""
+
+
+@config
+class FitConfig(Config, OptimConfig):
+    """How a network is fitted to data: AdamW with a warm-up and a cosine decay, clipped gradients, averaged weights."""
+
+    steps: Count = 400
+    """Updates."""
+    batch: Count = 32
+    """Rows of an update."""
+    lr: Positive = 1e-3
+    """AdamW's learning rate, decayed by a cosine."""
+    warmup: Natural = 0
+    """Updates over which the learning rate rises."""
+    clip: Positive = 1.0
+    """Largest gradient norm."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the averaged weights that are kept; 0: none."""
+    threads: Count | None = None
+    """Torch threads; None: as many as torch wants."""
 
 
 @config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import tomllib
 from typing import Any
@@ -17,3 +18,16 @@ def read_toml(path: str | pathlib.Path) -> dict[str, Any]:
         raise InputError(f"config file '{path}' cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"config file '{path}' is not TOML: {error}") from error
+
+
+def read_json(path: str | pathlib.Path, what: str) -> dict[str, Any]:
+    """A JSON file's mapping; `what` names it in messages. Raises InputError where it cannot be read or is none."""
+    try:
+        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{what} '{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{what} '{path}' is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{what} '{path}' is no mapping of names to values")
+    return found

@@ -48,6 +48,7 @@ class Job:
     stopped: str = ""  # why no step is taken, where none is
     trained: Any = None  # what is measured after training; None: the model
     base: Any = None  # what is measured before; None: the model under `reference()`
+    context: Any = None  # what `measure` and `report` need of the preparation, such as the data
     ship: Callable[[Model, pathlib.Path], str] = lambda model, folder: _ship(model, folder)
     cost: Callable[[Fit, int], dict[str, Any]] = lambda done, nfe: {"nfe": nfe}  # for metrics.json
     facts: Callable[[], dict[str, Any]] = dict  # more for metrics.json, asked after training
@@ -100,6 +101,7 @@ class Verb:
     measure: Callable[[Any, Any, Job, Side], Any]  # a model, config, job, side -> what `report` compares; equal seeds
     report: Callable[[Page, Outcome], dict[str, Any]]  # fills the page; what goes into metrics.json
     source: str = "model"  # the config's field that names what is loaded
+    evaluated: str = "evaluate"  # the config's field that says how much is measured; 0: nothing
     frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
 
 
@@ -132,7 +134,7 @@ def run(
         **trained.cost, **job.facts(),
     }  # fmt: skip
     page = Page("")
-    if getattr(config, "evaluate", 1):
+    if getattr(config, verb.evaluated):
         console.print(f"{trained.steps} steps in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
         with job.model.uncounted():
             with job.reference() as base:
@@ -142,7 +144,7 @@ def run(
         metrics |= verb.report(page, Outcome(config, job, inputs, model, before, after, metrics, history, folder))
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
-        page.text("", "evaluate is 0: nothing was measured.")
+        page.text("", f"{verb.evaluated} is 0: nothing was measured.")
     result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
     if folder:
         page.command("Repeat it, load it", _repeat(verb, config, folder, shipped))
@@ -167,10 +169,13 @@ def train(
     Raises InputError before anything is trained or written, RunError where training breaks.
     """
     config.check()
+    if getattr(config, "threads", None):
+        torch.set_num_threads(config.threads)
     resumes = run is not None and run.resumes
     began_plain = not model.trains
     with contextlib.ExitStack() as stack:
         nfe = stack.enter_context(model.count_nfe())
+        job = None
         try:
             job = verb.prepare(model, config, inputs)
             if job.model is not model:  # a student or a guide has a count of its own
@@ -180,8 +185,11 @@ def train(
             if config.checkpointing:
                 checkpoint_activations(job.model)
         except BaseException:
+            # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:
-                model.remove_training()  # refused before anything was trained: the model can be used again
+                model.remove_training()
+            if job and job.model is not model:
+                job.model.remove_training()
             raise
         if run:
             run.begin()
@@ -255,7 +263,7 @@ def curves(page: Page, outcome: Outcome, panels: dict[str, tuple[str, ...]]) -> 
     cost, m = outcome.metrics["nfe"], outcome.metrics
     calls = int(sum(row.get("reward calls", 0) for row in outcome.history))
     judged = f", {calls:,} reward calls" if calls else ""
-    note = f"{m['steps']} steps, {m['seconds']:.0f} s, {cost:,} network evaluations (a forward of one state is 1, its backward 2)"
+    note = f"{m['steps']} steps, {m['seconds']:.0f} s, {cost:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
     if drawn:
         page.curves("The run", drawn, note=f"{note}{judged}.")
 
@@ -277,4 +285,7 @@ def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
             f'pipe = DiffusionPipeline.from_pretrained("{getattr(config, verb.source)}")',
             f'pipe.load_lora_weights("{run.folder / "adapter"}")',
         ]
+    if shipped == "model":
+        model = run.folder / "model"
+        lines += ["", "# in Python, with diffusers alone", f'pipe = DiffusionPipeline.from_pretrained("{model}")']
     return lines

@@ -86,14 +86,14 @@ def run(config: DiagnoseConfig) -> Run:
 
 def _world(model: Model, config: DiagnoseConfig) -> JudgedWorld | None:
     """The world that the settings or the card name; None where nothing does."""
-    from fieldsmith.commands.sharpen import world_for
-    from fieldsmith.methods.sharpen.config import SharpenConfig
-    from fieldsmith.worlds.judged import WORLDS
+    from fieldsmith.methods.sharpen.step import world_for
+    from fieldsmith.worlds.catalogue import WORLDS, load
     from fieldsmith.worlds.model_cards import card_of
 
-    if config.data is None and card_of(str(config.model)).get("data") not in WORLDS:
+    source = config.data or card_of(str(config.model)).get("data")
+    if config.data is None and source not in WORLDS:
         return None
-    return world_for(model, SharpenConfig(model=str(config.model), data=config.data or "auto", judge=config.judge))
+    return world_for(model, lambda channels, size: load(str(source), size, config.judge, channels))
 
 
 def _detectors(model: Model, world: JudgedWorld, config: DiagnoseConfig, grid: Tensor) -> dict[str, Any]:

@@ -1,39 +1,21 @@
-"""Worlds without captions whose judge says of each image whether it could be in the data (VSM notes, 4 and 8.4).
+"""What worlds without captions share whose judge says of each image whether it could be in the data (VSM notes, 4, 8.4).
 
-In: 'columns', 'cards', 'chess', or a folder of images with the user's own judge, a Python function or an HTTP server.
-Out: a `JudgedWorld`, which draws training and held-out images and gives `Verdicts` with reasons.
+In: images. Out: `Verdicts` with reasons. catalogue.py names the worlds, own.py is a user's own.
 """
 
 from __future__ import annotations
 
-import base64
-import difflib
 import hashlib
-import http.client
-import importlib
-import importlib.util
-import io
-import json
-import pathlib
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError
 
-WORLDS = ("columns", "cards", "chess")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 UNREADABLE = "unreadable"
-BATCH = 64  # images in one question to a judge behind HTTP
-TIMEOUT, RETRIES, PAUSE = 60.0, 3, 0.5  # seconds; retries after the first attempt; the pause doubles
 GRAIN = 0.08  # largest RMS distance from what was read, over a whole image, card or square
 
 Mutation = Callable[[int, int], Tensor]  # (n, seed) -> n corrupted images
@@ -74,29 +56,6 @@ class JudgedWorld(Protocol):
 
     def novel(self, content: Hashable) -> bool:
         """Whether valid content is never in training data."""
-
-
-def load(source: str, size: int | None = None, judge: str | None = None) -> JudgedWorld:
-    """The named world at a size (None: its own), or a folder of images with the judge that it needs."""
-    if source not in WORLDS:
-        if not pathlib.Path(source).is_dir():
-            near = difflib.get_close_matches(source, WORLDS, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known worlds: {', '.join(WORLDS)}; or name a folder"
-            raise InputError(f"'{source}' is neither a world with a judge nor a folder of images; {hint}")
-        if judge is None:
-            raise InputError(f"folder '{source}' needs a judge; name one: module:function, file.py:function or http://")
-        return FolderWorld(source, judge, **({} if size is None else {"size": size}))
-    if judge is not None:
-        raise InputError(f"world '{source}' has a judge of its own; leave out '{judge}'")
-    from fieldsmith.worlds.cards import CardsWorld
-    from fieldsmith.worlds.chess import ChessWorld
-    from fieldsmith.worlds.columns import ColumnsWorld
-
-    makers: dict[str, Callable[..., JudgedWorld]] = {"columns": ColumnsWorld, "cards": CardsWorld, "chess": ChessWorld}
-    return makers[source](**({} if size is None else {"size": size}))
-
-
-# what all judges share
 
 
 def readable(images: Tensor, world: JudgedWorld) -> tuple[Tensor, Tensor]:
@@ -150,149 +109,3 @@ def noisy(images: Tensor, seed: int) -> Tensor:
     """The images under noise of 48 grey levels, three times what the published judge of cards lets pass."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     return (images + 48 / 255 * noise).clamp(0, 1)
-
-
-# the user's own world
-
-
-class FolderWorld:
-    """The images under a folder, every sixth held out, and a judge: a Python function or an HTTP server.
-
-    The function gets images (n, channels, size, size) in [0, 1] and returns n bools or n pairs (bool, reason). The
-    server is POSTed {"images": [base64 PNG, ...]} and answers {"valid": [...]}, with "reasons": [[...], ...] if it
-    likes. What an image shows is unknown, so nothing is ever novel.
-    """
-
-    support: int | None = None
-    mutations: Mapping[str, Mutation] = {}
-
-    def __init__(self, path: str | pathlib.Path, judge: str, size: int = 64, channels: int = 3):
-        if size < 1 or channels not in (1, 3):
-            raise InputError(f"size={size}, channels={channels}: give a size above 0, and 1 or 3 channels")
-        self.name, self.size, self.channels = str(path), size, channels
-        self._judge_name = judge
-        self._answered = False
-        web = judge.startswith(("http://", "https://"))
-        self._ask: Callable[[Tensor], Any] = partial(_ask_server, judge) if web else _function(judge)
-        images = _images(pathlib.Path(path), size, channels)
-        out = torch.arange(len(images)) % 6 == min(len(images), 6) - 1
-        self._pools = images[~out], images[out]
-
-    def sample(self, n: int, seed: int, held_out: bool = False) -> Tensor:
-        pool = self._pools[held_out]
-        return pool[torch.randint(len(pool), (n,), generator=generator_of(seed, held_out))]
-
-    def novel(self, content: Hashable) -> bool:
-        return False
-
-    def judge(self, images: Tensor) -> Verdicts:
-        """Raises InputError where the judge fails at the first question, RunError where it fails later."""
-        images, finite = readable(images, self)
-        said = iter(self._said(images[finite]) if finite.any() else ())
-        answers = [next(said) if fine else (False, (UNREADABLE,)) for fine in finite.tolist()]
-        valid = torch.tensor([answer for answer, _ in answers], dtype=torch.bool)
-        return Verdicts(valid, finite, tuple(reasons for _, reasons in answers), (None,) * len(answers))
-
-    def _said(self, images: Tensor) -> list[tuple[bool, tuple[str, ...]]]:
-        try:
-            answers = list(self._ask(images))
-            if len(answers) != len(images):
-                raise ValueError(f"{len(answers)} answers to {len(images)} images")
-            read = [_answer(answer) for answer in answers]
-        except Exception as error:  # whatever a stranger's code may raise
-            sort = RunError if self._answered else InputError
-            raise sort(
-                f"judge '{self._judge_name}' failed with {type(error).__name__}: {error}; it must give one verdict "
-                "per image: mend it, or name another"
-            ) from error
-        self._answered = True
-        return read
-
-
-def _images(path: pathlib.Path, size: int, channels: int) -> Tensor:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else []
-    if len(files) < 2:
-        raise InputError(f"folder '{path}' has {len(files)} images ({', '.join(SUFFIXES)}); it needs at least 2")
-    images = torch.empty(len(files), channels, size, size)
-    for i, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                small = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BOX)
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"'{file}' cannot be read as an image; remove it or save it again") from error
-        images[i] = pixels(small)
-    return images
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """A greyscale or RGB image as (channels, height, width) in [0, 1]."""
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
-    return flat.reshape(image.height, image.width, -1).permute(2, 0, 1)
-
-
-def _function(judge: str) -> Callable[[Tensor], Any]:
-    where, _, name = judge.rpartition(":")
-    if not where or not name:
-        raise InputError(f"judge '{judge}' is no module:function, file.py:function or http://host:port/path; name one")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(pathlib.Path(where).stem, where)
-            if spec is None or spec.loader is None:
-                raise ImportError("no Python file")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        found = getattr(module, name)
-    except Exception as error:  # importing runs a stranger's code
-        raise InputError(
-            f"judge '{judge}' cannot be loaded, {type(error).__name__}: {error}; fix its file or its name"
-        ) from error
-    if not callable(found):
-        raise InputError(f"judge '{judge}' is a {type(found).__name__}, which cannot be called; name a function")
-    return found  # type: ignore[return-value]
-
-
-def _ask_server(address: str, images: Tensor) -> list[tuple[bool, Sequence[str]]]:
-    answers: list[tuple[bool, Sequence[str]]] = []
-    for part in images.split(BATCH):
-        said = _post(address, {"images": [_png(image) for image in part]})
-        valid, reasons = said["valid"], said.get("reasons") or [()] * len(part)
-        if len(valid) != len(part) or len(reasons) != len(part):
-            raise ValueError(f"{len(valid)} answers and {len(reasons)} reasons to {len(part)} images")
-        answers += zip(valid, reasons, strict=True)
-    return answers
-
-
-def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for attempt in range(RETRIES + 1):
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return dict(json.loads(response.read()))
-        except urllib.error.HTTPError as error:
-            if attempt == RETRIES or (error.code < 500 and error.code not in (408, 429)):
-                raise
-        except (OSError, http.client.HTTPException):
-            if attempt == RETRIES:
-                raise
-        time.sleep(PAUSE * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _png(image: Tensor) -> str:
-    array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def _answer(answer: Any) -> tuple[bool, tuple[str, ...]]:
-    """One verdict: a bool (also of numpy or torch), or a pair of it with one or several reasons."""
-    valid, reasons = answer if isinstance(answer, (tuple, list)) else (answer, ())
-    if str(getattr(valid, "dtype", type(valid).__name__)).removeprefix("torch.") != "bool":
-        raise TypeError(f"{valid!r} is no bool")
-    if bool(valid):
-        return True, ()
-    said = (reasons,) if isinstance(reasons, str) else tuple(str(reason) for reason in reasons or ())
-    return False, tuple(reason for reason in said if reason) or ("invalid",)
