@@ -1,4 +1,4 @@
-"""What worlds without captions share whose judge says of each image whether it could be in the data (VSM notes, 4, 8.4).
+"""What worlds share whose judge says of each image whether it could be in the data (VSM notes, 4 and 8.4).
 
 In: images. Out: `Verdicts` with reasons. catalogue.py names the worlds, own.py is a user's own.
 """

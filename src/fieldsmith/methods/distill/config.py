@@ -1,5 +1,7 @@
-"""Settings of `distill`, which are also the command line's flags; presets carry published and laptop numbers (DASH
-notes, 3 and 11)."""
+"""Settings of `distill`, which are also the command line's flags; presets carry published and laptop numbers.
+
+DASH notes, 3 and 11.
+"""
 
 from __future__ import annotations
 

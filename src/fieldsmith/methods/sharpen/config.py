@@ -1,5 +1,7 @@
-"""Settings of `sharpen`, which are also the command line's flags; presets carry published and laptop numbers (VSM notes,
-2.7 and 8.2)."""
+"""Settings of `sharpen`, which are also the command line's flags; presets carry published and laptop numbers.
+
+VSM notes, 2.7 and 8.2.
+"""
 
 from __future__ import annotations
 

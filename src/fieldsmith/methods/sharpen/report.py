@@ -1,4 +1,4 @@
-"""What `sharpen` reports: how many samples are hallucinated before and after at equal noise, why, and what else changed.
+"""What `sharpen` reports: how many samples are hallucinated before and after, why, and what else changed.
 
 In: samples with their verdicts on both sides. Out: numbers for metrics.json, and the page.
 """
