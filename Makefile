@@ -26,8 +26,8 @@ test: install
 	$(BIN)/python -m pytest
 
 check: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src experiments tests benchmarks
+	$(BIN)/ruff check src experiments tests benchmarks
 	$(BIN)/mypy
 
 bench: install

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import samplers, steps
+from experiments.claims import opening, table
 from fieldsmith.commands.plan_error import plan_error
-from fieldsmith.reproduce.claims import opening, table
 from fieldsmith.run import write_atomically
 
 OUT = pathlib.Path("results/bench")

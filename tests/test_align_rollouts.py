@@ -386,10 +386,10 @@ def test_a_collection_is_judged_once_an_endpoint_and_differentiated_once_a_traje
         return 3 - x[:, 0] / 2
 
     one = setting(TOY, Named("counted", True, reward), estimator="terminal", rollouts=7, train_steps=2)
-    one.model.forwards = 0
-    batch = collect(one, None, 0, {})
+    with one.model.count_nfe() as nfe:
+        batch = collect(one, None, 0, {})
     assert calls == [(7, False), (7, True)]
-    assert one.model.forwards == 7 * one.plan.forwards()
+    assert nfe.total == 7 * one.plan.forwards()
     assert len(batch.rollout.rows) == 7 * 2
     assert not batch.guidance.requires_grad
 
@@ -524,9 +524,9 @@ def test_soft_collections_are_soft_returns_of_the_reference():
 def test_recipes_cost_what_their_plans_say(name):
     config = replace(preset(name), prompts=("",), steps=10, prompts_per_epoch=1, rollouts=2)
     one = Setting.of(world(FLOW, 10), config, LINEAR)
-    one.model.forwards = 0
     log: dict[str, float] = {}
-    collect(one, None, 0, log)
+    with one.model.count_nfe() as nfe:
+        collect(one, None, 0, log)
     reference = 2 * int(one.plan.drawn.sum()) if config.soft else 0
-    assert one.model.forwards == 2 * one.plan.forwards() + reference
+    assert nfe.total == 2 * one.plan.forwards() + reference
     assert log["reward calls"] == 2 * one.plan.endpoints()

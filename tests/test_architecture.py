@@ -85,6 +85,10 @@ def test_a_room_imports_only_rooms_below_it(room, may_use):
     assert not offenders(f"fieldsmith.{room}", outside(room, *may_use))
 
 
+def test_the_package_does_not_know_the_experiments():
+    assert not offenders("fieldsmith", ("experiments",))
+
+
 def test_methods_do_not_import_each_other():
     methods = {f"fieldsmith.methods.{file.stem}" for file in (ROOT / "methods").iterdir() if file.stem[0] not in "._"}
     for method in methods:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from fieldsmith.commands.erase import configure
 from PIL import Image
 from safetensors.torch import load_file
 
 from fieldsmith import __version__, training
 from fieldsmith.cli import VERBS, main
-from fieldsmith.commands.erase import configure
 from fieldsmith.methods.erase import losses
 from fieldsmith.methods.erase.config import preset
 
@@ -61,8 +61,7 @@ def test_version_of_the_module():
     assert output.stdout.strip() == __version__
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["help"], *[[verb, "--help"] for verb in VERBS],
-                                   ["reproduce", "erase", "--help"]], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"], *[[verb, "--help"] for verb in VERBS]], ids=" ".join)
 def test_help_is_success(capsys, words):
     assert main(words) == 0
     assert "usage" in capsys.readouterr().out.lower()
@@ -109,16 +108,12 @@ def test_help_is_success(capsys, words):
         (["erase", *PAIR, "--alpha", "0"], "alpha=0.0"),
         (["erase", *PAIR, "--resolution", "-32"], "resolution=-32"),
         (["erase", *PAIR, "--resolution", "33"], "resolution 33 is not a multiple"),
-        (["pretrain", "shapes-flix"], "'shapes-flix'.*did you mean 'shapes-flux'"),
-        (["pretrain", "shapes-flux", "--steps", "0"], "steps=0"),
-        (["pretrain", "shapes-flux", "--stepz", "3"], "did you mean '--steps'"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
-    place = 2 if words[0] == "pretrain" else 1
-    refused(capsys, *words[:place], "--out", "run", *words[place:], says=says)
+    refused(capsys, words[0], "--out", "run", *words[1:], says=says)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,11 +121,6 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monk
     ("words", "says"),
     [
         (["erase", *PAIR], "no out folder given; add --out"),
-        (["pretrain", "shapes-flux"], "no out folder given; add --out"),
-        (["pretrain"], "no name given.*shapes-flux"),
-        (["reproduce"], "no name given.*erase"),
-        (["reproduce", "ease"], "'ease'.*did you mean 'erase'"),
-        (["reproduce", "erase", "--images", "0"], "images=0"),
         (["sample"], "no prompt given; .*--prompts"),
         (["sample", "--prompts", "a rde star"], "'rde'.*did you mean 'red'"),
         (["sample", "--prompts", "star", "--each", "0"], "each=0"),

@@ -213,7 +213,8 @@ def tiny() -> UNet:
 
 def test_noised_states_are_stratified_and_carry_their_labels(tiny):
     images, labels = torch.rand(7, 1, 8, 8, generator=seeded()), torch.arange(7)
-    tuples = noised_tuples(tiny, images, labels, 50, seeded())
+    with tiny.count_nfe() as nfe:
+        tuples = noised_tuples(tiny, images, labels, 50, seeded())
     index = (tuples.t * 1000).round().long() - 1
     assert (index // 20).tolist() == list(range(50)) and tuples.x_t.shape == (50, 1, 8, 8) and len(tuples) == 50
     label = tuples.condition.parts["label"]
@@ -221,7 +222,7 @@ def test_noised_states_are_stratified_and_carry_their_labels(tiny):
     early = noised_tuples(tiny, images, [DIGITS[i] for i in range(7)], 2000, seeded())
     first = early.x_t[0] - tiny.encode_images(images)[early.condition.parts["label"][0]]
     assert float(first.abs().max()) < 0.1  # t = 1/1000: the image that its label names
-    assert tiny.forwards == 0
+    assert nfe.total == 0
 
 
 def test_flow_states_lie_inside_the_path(flux_folder):
@@ -230,24 +231,27 @@ def test_flow_states_lie_inside_the_path(flux_folder):
     assert ((tuples.t * 10).floor().long()).tolist() == list(range(10)) and float(tuples.t.min()) > 0
     with pytest.raises(InputError, match="knows no classes"):
         noised_tuples(model, torch.rand(2, 3, 32, 32), torch.arange(2), 10, seeded())
-    output = ask(model, path_tuples(model, ["red circle"], 3, 2.0, seeded(), 5), batch=2)
-    assert output.gap.shape == (5, 16, 32) and model.forwards == 0
+    with model.count_nfe() as nfe:
+        output = ask(model, path_tuples(model, ["red circle"], 3, 2.0, seeded(), 5), batch=2)
+    assert output.gap.shape == (5, 16, 32) and nfe.total == 0
 
 
 def test_path_states_follow_the_models_guided_steps(tiny):
-    tuples = path_tuples(tiny, ["3", "5"], 4, 2.0, seeded(), 10, batch=2)
+    with tiny.count_nfe() as nfe:
+        tuples = path_tuples(tiny, ["3", "5"], 4, 2.0, seeded(), 10, batch=2)
     grid = tiny.grid(4)
     assert torch.equal(tuples.t, grid[:-1].repeat(3)[:10])
     assert tuples.condition.parts["label"].tolist() == [3] * 4 + [5] * 4 + [3] * 2
     assert torch.equal(tuples.x_t[[0, 4, 8]], tiny.noise(3, seeded()))
-    assert tiny.forwards == 0
+    assert nfe.total == 0
 
 
 def test_asking_in_batches_changes_nothing_and_costs_no_training(tiny):
     tuples = path_tuples(tiny, DIGITS, 5, 1.0, seeded(), 20)
-    whole, parts = ask(tiny, tuples), ask(tiny, tuples, batch=7)
+    with tiny.count_nfe() as nfe:
+        whole, parts = ask(tiny, tuples), ask(tiny, tuples, batch=7)
     assert torch.allclose(whole.conditional, parts.conditional, atol=1e-5) and not whole.gap.requires_grad
-    assert torch.allclose(whole.unconditional, parts.unconditional, atol=1e-5) and tiny.forwards == 0
+    assert torch.allclose(whole.unconditional, parts.unconditional, atol=1e-5) and nfe.total == 0
     assert measure(whole, whole, tuples.t).verdict == "healthy"
 
 

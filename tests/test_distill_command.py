@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
 import re
@@ -25,7 +24,6 @@ from fieldsmith.metrics.classifier import train_classifier
 from fieldsmith.models import load
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
-from fieldsmith.reproduce.distill_summary import Runs, cost_at_equal, shapley
 
 DIGITS = "zoo:digits-unet"
 QUICK = ["--steps", "12", "--batch", "8", "--bank", "1", "--evaluate", "20", "--sampler-steps", "3", "--warmup", "2"]
@@ -229,43 +227,3 @@ def test_the_scale_may_follow_tag_or_a_diagnosis(made, tmp_path, capsys):
     assert "add --guidance" in capsys.readouterr().err
     assert main([*words, "--schedule", "nowhere.json"]) == 2
     assert "neither constant, tag nor" in capsys.readouterr().err
-
-
-def test_a_teacher_may_leave_its_curriculum_to_its_students(tmp_path, capsys):
-    small = ["--steps", "3", "--batch", "8", "--widths", "16", "24"]
-    assert main(["pretrain", "digits-unet", *small, "--curriculum", "tirt", "--out", str(tmp_path / "t")]) == 0
-    numbers = load_file(tmp_path / "t" / "model" / "curriculum.safetensors")["lambda"]
-    assert numbers.shape == (1000,) and bool((numbers != 0).any())
-    words = ["--teacher", str(tmp_path / "t" / "model"), "--scale", "laptop", "--shrink", "3", "--curriculum", "tirt"]
-    words += ["--curriculum-from", "teacher", "--init", "fresh", "--out", str(tmp_path / "s")]
-    assert main(["distill", *QUICK, *words]) == 0
-    for flags, says in ((["--data", "cats"], "data=cats is unknown"), (["--widths", "10"], "multiples of 8"),
-                        (["--label-dropout", "0"], "label_dropout=0")):  # fmt: skip
-        assert main(["pretrain", "digits-unet", *flags, "--out", str(tmp_path / "x")]) == 2
-        assert says in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [(["--seeds", "0"], "at least 2 different seeds"), (["--worlds", "cats"], "digits, shapes"),
-     (["--part", "2", "2"], "no share of the runs"), (["--steps", "0"], "steps=0")],
-)  # fmt: skip
-def test_reproduce_refuses_what_would_end_without_a_summary(words, says, capsys, tmp_path):
-    assert main(["reproduce", "distill", *words, "--out", str(tmp_path / "r")]) == 2
-    assert says in capsys.readouterr().err
-
-
-def test_shares_and_costs_of_the_summary_are_what_they_say():
-    values = {on: 10.0 - 6 * on[0] - 1 * on[1] - 3 * on[0] * on[2] for on in itertools.product((0, 1), repeat=3)}
-    assert shapley(values) == pytest.approx([7.5, 1.0, 1.5])  # the last two share what only both together give
-    runs = Runs([], (0, 1))
-
-    def arm(name, *pairs):
-        runs.arms["w", name] = [{"price": price, "quality": q} for price, q in pairs]
-
-    arm("ours x 0.5", (100, 4.0), (100, 4.0))
-    arm("ours", (400, 1.0), (400, 3.0))
-    arm("rival", (1000, 2.5), (1000, 2.0))
-    found, missed = cost_at_equal(runs, "w", "rival", lambda run: run["quality"])
-    assert missed == 1  # seed 1 never gets there and counts with all it spent; seed 0 does half way in log-cost
-    assert found.value == pytest.approx((0.2 * 0.4) ** 0.5)

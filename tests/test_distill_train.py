@@ -203,10 +203,11 @@ def test_the_log_holds_both_branches_errors_and_they_fall(teacher, tmp_path):
 )
 def test_the_account_is_what_the_networks_really_did(teacher, settings, asked, evaluations):
     config = replace(ONLINE, steps=3, **settings)
-    before = teacher.forwards
-    student, result = taught(teacher, config)
-    assert teacher.forwards - before == result.teacher_forwards == 3 * asked
-    assert student.forwards == result.student_forwards == 3 * 3 * evaluations
+    student = student_of(teacher, config)
+    with teacher.count_nfe() as of_teacher, student.count_nfe() as of_student:
+        result = distill(teacher, student, SOURCE, config, None, "digits", quiet=True)
+    assert of_teacher.total == result.teacher_forwards == 3 * asked
+    assert of_student.total == result.student_forwards == 3 * 3 * evaluations
     assert result.teacher_cost > 1
     assert result.forward_equivalents == result.student_forwards + result.teacher_cost * result.teacher_forwards
 
@@ -214,13 +215,14 @@ def test_the_account_is_what_the_networks_really_did(teacher, settings, asked, e
 def test_a_bank_counts_every_row_that_was_in_a_window(teacher, tmp_path, small_shards):
     """12 steps of 8 pairs at reuse 0.5 slide by three shards, whoever made them."""
     config = replace(ONLINE, bank=100, reuse=0.5, bank_folder=tmp_path / "bank")
-    before = teacher.forwards
-    result = taught(teacher, config)[1]
+    with teacher.count_nfe() as nfe:
+        result = taught(teacher, config)[1]
     made = sorted(file.name for file in (tmp_path / "bank").glob("*.safetensors"))
     assert made == [f"shard-{k:05d}.safetensors" for k in range(4)]  # two at once, from the first to the third
-    assert result.teacher_forwards == 2 * 64 * 4 == teacher.forwards - before
-    again = taught(teacher, config)[1]
-    assert again.teacher_forwards == result.teacher_forwards and teacher.forwards - before == 2 * 64 * 4
+    assert result.teacher_forwards == 2 * 64 * 4 == nfe.total
+    with teacher.count_nfe() as nfe:
+        again = taught(teacher, config)[1]
+    assert again.teacher_forwards == result.teacher_forwards and nfe.total == 0
 
 
 # the bank
@@ -228,9 +230,9 @@ def test_a_bank_counts_every_row_that_was_in_a_window(teacher, tmp_path, small_s
 
 def test_two_banks_share_their_shards(teacher, tmp_path, small_shards):
     first, second = (Bank(tmp_path / "bank", teacher, SOURCE, "digits") for _ in range(2))
-    before = teacher.forwards
-    rows = first.window(0, 2)
-    assert first.teacher_states == teacher.forwards - before == 2 * 2 * small_shards
+    with teacher.count_nfe() as nfe:
+        rows = first.window(0, 2)
+    assert first.teacher_states == nfe.total == 2 * 2 * small_shards
     again = second.window(0, 2)
     assert second.teacher_states == 0
     for name in ("x_t", "t", "prompt", "noise", "conditional", "gap"):
@@ -431,9 +433,9 @@ def test_a_student_that_takes_the_scale_answers_guided_in_one_forward(teacher, b
     with torch.no_grad():
         for w in (1.0, 2.0, 4.0):
             truth = teacher.predict(x_t, t, prompts, guidance=w).value
-            before = student.forwards
-            pred = student.predict(x_t, t, prompts, guidance=w).value
-            assert student.forwards - before == 60
+            with student.count_nfe() as nfe:
+                pred = student.predict(x_t, t, prompts, guidance=w).value
+            assert nfe.total == 60
             assert torch.equal(loaded.predict(x_t, t, prompts, guidance=w).value, pred)
             far = (fresh.predict(x_t, t, prompts, guidance=w).value - truth).square().mean()
             assert float((pred - truth).square().mean()) < 0.5 * float(far)
@@ -510,7 +512,7 @@ def test_every_curriculum_trains(teacher, name, source, normalise):
 
 def test_a_fitted_curriculum_follows_the_frozen_teachers_losses(teacher, monkeypatch):
     """The teacher's losses fall with noise, so tirt and edm2 weigh high noise more; nothing of it is counted."""
-    asked, before = [], teacher.forwards
+    asked = []
     found = loop.teacher_losses
 
     def once(*arguments):
@@ -518,8 +520,9 @@ def test_a_fitted_curriculum_follows_the_frozen_teachers_losses(teacher, monkeyp
         return asked[0]
 
     monkeypatch.setattr(loop, "teacher_losses", once)
-    edm2, tirt = (curriculum_for(teacher, SOURCE, replace(ONLINE, curriculum=name)) for name in ("edm2", "tirt"))
-    assert teacher.forwards == before
+    with teacher.count_nfe() as nfe:
+        edm2, tirt = (curriculum_for(teacher, SOURCE, replace(ONLINE, curriculum=name)) for name in ("edm2", "tirt"))
+    assert nfe.total == 0
     t, losses = asked[0]
     cells = [float(losses[(t > low) & (t <= low + 0.1)].mean()) for low in (0.2, 0.5, 0.8)]
     assert cells == sorted(cells, reverse=True)
@@ -613,12 +616,11 @@ def test_settings_that_cannot_work_are_refused(settings, says):
 
 
 def test_an_objective_without_any_weight_is_refused_before_anything_is_asked(teacher):
-    before = teacher.forwards
-    with pytest.raises(InputError, match="every weight of the objective is 0"):
+    with teacher.count_nfe() as nfe, pytest.raises(InputError, match="every weight of the objective is 0"):
         taught(teacher, replace(ONLINE, objective="dash", imitation=0.0, unconditional=0.0, anchor=0.0))
+    assert nfe.total == 0
     with pytest.raises(InputError, match="'min-srn' is not in the vocabulary of distill's curricula"):
         taught(teacher, replace(ONLINE, curriculum="min-srn"))
-    assert teacher.forwards == before
 
 
 def test_pairs_of_networks_that_do_not_go_together_are_refused(teacher):
@@ -661,9 +663,9 @@ def test_a_teacher_whose_branches_are_one_is_refused_and_nothing_is_written(tmp_
 def test_seeds_share_a_bank_and_other_data_is_refused_before_the_run_begins(teacher, tmp_path, small_shards):
     config = replace(ONLINE, bank=64, reuse=1e6, bank_folder=tmp_path / "bank", steps=2)
     first = taught(teacher, config)[0]
-    before = teacher.forwards
-    other = taught(teacher, replace(config, seed=1))[0]
-    assert teacher.forwards == before and not same(weights(first), weights(other))
+    with teacher.count_nfe() as nfe:
+        other = taught(teacher, replace(config, seed=1))[0]
+    assert nfe.total == 0 and not same(weights(first), weights(other))
     run = Run(tmp_path / "run", "distill", config)
     with pytest.raises(InputError, match=r"another data \(digits, here shapes\)"):
         distill(teacher, student_of(teacher, config), SOURCE, config, run, "shapes", quiet=True)

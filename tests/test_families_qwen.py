@@ -194,8 +194,9 @@ def test_a_distilled_klein_takes_no_guidance(tmp_path: pathlib.Path) -> None:
     model: Any = load(tmp_path)
     condition = asked(model)
     plain = ours(model, condition)
-    assert model.embedded_guidance and torch.equal(ours(model, condition, guidance=3.0), plain)
-    assert model.forwards == 2 * 3 * 3  # one forward each, with guidance too
+    with model.count_nfe() as nfe:
+        assert model.embedded_guidance and torch.equal(ours(model, condition, guidance=3.0), plain)
+    assert nfe.total == 3 * 3  # one forward each, with guidance too
     same(plain, theirs(model, guidance=3.0))
 
 
@@ -321,9 +322,9 @@ def test_gradient_through_predict_is_the_networks(folders: dict[str, pathlib.Pat
     if family in EDITORS:
         condition = model.with_images(condition, pictures(2))
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    model.forwards = 0
-    model.predict(one, t, condition).velocity.square().sum().backward()
-    assert model.forwards == 2 * 3
+    with model.count_nfe() as nfe:
+        model.predict(one, t, condition).velocity.square().sum().backward()
+    assert nfe.total == 2 * 3
     if family == "flux2-klein":
         embeds, txt_ids = pipe.encode_prompt(PROMPTS[:2], max_sequence_length=32)
         source = pipe._encode_vae_image(pictures(2) * 2 - 1, None)

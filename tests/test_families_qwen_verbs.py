@@ -15,12 +15,12 @@ from fieldsmith.methods.edit import loop as edit_loop
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import erase
 from fieldsmith.models import load
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from tests.trained import erase
 
 MAKERS: dict[str, Any] = {
     "flux2-klein": flux2_klein_pipeline,

@@ -31,7 +31,6 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.loop import edit
 from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import erase
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import export, shrink
@@ -53,6 +52,7 @@ from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Named
 from fieldsmith.worlds.scenes_judge import Channel
+from tests.trained import erase
 
 SMALL: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4}
 NAMES = ("cat", "dog")

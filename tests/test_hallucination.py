@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
+from experiments.oracles.likelihood import feature_likelihood, fitted_log_variances
 from fieldsmith.metrics.hallucination import (
     auroc,
     average_precision,
@@ -23,7 +24,6 @@ from fieldsmith.metrics.hallucination import (
     tpr_at,
 )
 from fieldsmith.metrics.intervals import wilson
-from fieldsmith.metrics.likelihood import feature_likelihood, fitted_log_variances
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -240,7 +240,8 @@ def test_gradient_through_predict_is_the_networks() -> None:
     model = tiny_flux()
     x, t, condition = model.noise(2, seeded()), torch.tensor([0.2, 0.9]), model.encode(PROMPTS[:2])
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    model.predict(one, t, condition).velocity.square().sum().backward()
+    with model.count_nfe() as nfe:
+        model.predict(one, t, condition).velocity.square().sum().backward()
     output = model.network(
         hidden_states=two, timestep=t, pooled_projections=condition.parts["pooled"], img_ids=model.image_ids,
         encoder_hidden_states=condition.parts["embeds"], txt_ids=torch.zeros(8, 3),
@@ -248,7 +249,20 @@ def test_gradient_through_predict_is_the_networks() -> None:
     output.square().sum().backward()
     assert one.grad is not None and two.grad is not None
     torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-6)
-    assert model.forwards == 2 * 3
+    assert nfe.total == 2 * 3
+
+
+def test_counters_nest_and_what_is_uncounted_leaves_them_alone() -> None:
+    model = tiny_flux()
+    x, t, condition = model.noise(2, seeded()), torch.tensor([0.2, 0.9]), model.encode(PROMPTS[:2])
+    with torch.no_grad(), model.count_nfe() as outer:
+        with model.count_nfe() as inner:
+            model.predict(x, t, condition)
+        with model.uncounted(), model.count_nfe() as own:
+            model.predict(x, t, condition, guidance=2.0)
+        model.predict(x, t, condition)
+    model.predict(x, t, condition)
+    assert (outer.total, inner.total, own.total) == (4, 2, 4)
 
 
 @pytest.mark.parametrize("make", MAKERS)

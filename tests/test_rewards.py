@@ -17,7 +17,7 @@ from fieldsmith import rewards
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.models.tiny import word_tokenizer
 from fieldsmith.rewards import Named, checked, load
-from fieldsmith.rewards.combined import Asynchronous, normalised, weighted
+from fieldsmith.rewards.combined import Asynchronous, weighted
 from fieldsmith.rewards.learned import FOLDER
 from fieldsmith.rewards.pretrained import CLIP_MEAN, CLIP_STD, linear_layers, preprocess
 from fieldsmith.worlds.shapes import PALETTE, ShapesWorld, caption, concepts
@@ -462,35 +462,6 @@ def test_a_sum_is_differentiable_only_if_all_parts_are():
     assert not mixed(noise().requires_grad_(), PROMPTS).requires_grad
     with pytest.raises(InputError, match="a sum of no rewards"):
         weighted([])
-
-
-def test_normalised_keeps_the_moments_of_all_it_has_seen():
-    judge = normalised(load("brightness"))
-    parts = noise(37).split([1, 20, 16])
-    for part in parts:
-        last = judge(part, [""] * len(part))
-    seen = load("brightness")(torch.cat(parts), [""] * 37).double()
-    assert judge.mean == pytest.approx(seen.mean().item())
-    assert judge.deviation == pytest.approx(seen.std(correction=0).item())
-    torch.testing.assert_close(last.double(), (seen[21:] - judge.mean) / judge.deviation, rtol=1e-3, atol=1e-4)
-
-
-def test_normalised_goes_on_from_a_saved_state():
-    one, other = normalised(load("brightness")), normalised(load("brightness"))
-    one(noise(9), [""] * 9)
-    other.restore(json.loads(json.dumps(one.state())))
-    assert torch.equal(one(noise(3), PROMPTS), other(noise(3), PROMPTS))
-    with pytest.raises(InputError, match="it needs count, mean and squares"):
-        other.restore({"mean": 0.0})
-
-
-def test_normalised_is_zero_where_nothing_varies_and_is_not_spoiled_by_nan():
-    judge = normalised(constant(3.0))
-    assert judge(noise(), PROMPTS).tolist() == [0, 0, 0]
-    broken = normalised(constant(float("nan")))
-    with pytest.raises(RunError, match="NaN"):
-        broken(noise(), PROMPTS)
-    assert broken.count == 0
 
 
 def test_asynchronous_judges_meanwhile_in_order():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.pushforward import (
+from experiments.oracles.pushforward import (
     gap_mass,
     last_steps,
     posterior_covariance,

@@ -110,7 +110,7 @@ def sharpen(
 ) -> Result:
     """Train a model, or a guide beside it, so that fewer samples lie where its data have none (VSM, rivals, and ours).
 
-    `data` is columns, cards, chess, a folder of images or images themselves, and then `judge` says which images are
+    `data` is columns, cards, a folder of images or images themselves, and then `judge` says which images are
     valid: a function of images (n, channels, size, size) in [0, 1] that gives n bools or pairs (bool, reason), its
     name, or an http address. Every field of SharpenConfig is a keyword; `config` takes the whole. out=None writes
     nothing. Raises InputError before anything is trained or written, RunError where training or judging breaks.
@@ -121,7 +121,7 @@ def sharpen(
     def sized(channels: int, size: int) -> JudgedWorld:
         verdict = judge if callable(judge) else config.judge and _there(config.judge)
         if data is None or isinstance(data, (str, pathlib.Path)):
-            name = data_of(config.model, "columns, cards, chess") if config.data == "auto" else config.data
+            name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
             return catalogue.load(_there(name), size, verdict, channels)
         if hasattr(data, "sample"):
             return data  # type: ignore[return-value]

@@ -23,10 +23,8 @@ VERBS = {
     "own results, or how far to trust a judge of edits.",
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
-    "pretrain": "Train a zoo model from its recipe.",
     "sample": "Draw a grid of images from a model.",
     "evaluate": "Judge what a model draws, prompt by prompt.",
-    "reproduce": "Repeat the papers' claims at laptop scale; writes results/VERB.",
     "demo": "Each verb once on small models, and the page that leads to what they made.",
 }
 
@@ -75,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb in METHODS:
             importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
         else:
-            module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
+            module = "models" if verb in ("sample", "evaluate") else verb
             getattr(importlib.import_module(f"fieldsmith.commands.{module}"), verb)(words[1:])
     except SystemExit as end:  # --help
         return int(end.code or 0)

@@ -1,8 +1,8 @@
-"""What a run is told: settings with bounds on their fields, the groups that verbs share, TOML files, checks in one place.
+"""What a run is told: settings with bounds on their fields, the groups that verbs share, TOML files.
 
-A verb's config is a frozen pydantic dataclass made by `@config`; groups such as `LoraConfig` are inherited, so that every
-setting is one flat name in Python, on the command line and in a file. Bad values raise InputError in one sentence.
-Importing this costs no torch: the command line parses from it before anything heavy loads.
+A verb's config is a frozen pydantic dataclass made by `@config`; groups such as `LoraConfig` are inherited, so that
+every setting is one flat name in Python, on the command line and in a file. A bad value raises InputError in one
+sentence. Importing this costs no torch: the command line parses from it before anything heavy loads.
 """
 
 from __future__ import annotations

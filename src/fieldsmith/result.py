@@ -85,7 +85,7 @@ class Result:
             model.save(path, merged=format == "merged")
             return path
         if not model.spec:
-            raise InputError(f"this run trained full weights, which no adapter file holds; save(format='merged')")
+            raise InputError("this run trained full weights, which no adapter file holds; save(format='merged')")
         if path.suffix != ".safetensors":
             raise InputError(f"'{path}' is no name of a safetensors file; call it {path}.safetensors")
         check_format(model.family, format)

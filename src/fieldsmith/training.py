@@ -51,6 +51,7 @@ class Optimisation:
     checkpoint_every: int = 50
     block: int = 1  # steps that share what the first of them drew: checkpoints fall between blocks only
     seed: int = 0
+    optimizer: str = "adamw"  # a name in optimizers.OPTIMIZERS
 
 
 def optimisation_of(config: FitConfig) -> Optimisation:
@@ -89,7 +90,7 @@ def fit(
     Raises RunError at a loss or gradient that is not finite: parameters and checkpoints stay at the last good step.
     """
     params = list(parameters.values())
-    optimizer = adamw(params, optimisation.lr, optimisation.weight_decay)
+    optimizer = adamw(params, optimisation.lr, optimisation.weight_decay, optimisation.optimizer)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
     first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
     began, done, whole = time.monotonic(), first, True

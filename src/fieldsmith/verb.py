@@ -1,4 +1,4 @@
-"""What every verb does, written once: check, open the run, load, prepare, preflight, train, ship, measure, write the page.
+"""What every verb does, written once: check, load, prepare, preflight, train, ship, measure, write the page.
 
 A verb gives four functions (`Verb`): `prepare` makes a `Job` of a model and a config, `measure` looks at the model
 before and after, `report` compares the two. Everything else about a run is here.
@@ -7,11 +7,10 @@ before and after, `report` compares the two. Everything else about a run is here
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -36,7 +35,7 @@ Callback = Callable[[int, dict[str, float]], "str | None"]  # steps done, the st
 
 @dataclass
 class Job:
-    """What a verb prepared: which tensors train, on which losses, how it is checked, and what is looked at afterwards."""
+    """What a verb prepared: which tensors train, on which losses, how it is checked, what is looked at afterwards."""
 
     model: Model  # whose weights train: the model itself, a student, a guide
     losses: Losses
@@ -44,11 +43,11 @@ class Job:
     parameters: dict[str, Tensor]  # all that moves, or that a checkpoint must hold
     checks: Callable[[bool], list[Check]]  # preflight; told whether the run resumes, when rollouts are not repeated
     stop: Callback | None = None
+    inputs: Any = None  # what the run was given beside its settings: a world, a judge, data
     begin: Callable[[], None] = lambda: None  # called once all is checked, before the first step
     stopped: str = ""  # why no step is taken, where none is
     trained: Any = None  # what is measured after training; None: the model
     base: Any = None  # what is measured before; None: the model under `reference()`
-    context: Any = None  # what `measure` and `report` need of the preparation, such as the data
     ship: Callable[[Model, pathlib.Path], str] = lambda model, folder: _ship(model, folder)
     cost: Callable[[Fit, int], dict[str, Any]] = lambda done, nfe: {"nfe": nfe}  # for metrics.json
     facts: Callable[[], dict[str, Any]] = dict  # more for metrics.json, asked after training
@@ -82,7 +81,6 @@ class Outcome:
 
     config: Any
     job: Job
-    inputs: Any
     model: Model
     before: Any  # what `measure` gave for the reference
     after: Any
@@ -141,7 +139,7 @@ def run(
                 before = verb.measure(base, config, job, "before")
             after = verb.measure(job.trained if job.trained is not None else job.model, config, job, "after")
         history = folder.history() if folder else []
-        metrics |= verb.report(page, Outcome(config, job, inputs, model, before, after, metrics, history, folder))
+        metrics |= verb.report(page, Outcome(config, job, model, before, after, metrics, history, folder))
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
         page.text("", f"{verb.evaluated} is 0: nothing was measured.")
@@ -260,12 +258,12 @@ def curves(page: Page, outcome: Outcome, panels: dict[str, tuple[str, ...]]) -> 
                 series[key] = ([row["step"] for row in rows], [row[key] for row in rows])
         if series:
             drawn.append(Panel(title, series, "step"))
-    cost, m = outcome.metrics["nfe"], outcome.metrics
+    done = outcome.metrics
     calls = int(sum(row.get("reward calls", 0) for row in outcome.history))
     judged = f", {calls:,} reward calls" if calls else ""
-    note = f"{m['steps']} steps, {m['seconds']:.0f} s, {cost:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
+    cost = f"{done['nfe']:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
     if drawn:
-        page.curves("The run", drawn, note=f"{note}{judged}.")
+        page.curves("The run", drawn, note=f"{done['steps']} steps, {done['seconds']:.0f} s, {cost}{judged}.")
 
 
 def _ship(model: Model, folder: pathlib.Path) -> str:

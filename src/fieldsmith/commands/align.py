@@ -85,8 +85,8 @@ def run(config: AlignConfig, fits: Memory = memory.DEFAULT) -> Run:
         console.print(f"this run is complete: {directory.folder / 'report.html'}")
         return directory
     model = memory.loaded(fits, config.model, config.resolution)
-    with memory.trained(fits, model):
-        result = loop.align(model, config, reward, directory)
+    memory.prepare_training(fits, model)
+    result = loop.align(model, config, reward, directory, optimizer=fits.optimizer)
     shipped = "adapter" if model.spec else "model"
     model.save(directory.folder / shipped)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s; judging what changed")

@@ -113,7 +113,7 @@ def run(config: AuditConfig) -> Run:
     if config.reference == "auto" and not truths and setting.reward.differentiable:
         kind = "pathwise"
     pool = max(32, min(64, config.samples // 2))
-    with console.status("measuring") as status:
+    with console.status("measuring") as status, setting.model.count_nfe() as nfe:
         moments = measure(setting, ids, config.states, config.samples, kind, pool, truths, status.update)
     directory.begin()
     presets = {
@@ -128,7 +128,7 @@ def run(config: AuditConfig) -> Run:
     metrics = {
         "method": "audit",
         "seconds": time.monotonic() - began,
-        "forward_equivalents": setting.model.forwards,
+        "forward_equivalents": setting.prepared + nfe.total,
         "recommendation": words,
         "reference": kind,
         "numbers": numbers,

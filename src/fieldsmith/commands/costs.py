@@ -44,11 +44,10 @@ def forwards_of_one(model: Model, guidance: float | None) -> int:
     """Forwards that a prediction at one state takes: two where guidance has two branches."""
     if guidance in (None, 1.0) and not getattr(model, "scales", None):
         return 1
-    spent, one = model.forwards, asked(model, 1)
-    with torch.no_grad():
+    one = asked(model, 1)
+    with torch.no_grad(), model.count_nfe() as nfe:
         model.predict(one.x, one.t, one.condition, guidance)
-    found, model.forwards = model.forwards - spent, spent
-    return found
+    return nfe.total
 
 
 def erase(model: Model, config: EraseConfig) -> Cost:

@@ -53,7 +53,7 @@ class DiagnoseConfig:
     """What it was distilled from, in the same states and with the same classes."""
     data: str | None = None
     """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used.
-    With --smoothness: columns, cards, chess or a folder; None: what the model's card names."""
+    With --smoothness: columns, cards or a folder; None: what the model's card names."""
     judge: str | None = None
     """With --smoothness and a folder: module:function, file.py:function or http:// address that says what is valid."""
     prompts: tuple[str, ...] = ()
@@ -248,11 +248,9 @@ def _kind(model: Model) -> str:
     """The form in which the network predicts."""
     import torch
 
-    counted = model.forwards
     with torch.no_grad():
         x = model.noise(1, torch.Generator().manual_seed(0))
         said = model.predict(x, model.grid(1)[0], model.encode([""]))
-    model.forwards = counted
     return said.kind
 
 

@@ -64,7 +64,7 @@ def run(config: DiagnoseConfig) -> Run:
         raise InputError(f"steps={config.steps}: {error}") from error
     generator = torch.Generator().manual_seed(config.seed)
     field = field_of(model)
-    with console.status("measuring"):
+    with console.status("measuring"), model.count_nfe() as nfe:
         states = None if world is None else model.encode_images(world.sample(config.samples, 7 + config.seed))
         found = profile(
             field, model.noise(config.samples, generator), grid, generator, clip=model.clip, iterations=6,
@@ -74,7 +74,7 @@ def run(config: DiagnoseConfig) -> Run:
     directory.begin()
     metrics: dict[str, Any] = {
         "method": "diagnose", "instrument": "smoothness", "seconds": time.monotonic() - began,
-        "forward_equivalents": model.forwards, "profile": found.to_json(), **detectors,
+        "forward_equivalents": nfe.total, "profile": found.to_json(), **detectors,
     }  # fmt: skip
     metrics["words"] = _words(metrics)
     _page(config, metrics, directory).write(directory.folder / "report.html")

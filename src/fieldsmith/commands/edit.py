@@ -76,8 +76,8 @@ def run(config: EditConfig, fits: Memory = memory.DEFAULT) -> Run:
     model = memory.loaded(fits, config.model, config.resolution)
     check_editor(model)
     channel = Channel(config.contrast, config.blur, config.noise)
-    with memory.trained(fits, model):
-        result = loop.edit(model, config, task, channel, directory)
+    memory.prepare_training(fits, model)
+    result = loop.edit(model, config, task, channel, directory, fits.optimizer)
     shipped = "adapter" if model.spec else "model"
     model.save(directory.folder / shipped)
     console.print(f"{result.steps} steps in {result.seconds:.0f} s ({result.stopped}); running held-out sessions")
@@ -182,7 +182,6 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
     from fieldsmith.models.editing import edit, encode_unique, quantised
     from fieldsmith.training import step_generator
 
-    spent = model.forwards
     sessions = task.draw(config.evaluate, HELD_OUT + config.seed)
     first = quantised(sessions.clean(0))
     before = source = first
@@ -191,7 +190,8 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
     for turn in range(1, sessions.turns + 1):
         generator = step_generator(config.seed, turn, stream=9)
         told_ = encode_unique(model, sessions.prompts(turn))
-        after = edit(model, told_, source, generator, config.evaluate_steps, config.guidance)
+        with model.uncounted():
+            after = edit(model, told_, source, generator, config.evaluate_steps, config.guidance)
         scores = processes.once(partial(task.judge, sessions, turn, before, after, first))
         for name, given in (("following", scores.following), ("consistency", scores.consistency)):
             if not bool(given.isfinite().all()):
@@ -200,5 +200,4 @@ def _judged(model: Model, config: EditConfig, task: Task, channel: Channel, show
         images.append(after)
         words.append(sessions.prompts(turn)[:shown])
         before, source = after, channel(after, generator)
-    model.forwards = spent
     return Measured(numbers, torch.stack(images, 1)[:shown], words, [[None] * shown for _ in words])

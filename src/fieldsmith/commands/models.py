@@ -1,6 +1,6 @@
-"""`pretrain`, `sample`, `evaluate` and `reproduce`: making, drawing, judging models, and repeating the papers' claims.
+"""`sample` and `evaluate`: what a model draws, and what its world's judge says of it.
 
-In: the words after the verb. Out: a zoo model, a PNG grid, a table of verdicts, or results/VERB.
+In: the words after the verb. Out: a PNG grid, or a table of verdicts.
 """
 
 from __future__ import annotations
@@ -11,52 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fieldsmith.commands import arguments
-from fieldsmith.errors import InputError, check_word
-
-RECIPES: dict[str, dict[str, Any]] = {  # what each changes of the recipe in zoo/shapes_flux.py
-    "shapes-flux": {},
-    "shapes-flux-small": {"heads": 1, "steps": 6_000},  # right in half of its images: room for a reward
-}
-CLASS_RECIPES: dict[str, dict[str, Any]] = {  # of the recipe in zoo/class_unet.py
-    "digits-unet": {},
-    "shapes-unet": {"data": "shapes", "widths": (24, 48, 64), "steps": 5_500},
-}
-JUDGED_RECIPES: dict[str, dict[str, Any]] = {"columns-ddpm": {}}  # of the recipe in zoo/judged_ddpm.py
-EDITOR_RECIPES: dict[str, dict[str, Any]] = {"scenes-kontext": {}}  # of the recipe in zoo/scenes_kontext.py
-CLAIMS = ("erase", "align", "distill", "sharpen", "edit")
-
-
-def pretrain(words: Sequence[str]) -> None:
-    """fieldsmith pretrain RECIPE --out DIR [--field value ...]; resumes where it was interrupted."""
-    recipe, rest = _first(words, (*RECIPES, *CLASS_RECIPES, *JUDGED_RECIPES, *EDITOR_RECIPES), "pretrain", "recipes")
-    out = arguments.take(rest, "--out")
-    from fieldsmith.zoo import class_unet, judged_ddpm, scenes_kontext, shapes_flux
-
-    default: Any
-    if recipe in RECIPES:
-        default = shapes_flux.ShapesFlux(**RECIPES[recipe])
-    elif recipe in JUDGED_RECIPES:
-        default = judged_ddpm.JudgedDDPM(**JUDGED_RECIPES[recipe])
-    elif recipe in EDITOR_RECIPES:
-        default = scenes_kontext.ScenesKontext(**EDITOR_RECIPES[recipe])
-    else:
-        default = class_unet.ClassUNet(**CLASS_RECIPES[recipe])
-    config = arguments.parse(default, rest, f"pretrain {recipe}", "Also: --out DIR, the folder to write.")
-    if out is None:
-        raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{recipe}")
-    counts = ("images", "sessions", "heads", "layers", "vae_steps", "vae_batch", "steps", "batch", "threads")
-    arguments.at_least(config, 1, *(name for name in counts if hasattr(config, name)))
-    arguments.at_least(config, 0, *(name for name in ("vae_lr", "kl", "lr", "ema") if hasattr(config, name)))
-    arguments.check_out(pathlib.Path(out), folder=True)
-    if isinstance(config, class_unet.ClassUNet):
-        class_unet.train(config, pathlib.Path(out))
-    elif isinstance(config, judged_ddpm.JudgedDDPM):
-        judged_ddpm.train(config, pathlib.Path(out))
-    elif isinstance(config, scenes_kontext.ScenesKontext):
-        scenes_kontext.train(config, pathlib.Path(out))
-    else:
-        shapes_flux.train(config, pathlib.Path(out), recipe)
-    print(f"pipeline: {pathlib.Path(out) / 'model'}")
+from fieldsmith.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -192,41 +147,6 @@ def evaluate(words: Sequence[str]) -> None:
     if config.out:
         numbers = {k: {"value": v.value, "low": v.low, "high": v.high, "n": v.n} for k, v in rows.items()}
         write_atomically(config.out, json.dumps(numbers, indent=1) + "\n")
-
-
-def reproduce(words: Sequence[str]) -> None:
-    """fieldsmith reproduce VERB [--out results] [--field value ...]; resumable, one run at a time."""
-    claim, rest = _first(words, CLAIMS, "reproduce", "verbs with claims")
-    if claim == "align":
-        from fieldsmith.reproduce import align
-
-        align.main(arguments.parse(align.ReproduceAlign(), rest, "reproduce align"))
-    elif claim == "distill":
-        from fieldsmith.reproduce import distill
-
-        distill.main(arguments.parse(distill.ReproduceDistill(), rest, "reproduce distill"))
-    elif claim == "sharpen":
-        from fieldsmith.reproduce import sharpen
-
-        sharpen.main(arguments.parse(sharpen.ReproduceSharpen(), rest, "reproduce sharpen"))
-    elif claim == "edit":
-        from fieldsmith.reproduce import edit
-
-        edit.main(arguments.parse(edit.ReproduceEdit(), rest, "reproduce edit"))
-    else:
-        from fieldsmith.reproduce import erase
-
-        erase.main(arguments.parse(erase.ReproduceErase(), rest, "reproduce erase"))
-
-
-def _first(words: Sequence[str], known: tuple[str, ...], verb: str, kind: str) -> tuple[str, list[str]]:
-    if not words:
-        raise InputError(f"no name given after `fieldsmith {verb}`; {kind}: {', '.join(known)}")
-    if words[0] in ("-h", "--help"):
-        print(f"usage: fieldsmith {verb} NAME [--field value ...]; {kind}: {', '.join(known)}")
-        raise SystemExit(0)
-    check_word(words[0], known, f"the {kind}")
-    return words[0], list(words[1:])
 
 
 def _sampler(config: SampleConfig | EvaluateConfig):  # type: ignore[no-untyped-def]

@@ -27,14 +27,14 @@ from fieldsmith.worlds.shapes import Concept, ShapesWorld, caption
 @contextlib.contextmanager
 def _frozen(model: Model) -> Iterator[None]:
     """Nothing of the network trains inside `with`, and nothing done there counts as cost."""
-    trained, counted = model.trainable(), model.forwards
+    trained = model.trainable()
     model.network.requires_grad_(False)
     try:
-        yield
+        with model.uncounted():
+            yield
     finally:
         for p in trained.values():
             p.requires_grad_(True)
-        model.forwards = counted
 
 
 def _flow_loss(model: Model, x_0: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
@@ -133,26 +133,25 @@ def relearning(
     condition = model.encode([caption(concept) for concept in chosen])
     trained = model.trainable()
     originals = {name: p.detach().clone() for name, p in trained.items()}
-    counted = model.forwards
     optimizer = torch.optim.AdamW(list(trained.values()), lr=lr)
     try:
-        for step in range(most):
-            if step % 5 == 0:
-                seen = detected(
-                    sampler(model), world, target, plain_prompts(target), 32 // len(plain_prompts(target)), 1
-                )
-                if seen.value >= 0.5:
-                    return step
-            optimizer.zero_grad()
-            with whole():  # nobody averages these gradients
-                _flow_loss(model, latents, condition, generator).backward()
-            optimizer.step()
+        with model.uncounted():
+            for step in range(most):
+                if step % 5 == 0:
+                    seen = detected(
+                        sampler(model), world, target, plain_prompts(target), 32 // len(plain_prompts(target)), 1
+                    )
+                    if seen.value >= 0.5:
+                        return step
+                optimizer.zero_grad()
+                with whole():  # nobody averages these gradients
+                    _flow_loss(model, latents, condition, generator).backward()
+                optimizer.step()
         return most
     finally:
         for name, p in trained.items():
             p.data.copy_(originals[name])
             p.grad = None
-        model.forwards = counted
 
 
 def battery(model: Model, world: ShapesWorld, target: Concept, seed: int = 0) -> dict[str, Any]:

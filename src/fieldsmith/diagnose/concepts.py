@@ -42,15 +42,15 @@ def sampler(model: Model, steps: int = 28, guidance: Guidance = None, batch: int
 
     @torch.no_grad()
     def draw(prompts: Sequence[str], seed: int) -> Tensor:
-        counted, images = model.forwards, []
+        images = []
         names = sorted(set(prompts))
         encoded = model.encode(names)
         noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
         rows = torch.tensor([names.index(prompt) for prompt in prompts])
-        for part in torch.arange(len(prompts)).split(batch):
-            field = guided_field(model, encoded[rows[part]], guidance)
-            images.append(model.decode(rollout(field, noise[part], model.grid(steps), clip=model.clip).last))
-        model.forwards = counted
+        with model.uncounted():
+            for part in torch.arange(len(prompts)).split(batch):
+                field = guided_field(model, encoded[rows[part]], guidance)
+                images.append(model.decode(rollout(field, noise[part], model.grid(steps), clip=model.clip).last))
         return torch.cat(images)
 
     return draw

@@ -60,31 +60,30 @@ def exposure(
     where the model takes no source images.
     """
     check_editor(model)
-    spent = model.forwards
     channel = channel or Channel()
     first = quantised(sessions.clean(0))
     source, before = first, first
     own, clean, images = [], [], [first]
-    for turn in range(1, sessions.turns + 1):
-        condition = encode_unique(model, sessions.prompts(turn))
-        after = edit(model, condition, source, _draws(seed, turn), steps, guidance)
-        own.append(judge(sessions, turn, before, after, first))
-        if forced:
-            planned = quantised(sessions.clean(turn - 1))
-            again = edit(model, condition, planned, _draws(seed, turn), steps, guidance)
-            clean.append(judge(sessions, turn, planned, again, first))
-        images.append(after)
-        before, source = after, channel(after, _draws(seed, turn, 1))
-    drift, artefacts = [], []
-    first = first[:still_sessions]
-    now, condition = first, encode_unique(model, [NOTHING] * len(first))
-    for turn in range(1, still + 1):
-        now = edit(model, condition, now, _draws(seed, turn, 2), steps, guidance)
-        apart = (now - first).square()
-        drift.append(1 - torch.exp(-sessions.world.split(apart).mean((2, 3, 4)) / 0.0075).mean(1))
-        artefacts.append(apart.mean((1, 2, 3)).sqrt())
-        now = channel(now, _draws(seed, turn, 3))
-    model.forwards = spent
+    with model.uncounted():
+        for turn in range(1, sessions.turns + 1):
+            condition = encode_unique(model, sessions.prompts(turn))
+            after = edit(model, condition, source, _draws(seed, turn), steps, guidance)
+            own.append(judge(sessions, turn, before, after, first))
+            if forced:
+                planned = quantised(sessions.clean(turn - 1))
+                again = edit(model, condition, planned, _draws(seed, turn), steps, guidance)
+                clean.append(judge(sessions, turn, planned, again, first))
+            images.append(after)
+            before, source = after, channel(after, _draws(seed, turn, 1))
+        drift, artefacts = [], []
+        first = first[:still_sessions]
+        now, condition = first, encode_unique(model, [NOTHING] * len(first))
+        for turn in range(1, still + 1):
+            now = edit(model, condition, now, _draws(seed, turn, 2), steps, guidance)
+            apart = (now - first).square()
+            drift.append(1 - torch.exp(-sessions.world.split(apart).mean((2, 3, 4)) / 0.0075).mean(1))
+            artefacts.append(apart.mean((1, 2, 3)).sqrt())
+            now = channel(now, _draws(seed, turn, 3))
     return Exposure(
         tuple(own), tuple(clean) if forced else None, torch.stack(images, 1),
         torch.stack(drift) if drift else None, torch.stack(artefacts) if artefacts else None,

@@ -6,10 +6,9 @@ gap = conditional - unconditional, e = student - teacher; everything "per pixel"
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,7 +102,7 @@ def path_tuples(
     condition = _encoded(model, [prompts[i % len(prompts)] for i in range(chains)])
     noise, grid = model.noise(chains, generator), model.grid(steps)
     found = []
-    with torch.no_grad(), _uncounted(model):
+    with torch.no_grad(), model.uncounted():
         for rows in torch.arange(chains, device=model.device).split(batch):
             field = partial(model.predict, condition=condition[rows], guidance=guidance)
             found.append(rollout(field, noise[rows], grid, clip=model.clip).states[:-1])
@@ -120,16 +119,6 @@ def _encoded(model: Model, prompts: Sequence[str]) -> Condition:
         return model.encode(names)[rows]
 
 
-@contextlib.contextmanager
-def _uncounted(model: Model) -> Iterator[None]:
-    """What is spent inside is no training cost."""
-    counted = model.forwards
-    try:
-        yield
-    finally:
-        model.forwards = counted
-
-
 @torch.no_grad()
 def ask(model: Model, tuples: Tuples, batch: int = 256) -> Branches:
     """Both branches at every state, each (n, ...), without gradient and without counting as training cost.
@@ -137,7 +126,7 @@ def ask(model: Model, tuples: Tuples, batch: int = 256) -> Branches:
     Raises InputError where the model has no null condition.
     """
     output = []
-    with _uncounted(model):
+    with model.uncounted():
         for rows in torch.arange(len(tuples), device=tuples.t.device).split(batch):
             output.append(branches(model, tuples.x_t[rows], tuples.t[rows], tuples.condition[rows]))
     return Branches(torch.cat([b.conditional for b in output]), torch.cat([b.unconditional for b in output]))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
-from fieldsmith.models.parts import in_parts
+from fieldsmith.models.parts import by_rows
 from fieldsmith.paths import Kind, Path, Prediction
 
 
@@ -71,12 +71,20 @@ class LoraSpec:
     seed: int = 0  # of the adapter's random half; the other half starts at zero
 
 
+@dataclass(eq=False)
+class Nfe:
+    """Network function evaluations: a forward of one state is 1, its backward 2 more."""
+
+    total: int = 0
+
+
 class Model:
     """A diffusers pipeline as one field. `network` is the denoiser; everything else of the pipeline stays frozen."""
 
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
     PART: ClassVar[str] = "transformer"  # the network's name in its pipeline, and so in the keys of its LoRA files
+    ERASE_SUBSET: ClassVar[str] = "attention"  # what trains where concepts are erased and no subset is named
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
     clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path
@@ -84,15 +92,9 @@ class Model:
     pipeline: Any
     network: Any  # an nn.Module with diffusers' config, whose fields no checker knows
 
-    def __init_subclass__(cls) -> None:
-        """What treats rows apart is shared out among processes, whatever the family."""
-        for name in ("_say", "decode", "encode_images"):
-            if name in cls.__dict__:
-                setattr(cls, name, in_parts(cls.__dict__[name]))
-
     def __init__(self, pipeline: Any, network: nn.Module, name: str):
         self.pipeline, self.network, self.name = pipeline, network, name
-        self.forwards = 0  # forward-equivalents spent: a forward of one state is 1, its backward 2
+        self._counters: list[Nfe] = []  # those that are open now
         self.spec: LoraSpec | None = None
         self._off = False
         self._scale = 1.0  # of the adapter's effect
@@ -119,10 +121,17 @@ class Model:
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
         raise NotImplementedError
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def _encode_images(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
+        """The raw network at x_t (batch, ...), one row of t and condition each: a Tensor, or a tuple of them and None.
+
+        `predict` asks it through `forward`, which shares the rows out among processes and counts them.
+        """
         raise NotImplementedError
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
@@ -137,6 +146,51 @@ class Model:
         Raises InputError where that depends on more than words.
         """
         raise InputError(f"what prompts of family {self.family} become is not known without its weights; no plan")
+
+    # what every family does alike
+
+    def forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
+        """The raw network at x_t (batch, ...), one row of t and condition each; its evaluations are counted."""
+        output = by_rows(self._forward, x_t, t, *condition)
+        first = output[0] if isinstance(output, tuple) else output
+        self.add_nfe(len(x_t) * (3 if first.requires_grad else 1))
+        return output
+
+    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+        """Images (batch, 3, height, width) in [0, 1] of latents; `grad` lets a reward's gradient through."""
+        with torch.set_grad_enabled(grad):
+            images: Tensor = by_rows(self._decode, latents)
+        return images
+
+    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
+        """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]."""
+        with torch.set_grad_enabled(grad):
+            latents: Tensor = by_rows(self._encode_images, images)
+        return latents
+
+    @contextlib.contextmanager
+    def count_nfe(self) -> Iterator[Nfe]:
+        """Count network evaluations inside `with`. Several counters may be open at once, and each counts."""
+        counter = Nfe()
+        self._counters.append(counter)
+        try:
+            yield counter
+        finally:
+            self._counters.remove(counter)
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Counters opened before this `with` count nothing inside it: for checks and diagnostics."""
+        before, self._counters = self._counters, []
+        try:
+            yield
+        finally:
+            self._counters = before
+
+    def add_nfe(self, n: int) -> None:
+        """Add n network evaluations to every open counter."""
+        for counter in self._counters:
+            counter.total += n
 
     # training
 
@@ -290,10 +344,6 @@ class Model:
         for layer in self._tuners().values():
             layer.set_scale("default", scale)
         self._scale = scale
-
-    def spend(self, states: int, output: Tensor) -> None:
-        """Count a forward of `states` states, and its backward where one will follow."""
-        self.forwards += states * (3 if output.requires_grad else 1)
 
     # what the user ships
 

@@ -138,12 +138,12 @@ class ClassDDPM(Model):
         t = t.to(x_t).expand(len(x_t))
         label = condition.repeat(len(x_t)).parts["label"]
         if self.scales:
-            value, raw = self._forward(x_t, t, label * len(self.scales) + self._scale_index(guidance))
+            value, raw = self.forward(x_t, t, label * len(self.scales) + self._scale_index(guidance))
         elif guidance is None or guidance == 1.0:
-            value, raw = self._forward(x_t, t, label)
+            value, raw = self.forward(x_t, t, label)
         else:
             null = torch.full_like(label, self._null_label(f"guidance={guidance}"))
-            value, raw = self._forward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((label, null)))
+            value, raw = self.forward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((label, null)))
             conditional, unconditional = value.chunk(2)
             value = guide(conditional, unconditional, guidance)
             raw = None if raw is None else raw[: len(x_t)]
@@ -167,7 +167,6 @@ class ClassDDPM(Model):
         output: Tensor = self.network(
             x_t.to(dtype), self._index(t), class_labels=rows if self.conditional else None, return_dict=False
         )[0].to(x_t.dtype)
-        self.spend(len(x_t), output)
         if self.learns_variance:
             return output[:, : self.channels], output[:, self.channels :]
         return output, None

@@ -59,8 +59,8 @@ class DiT(ClassDDPM):
     def of(self, pipeline: Any) -> DiT:
         return DiT(pipeline, self.name, None, self.classes, self.scales)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        return decoded(self.pipeline.vae, latents, grad)
+    def _decode(self, latents: Tensor) -> Tensor:
+        return decoded(self.pipeline.vae, latents)
 
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        return encoded(self.pipeline.vae, images, grad)
+    def _encode_images(self, images: Tensor) -> Tensor:
+        return encoded(self.pipeline.vae, images)

@@ -31,6 +31,7 @@ class Flux(Prompted):
         "text-inputs": r"context_embedder|time_text_embed\.text_embedder\.linear_1",
         "all-linear": r".*",
     }
+    ERASE_SUBSET = "qk_dual"
     path = RectifiedFlow()
     kind: Kind = "velocity"
 
@@ -103,25 +104,19 @@ class Flux(Prompted):
             img_ids=ids.to(x_t.device),
             return_dict=False,
         )[0]
-        velocity = output[:, : x_t.shape[1]].to(x_t.dtype)
-        self.spend(len(x_t), velocity)
-        return velocity
+        return output[:, : x_t.shape[1]].to(x_t.dtype)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images (batch, 3, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
+    def _decode(self, latents: Tensor) -> Tensor:
         vae: Any = self.pipeline.vae
         size = self.resolution
-        with torch.set_grad_enabled(grad):
-            unpacked = FluxPipeline._unpack_latents(latents, size, size, self.pipeline.vae_scale_factor)
-            unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-            images: Tensor = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
-            return (images / 2 + 0.5).clamp(0, 1).to(latents.dtype)
+        unpacked = FluxPipeline._unpack_latents(latents, size, size, self.pipeline.vae_scale_factor)
+        unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
+        images: Tensor = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1).to(latents.dtype)
 
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]: (batch, tokens, channels)."""
+    def _encode_images(self, images: Tensor) -> Tensor:
         vae: Any = self.pipeline.vae
-        with torch.set_grad_enabled(grad):
-            latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
-            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-            packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
-            return packed
+        latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+        return packed

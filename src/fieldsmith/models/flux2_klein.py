@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition
+from fieldsmith.models.parts import by_rows
 from fieldsmith.models.prompted import Prompted, flow_times
 from fieldsmith.models.sources import check_images, check_latents, check_rows, joined, several, shared
 from fieldsmith.paths import Kind, RectifiedFlow
@@ -95,7 +96,8 @@ class Flux2Klein(Prompted):
                     f"{LARGEST}; resize them"
                 )
         check_rows(condition, *sources)  # before the work
-        latents = [self._encoded(source.to(self.device), grad) for source in sources]
+        with torch.set_grad_enabled(grad):
+            latents = [by_rows(self._encoded, source.to(self.device)) for source in sources]
         return self._with_source(condition, latents)
 
     def with_latents(self, condition: Condition, source: Tensor) -> Condition:
@@ -126,30 +128,24 @@ class Flux2Klein(Prompted):
             img_ids=ids.to(x_t.device),
             return_dict=False,
         )[0]
-        velocity = output[:, : x_t.shape[1]].to(x_t.dtype)
-        self.spend(len(x_t), velocity)
-        return velocity
+        return output[:, : x_t.shape[1]].to(x_t.dtype)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images (batch, 3, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
+    def _decode(self, latents: Tensor) -> Tensor:
         vae: Any = self.pipeline.vae
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
         deviation = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt().to(latents)
-        with torch.set_grad_enabled(grad):
-            patches = self.pipeline._unpatchify_latents(self._unpacked(latents) * deviation + mean)
-            images: Tensor = vae.decode(patches.to(vae.dtype), return_dict=False)[0]
-            return (images / 2 + 0.5).clamp(0, 1).to(latents.dtype)
+        patches = self.pipeline._unpatchify_latents(self._unpacked(latents) * deviation + mean)
+        images: Tensor = vae.decode(patches.to(vae.dtype), return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1).to(latents.dtype)
 
     def _unpacked(self, latents: Tensor) -> Tensor:
         return latents.mT.unflatten(2, (self.side, self.side))
 
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]: (batch, tokens, channels)."""
-        packed: Tensor = self.pipeline._pack_latents(self._encoded(images, grad))
+    def _encode_images(self, images: Tensor) -> Tensor:
+        packed: Tensor = self.pipeline._pack_latents(self._encoded(images))
         return packed
 
-    def _encoded(self, images: Tensor, grad: bool) -> Tensor:
-        with torch.set_grad_enabled(grad):
-            pixels = (images * 2 - 1).to(self.pipeline.vae.dtype)
-            latents: Tensor = self.pipeline._encode_vae_image(pixels, generator=None)
+    def _encoded(self, images: Tensor) -> Tensor:
+        pixels = (images * 2 - 1).to(self.pipeline.vae.dtype)
+        latents: Tensor = self.pipeline._encode_vae_image(pixels, generator=None)
         return latents

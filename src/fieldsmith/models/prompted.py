@@ -1,6 +1,6 @@
 """What the families that draw from words share: the null prompt, guidance by two branches, word checks.
 
-A family (flux.py, sd3.py, ...) adds encode, `_say`, decode and the time grid over its diffusers pipeline's own parts.
+A family (flux.py, sd3.py, ...) adds encode, `_forward`, decode and its time grid over its pipeline's own parts.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Prompted(Model):
         condition = condition.repeat(len(x_t))
         scale = 1.0 if guidance is None else guidance
         if self.embedded_guidance or scale == 1.0:
-            return Prediction(self.kind, self._forward(x_t, t, condition, scale), x_t, t, self.path)
+            return Prediction(self.kind, self.forward(x_t, t, condition, scale), x_t, t, self.path)
         both = stack([condition, self._without_words(condition)])
-        conditional, unconditional = self._forward(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
+        conditional, unconditional = self.forward(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
         return Prediction(self.kind, self._guided(conditional, unconditional, scale), x_t, t, self.path)
 
     def _without_words(self, condition: Condition) -> Condition:
@@ -63,10 +63,6 @@ class Prompted(Model):
 
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return guide(conditional, unconditional, scale)
-
-    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
-        """The raw network at x_t, one row of t and condition each; `embedded` is the scale that it takes itself."""
-        raise NotImplementedError
 
     def _check_words(self, tokenizer: Any, prompts: Sequence[str]) -> None:
         """Raises InputError at a word outside a closed vocabulary, or at a prompt too long for one."""

@@ -101,9 +101,7 @@ class QwenImage(Prompted):
             img_shapes=[sizes] * len(x_t),
             return_dict=False,
         )[0]
-        velocity = output[:, : x_t.shape[1]].to(x_t.dtype)
-        self.spend(len(x_t), velocity)
-        return velocity
+        return output[:, : x_t.shape[1]].to(x_t.dtype)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's latents, (1, channels, 1, 1, 1)."""
@@ -111,27 +109,23 @@ class QwenImage(Prompted):
         mean, deviation = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
         return mean.view(1, -1, 1, 1, 1).to(like), deviation.view(1, -1, 1, 1, 1).to(like)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images (batch, 3, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
+    def _decode(self, latents: Tensor) -> Tensor:
         vae, size = self.pipeline.vae, self.resolution
-        with torch.set_grad_enabled(grad):
-            unpacked = QwenImagePipeline._unpack_latents(latents, size, size, self.pipeline.vae_scale_factor)
-            mean, deviation = self._statistics(unpacked)
-            film: Tensor = vae.decode((unpacked * deviation + mean).to(vae.dtype), return_dict=False)[0]
-            return (film[:, :, 0] / 2 + 0.5).clamp(0, 1).to(latents.dtype)
+        unpacked = QwenImagePipeline._unpack_latents(latents, size, size, self.pipeline.vae_scale_factor)
+        mean, deviation = self._statistics(unpacked)
+        film: Tensor = vae.decode((unpacked * deviation + mean).to(vae.dtype), return_dict=False)[0]
+        return (film[:, :, 0] / 2 + 0.5).clamp(0, 1).to(latents.dtype)
 
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]: (batch, tokens, channels)."""
+    def _encode_images(self, images: Tensor) -> Tensor:
         vae: Any = self.pipeline.vae
-        with torch.set_grad_enabled(grad):
-            film = (images * 2 - 1).to(vae.dtype).unsqueeze(2)
-            latents = vae.encode(film).latent_dist.mode()
-            mean, deviation = self._statistics(latents)
-            n, channels, _, height, width = latents.shape
-            packed: Tensor = QwenImagePipeline._pack_latents(
-                ((latents - mean) / deviation).contiguous(), n, channels, height, width
-            )
-            return packed
+        film = (images * 2 - 1).to(vae.dtype).unsqueeze(2)
+        latents = vae.encode(film).latent_dist.mode()
+        mean, deviation = self._statistics(latents)
+        n, channels, _, height, width = latents.shape
+        packed: Tensor = QwenImagePipeline._pack_latents(
+            ((latents - mean) / deviation).contiguous(), n, channels, height, width
+        )
+        return packed
 
 
 def masked(embeds: Tensor, mask: Tensor | None) -> Condition:

@@ -96,15 +96,13 @@ class SD15(Prompted):
         index = network_index(self.path, t)
         embeds = condition.parts["embeds"].to(dtype)
         output: Tensor = self.network(x_t.to(dtype), index, encoder_hidden_states=embeds, return_dict=False)[0]
-        output = output.to(x_t.dtype)
-        self.spend(len(x_t), output)
-        return output
+        return output.to(x_t.dtype)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        return decoded(self.pipeline.vae, latents, grad)
+    def _decode(self, latents: Tensor) -> Tensor:
+        return decoded(self.pipeline.vae, latents)
 
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        return encoded(self.pipeline.vae, images, grad)
+    def _encode_images(self, images: Tensor) -> Tensor:
+        return encoded(self.pipeline.vae, images)
 
 
 def _ddim(scheduler: Any) -> Any:

@@ -109,12 +109,10 @@ class SD3(Prompted):
             pooled_projections=condition.parts["pooled"].to(dtype),
             return_dict=False,
         )[0]
-        velocity = output.to(x_t.dtype)
-        self.spend(len(x_t), velocity)
-        return velocity
+        return output.to(x_t.dtype)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        return decoded(self.pipeline.vae, latents, grad)
+    def _decode(self, latents: Tensor) -> Tensor:
+        return decoded(self.pipeline.vae, latents)
 
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        return encoded(self.pipeline.vae, images, grad)
+    def _encode_images(self, images: Tensor) -> Tensor:
+        return encoded(self.pipeline.vae, images)

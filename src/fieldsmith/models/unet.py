@@ -14,7 +14,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -70,13 +69,10 @@ class UNet(ClassDDPM):
     def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> UNet:
         return cls(pipeline, name, resolution, *class_names(name, folder), _fold(name, folder))
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images (batch, channels, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
-        with torch.set_grad_enabled(grad):
-            return pixel_shuffle((latents / 2 + 0.5).clamp(0, 1), self.fold)
+    def _decode(self, latents: Tensor) -> Tensor:
+        return pixel_shuffle((latents / 2 + 0.5).clamp(0, 1), self.fold)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """States of images in [0, 1]."""
+    def _encode_images(self, images: Tensor) -> Tensor:
         return pixel_unshuffle(images * 2 - 1, self.fold)
 
     def of(self, pipeline: Any) -> UNet:

@@ -1,6 +1,6 @@
 """The worlds with a judge, by name; or a folder of images with the user's own.
 
-In: 'columns', 'cards', 'chess', or a folder. Out: a `JudgedWorld`.
+In: 'columns', 'cards', or a folder. Out: a `JudgedWorld`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 from fieldsmith.errors import InputError
 from fieldsmith.worlds.cards import CardsWorld
-from fieldsmith.worlds.chess import ChessWorld
 from fieldsmith.worlds.columns import ColumnsWorld
 from fieldsmith.worlds.judged import JudgedWorld
 from fieldsmith.worlds.own import Judge, of_folder
 
-WORLDS: dict[str, Callable[..., JudgedWorld]] = {"columns": ColumnsWorld, "cards": CardsWorld, "chess": ChessWorld}
+WORLDS: dict[str, Callable[..., JudgedWorld]] = {"columns": ColumnsWorld, "cards": CardsWorld}
 
 
 def load(source: str, size: int | None = None, judge: Judge | None = None, channels: int = 3) -> JudgedWorld:

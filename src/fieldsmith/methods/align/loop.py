@@ -21,7 +21,7 @@ from fieldsmith.methods.align.config import FIRST_ORDER, REGRESSIONS, AlignConfi
 from fieldsmith.methods.align.rollouts import Rollout, Rows
 from fieldsmith.methods.align.schedule import effective_strength, multiplier, strength
 from fieldsmith.methods.align.setting import Setting
-from fieldsmith.models.core import LoraSpec, Model
+from fieldsmith.models.core import LoraSpec, Model, Nfe
 from fieldsmith.rewards import Reward
 from fieldsmith.run import Run
 from fieldsmith.samplers import euler
@@ -42,7 +42,12 @@ class Result:
 
 
 def align(
-    model: Model, config: AlignConfig, reward: Reward, run: Run | None = None, callback: Callback | None = None
+    model: Model,
+    config: AlignConfig,
+    reward: Reward,
+    run: Run | None = None,
+    callback: Callback | None = None,
+    optimizer: str = "adamw",
 ) -> Result:
     """Raise the reward of config.prompts' images, in place. `probe(step, log)` is called before step 0 and after each
     step; a reason that it returns ends the run.
@@ -52,11 +57,23 @@ def align(
     check(config)
     processes.check_share(config.prompts_per_epoch * config.rollouts, "prompts_per_epoch x rollouts")
     _check_reward(config, reward)
-    spent = model.forwards
+    with model.count_nfe() as nfe:
+        return _align(model, config, reward, run, callback, optimizer, nfe)
+
+
+def _align(
+    model: Model,
+    config: AlignConfig,
+    reward: Reward,
+    run: Run | None,
+    callback: Callback | None,
+    optimizer: str,
+    nfe: Nfe,
+) -> Result:
     setting = Setting.of(model, config, reward)
     x = model.noise(2, step_generator(config.seed, 0, stream=1))
     t = setting.s.times[0].to(x)
-    with torch.no_grad():
+    with torch.no_grad(), model.uncounted():
         base = model.predict(x, t, setting.condition[:1], config.guidance).velocity
     if config.full:
         model.unfreeze(config.subset)
@@ -64,31 +81,32 @@ def align(
         model.adapt(LoraSpec(config.subset, config.rank, config.alpha, seed=config.seed))
     try:
         method = Method(setting)
-        method.look(base, x, t, quiet=run is None)
+        with model.uncounted():
+            method.look(base, x, t, quiet=run is None)
     except BaseException:
         model.remove_training()  # refused before anything was trained: the model can be used again
         raise
     if run:
         run.begin()
-    model.forwards = spent + setting.prepared
     carried: list[int] = []  # what an interrupted run had spent before this process took over
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         if not carried:
             earlier = run.history() if run else []
-            carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
+            carried.append(int(earlier[-1]["forwards"]) - nfe.total if earlier else 0)
         yield from method.losses(step, generator, log)
-        log["forwards"] = carried[0] + model.forwards - spent
+        log["forwards"] = carried[0] + nfe.total
 
     if callback:
         callback(0, {})
     optimisation = Optimisation(
         config.epochs * config.updates, config.lr, config.weight_decay, clip=config.gradient_clip, ema=config.ema,
         checkpoint_every=10 * config.updates, block=config.updates, seed=config.seed,
+        optimizer=optimizer,
     )  # fmt: skip
     done = fit({**model.trainable(), **method.extra()}, losses, optimisation, run, callback)
     history = run.history() if run else []
-    cost = int(history[-1]["forwards"]) if history else model.forwards - spent
+    cost = int(history[-1]["forwards"]) if history else nfe.total
     return Result(done.steps, done.seconds, cost, done.stopped, method.effective_strength())
 
 

@@ -19,7 +19,6 @@ def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[floa
 
     One yardstick for all recipes, whatever they sampled with in training. Not counted as cost.
     """
-    spent = model.forwards
     flow = isinstance(model.path, RectifiedFlow)
     sde: Sde = "flow-sde" if flow else "ddim"
     level = 0.7 if flow else 1.0
@@ -30,13 +29,13 @@ def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[floa
     x, grid = model.noise(len(which), generator), model.grid(config.steps)
     s: Schedule | None = None
     found = []
-    for k in range(config.steps):
-        pred = model.predict(x, grid[k], condition[which], config.guidance)
-        s = s or schedule(model.path, grid, pred.kind, sde, level)
-        with model.reference():
-            base = model.predict(x, grid[k], condition[which], config.guidance)
-        found.append(float(gaussian_kl(pred.value, base.value, s.w[k].expand(len(x)).to(x.device)).mean()))
-        x = gaussian_step(sde, pred, grid[k + 1], level, grid[1]).sample(generator)
-    model.forwards = spent
+    with model.uncounted():
+        for k in range(config.steps):
+            pred = model.predict(x, grid[k], condition[which], config.guidance)
+            s = s or schedule(model.path, grid, pred.kind, sde, level)
+            with model.reference():
+                base = model.predict(x, grid[k], condition[which], config.guidance)
+            found.append(float(gaussian_kl(pred.value, base.value, s.w[k].expand(len(x)).to(x.device)).mean()))
+            x = gaussian_step(sde, pred, grid[k + 1], level, grid[1]).sample(generator)
     assert s is not None
     return found, s

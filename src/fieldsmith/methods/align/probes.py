@@ -113,9 +113,9 @@ def estimates(
 ) -> tuple[dict[str, Estimate], Tensor, Tensor]:
     """Every estimator at one state x (1, ...) of step k, and the rewards of `pool` siblings by drawn steps and ODE."""
     s, model = setting.s, setting.model
-    spent = model.forwards
-    mean, noise = _step(setting, x, k, prompt, pool, generator)
-    unit = model.forwards - spent  # one forward, or two with guidance
+    with model.count_nfe() as nfe:
+        mean, noise = _step(setting, x, k, prompt, pool, generator)
+    unit = nfe.total  # one forward, or two with guidance
     after, who = mean + float(s.sigma[k]) * noise, prompt.expand(pool)
     drawn, certain = follow(setting, after, k + 1, who, generator), follow(setting, after, k + 1, who)[-1]
     left = unit * (len(s) - k - 1)

@@ -57,12 +57,10 @@ class Setting:
         level = NOISE[sde] if config.noise_level is None else config.noise_level
         prompts = torch.arange(len(config.prompts)).split(64)
         condition = stack([model.encode([config.prompts[i] for i in part.tolist()]) for part in prompts])
-        before = model.forwards
         grid = model.grid(config.steps)
-        with torch.no_grad():
+        with torch.no_grad(), model.uncounted():
             kind = model.predict(model.noise(1, step_generator(config.seed, 0, stream=1)), grid[0], condition[:1]).kind
         s = schedule(model.path, grid, kind, sde, level)
-        model.forwards = before
         first = Setting(model, config, reward, config.prompts, condition, s, _plan(config, s), sde, level, 1.0, 0)
         if config.strength != "jacobian":
             return first
@@ -70,9 +68,10 @@ class Setting:
         each = max(2, 64 // len(config.prompts))
         chosen = torch.arange(min(len(config.prompts), 64 // each))
         x = model.noise(each * len(chosen), step_generator(config.seed, 0, stream=4))
-        ends = first.ode(x, chosen.repeat_interleave(each))
+        with model.count_nfe() as nfe:
+            ends = first.ode(x, chosen.repeat_interleave(each))
         prior = ends.reshape(len(chosen), each, -1).var(1).mean().item()
-        return replace(first, prior=prior, prepared=model.forwards - before)
+        return replace(first, prior=prior, prepared=nfe.total)
 
     def predict(self, x: Tensor, t: Tensor, prompt: Tensor) -> Prediction:
         """The network, in chunks where nothing needs its gradient."""

@@ -30,13 +30,13 @@ class Measured:
 
 
 def measure(model: Any, config: DistillConfig, job: Job, side: Side) -> Measured:
-    """The teacher is `job.base`, the data are `job.context`."""
+    """The teacher is `job.base`, the data are `job.inputs.data`."""
     guided_input = objective_of(config).guided_input
     sweep = sweep_of(config, job)
     images = {str(w): sweep.draw(model, w) for w in (config.guidance_scales if guided_input else SCALES)}
     if guided_input:  # a student that takes w has no branches
         return Measured(images, {}, {})
-    teacher, data = job.base, job.context
+    teacher, data = job.base, job.inputs.data
     generator = step_generator(config.seed, 0, stream=9)
     shown = [data.names[i] for i in data.held_labels.tolist()]
     states = {
@@ -51,4 +51,4 @@ def measure(model: Any, config: DistillConfig, job: Job, side: Side) -> Measured
 
 
 def sweep_of(config: DistillConfig, job: Job) -> Sweep:
-    return Sweep(job.context, job.base, config.evaluate, config.sampler_steps, config.seed)
+    return Sweep(job.inputs.data, job.base, config.evaluate, config.sampler_steps, config.seed)

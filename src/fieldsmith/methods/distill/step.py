@@ -102,7 +102,7 @@ def prepare(teacher: Model, config: DistillConfig, inputs: Inputs) -> Job:
 
     return Job(
         student, losses, optimisation_of(config), step.parameters(), checks, base=teacher, cost=cost, facts=facts,
-        context=data,
+        inputs=replace(inputs, data=data),
     )  # fmt: skip
 
 

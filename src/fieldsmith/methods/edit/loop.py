@@ -18,7 +18,7 @@ from fieldsmith.methods.align.rollouts import Rows
 from fieldsmith.methods.edit import credit
 from fieldsmith.methods.edit.config import EditConfig, check
 from fieldsmith.methods.edit.rollouts import Channel, Collection, Setting, Task, collect
-from fieldsmith.models.core import LoraSpec, Model, stack
+from fieldsmith.models.core import LoraSpec, Model, Nfe, stack
 from fieldsmith.models.editing import check_editor, encode_unique, quantised, states_of
 from fieldsmith.paths import noised
 from fieldsmith.run import Run
@@ -37,17 +37,30 @@ class Result:
     stopped: str
 
 
-def edit(model: Model, config: EditConfig, task: Task, channel: Channel, run: Run | None = None) -> Result:
+def edit(
+    model: Model,
+    config: EditConfig,
+    task: Task,
+    channel: Channel,
+    run: Run | None = None,
+    optimizer: str = "adamw",
+) -> Result:
     """Train the editor in place. Raises InputError before anything is trained, RunError where it breaks later."""
     check(config)
     processes.check_share(config.groups * config.rollouts, "groups x rollouts")
     check_editor(model)
-    spent = model.forwards
+    with model.count_nfe() as nfe:
+        return _edit(model, config, task, channel, run, optimizer, nfe)
+
+
+def _edit(
+    model: Model, config: EditConfig, task: Task, channel: Channel, run: Run | None, optimizer: str, nfe: Nfe
+) -> Result:
     setting = Setting.of(model, config, task, channel)
     check_memory(setting)
     x = model.noise(1, step_generator(config.seed, 0, stream=1))
     source = torch.zeros_like(x)
-    with torch.no_grad():
+    with torch.no_grad(), model.uncounted():
         base = setting.output(x, torch.zeros(1, dtype=torch.long), setting.nothing, source)
     if config.full:
         model.unfreeze(config.subset)
@@ -55,21 +68,21 @@ def edit(model: Model, config: EditConfig, task: Task, channel: Channel, run: Ru
         model.adapt(LoraSpec(config.subset, config.rank, config.alpha, seed=config.seed))
     try:
         method = Method(setting)
-        method.look(base, x, source, quiet=run is None)
+        with model.uncounted():
+            method.look(base, x, source, quiet=run is None)
     except BaseException:
         model.remove_training()  # refused before anything was trained: the model can be used again
         raise
     if run:
         run.begin()
-    model.forwards = spent
     carried: list[int] = []  # what an interrupted run had spent before this process took over
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
         if not carried:
             earlier = run.history() if run else []
-            carried.append(int(earlier[-1]["forwards"]) - (model.forwards - spent) if earlier else 0)
+            carried.append(int(earlier[-1]["forwards"]) - nfe.total if earlier else 0)
         yield from method.losses(step, generator, log)
-        log["forwards"] = carried[0] + model.forwards - spent
+        log["forwards"] = carried[0] + nfe.total
 
     def over(done: int, log: dict[str, float]) -> str | None:
         if done % config.updates:
@@ -82,10 +95,11 @@ def edit(model: Model, config: EditConfig, task: Task, channel: Channel, run: Ru
     optimisation = Optimisation(
         config.epochs * config.updates, config.lr, config.weight_decay, clip=config.gradient_clip, ema=config.ema,
         checkpoint_every=10 * config.updates, block=config.updates, seed=config.seed,
+        optimizer=optimizer,
     )  # fmt: skip
     done = fit({**model.trainable(), **method.old}, losses, optimisation, run, over)
     history = run.history() if run else []
-    cost = int(history[-1]["forwards"]) if history else model.forwards - spent
+    cost = int(history[-1]["forwards"]) if history else nfe.total
     return Result(done.steps, done.seconds, cost, done.stopped)
 
 

@@ -102,9 +102,7 @@ class Setting:
             raise InputError(f"{needs} need planned images, which session files lack; use a world, or sources own")
         level = NOISE[config.sde] if config.noise_level is None else config.noise_level
         s = schedule(model.path, model.grid(config.steps), model.kind, config.sde, level)
-        before = model.forwards
         nothing = model.encode([config.identity_prompt])
-        model.forwards = before
         setting = Setting(model, config, task, s, channel, nothing)
         if config.objective == "grpo" and not bool(setting.drawn.any()):
             raise InputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,9 +66,9 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     _check_model(model, config)
     pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
     model.encode(config.keep or [""])  # unknown words are refused now
-    config = config.replace(subset=model.subset(config.subset, "erase"))
+    config = config.replace(subset=config.subset or model.ERASE_SUBSET)
     if config.method in ("uce", "projection"):
-        return _untrained(model, config, pairs)
+        return _untrained(model, config, pairs, inputs)
 
     x = model.noise(min(config.batch, 4), step_generator(config.seed, 0, stream=1))
     t = model.grid(config.steps)[min(config.window[0], config.steps - 1)]
@@ -116,7 +117,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
         steps, config.lr, config.weight_decay, checkpoint_every=10, seed=config.seed, optimizer=config.optimizer
     )
     parameters = {**model.trainable(), **method.extra}
-    return Job(model, losses, optimisation, parameters, checks, stop, around=dropout)
+    return Job(model, losses, optimisation, parameters, checks, stop, inputs=inputs, around=dropout)
 
 
 def _check_model(model: Model, config: EraseConfig) -> None:
@@ -129,7 +130,7 @@ def _check_model(model: Model, config: EraseConfig) -> None:
         check_text_layers(model, config.method, attention=config.method == "eraseanything")
 
 
-def _untrained(model: Model, config: EraseConfig, pairs: list[Pair]) -> Job:
+def _untrained(model: Model, config: EraseConfig, pairs: list[Pair], inputs: Inputs) -> Job:
     """UCE and the projection: no steps, and no forwards of the network but the preflight's."""
 
     def checks(resumes: bool) -> list[Check]:
@@ -138,9 +139,10 @@ def _untrained(model: Model, config: EraseConfig, pairs: list[Pair]) -> Job:
 
     none = Optimisation(0, config.lr, seed=config.seed)
     if config.method == "uce":
-        return Job(model, _no_losses, none, {}, checks, stopped="closed form", begin=lambda: closed_form(model, config))
+        edit = partial(closed_form, model, config)
+        return Job(model, _no_losses, none, {}, checks, inputs=inputs, stopped="closed form", begin=edit)
     return Job(
-        model, _no_losses, none, {}, checks, stopped="training-free", trained=Projected(model, config),
+        model, _no_losses, none, {}, checks, inputs=inputs, stopped="training-free", trained=Projected(model, config),
         ship=lambda model, folder: "none: the projection acts while sampling",
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ Method = Literal[
 METHODS: tuple[str, ...] = get_args(Method)
 NEEDS_HEAD = ("variance-learning", "variance-penalty", "covariance")
 JACOBIAN = ("jacobian-floor", "jacobian-match", "covariance")
-WORLDS = ("columns", "cards", "chess")  # data with a judge of their own
+WORLDS = ("columns", "cards")  # data with a judge of their own
 
 
 @config
@@ -36,7 +36,7 @@ class SharpenConfig(FitConfig, MemoryConfig):
     model: str = "zoo:columns-ddpm"
     """A diffusers pipeline folder, a hub id, or a zoo model, on a DDPM schedule."""
     data: str = "auto"
-    """columns, cards, chess or a folder of images; auto: what the model's card names."""
+    """columns, cards or a folder of images; auto: what the model's card names."""
     judge: str | None = None
     """For a folder: module:function, file.py:function or an http:// address that says which images are valid."""
     method: Method = "guide"

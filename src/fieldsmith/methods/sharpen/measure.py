@@ -23,4 +23,4 @@ class Samples:
 def measure(model: Any, config: SharpenConfig, job: Job, side: Side) -> Samples:
     """The same noise on both sides."""
     images = model.decode(draw(model, config.samples, config.sampler_steps, config.seed + 1))
-    return Samples(images, job.context.judge(images))
+    return Samples(images, job.inputs.world.judge(images))

@@ -36,8 +36,8 @@ WHAT = {
 
 def report(page: Page, outcome: Outcome) -> dict[str, Any]:
     """Fill the page; what goes into metrics.json."""
-    config, world, before, after = outcome.config, outcome.job.context, outcome.before, outcome.after
-    features = outcome.inputs.features or pixel_features(8)
+    config, world, before, after = outcome.config, outcome.job.inputs.world, outcome.before, outcome.after
+    features = outcome.job.inputs.features or pixel_features(8)
     metrics = {
         "world": world.name, "before": hallucination_of(world, before), "after": hallucination_of(world, after),
         "rest": side_effects(before.images, after.images, world, config, features),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     return Job(
         trained, losses, optimisation_of(config), parameters, checks, base=model if guide else None,
         trained=Steered(model, trained, config.guidance) if guide else None, ship=ship, facts=facts, advice=advice,
-        context=world,
+        inputs=replace(inputs, world=world),
     )  # fmt: skip
 
 
