@@ -38,7 +38,7 @@ from fieldsmith.models.memory import checkpoint_activations
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith.models.tiny_text import sd3_pipeline
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
 
 WORDS = ("a", "red", "blue", "square", "circle")
@@ -115,7 +115,7 @@ def built(name: str, size: Size, device: str) -> Model:
     return model
 
 
-BRIGHT = Named("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
+BRIGHT = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
 
 
 def erase(model: Model, updates: int, **changes: Any) -> None:

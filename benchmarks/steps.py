@@ -32,11 +32,11 @@ from fieldsmith.methods.sharpen.config import preset as sharpen_preset
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.shrink import shrink
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes import ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
-BRIGHT = Named("brightness", False, lambda images, prompts: images.mean((1, 2, 3)))  # a judge that costs nothing
+BRIGHT = Reward("brightness", False, lambda images, prompts: images.mean((1, 2, 3)))  # a judge that costs nothing
 
 
 @dataclass(frozen=True)

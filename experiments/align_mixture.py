@@ -23,7 +23,7 @@ from fieldsmith.methods.align.rollouts import Plan, Rollout, roll, soft_returns
 from fieldsmith.methods.align.schedule import Schedule, schedule, strength
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, VariancePreserving
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_step
 from fieldsmith.samplers import rollout as sample_path
 from fieldsmith.training import step_generator
@@ -272,7 +272,7 @@ def train(name: str, seed: int, cap: int, samples: int = 20_000) -> dict[str, An
 
     broke = ""
     try:
-        align(model, configured(name, seed), Named("3 - x / 2", True, linear), None, callback)
+        align(model, configured(name, seed), Reward("3 - x / 2", True, linear), None, callback)
     except RunError as error:  # nothing holds a pathwise recipe near the reference
         broke = str(error)
     found = {kind: judged(model, kind, seed, samples) for kind in ("sde", "ode")}

@@ -35,7 +35,7 @@ from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
@@ -68,7 +68,7 @@ def align(run: Run, **settings: Any) -> tuple[Model, int]:
         prompts=("red circle", "blue square", "a"), prompts_per_epoch=3, rollouts=3, steps=3, epochs=2, updates=1,
         rank=2, chunk=4, **settings,
     )  # fmt: skip
-    reward = Named("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
+    reward = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
     with model.count_nfe() as nfe:
         align_loop.align(model, config, reward, run)
     return model, nfe.total

@@ -18,14 +18,14 @@ from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.config import FIRST_ORDER, PAPER, RECIPES, check, preset
 from fieldsmith.methods.align.loop import align
 from fieldsmith.models import load
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.rewards import load as load_reward
 from fieldsmith.worlds.shapes import ShapesWorld
 
 SMALL = "zoo:shapes-flux-small"
 PROMPTS = ("a blue triangle", "a blue star")
 TINY = {"epochs": 1, "prompts": PROMPTS, "prompts_per_epoch": 2, "rollouts": 2, "chunk": 64}
-BRIGHT = Named("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
+BRIGHT = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, says: str) -> None:
@@ -153,7 +153,7 @@ def test_a_black_box_reward_goes_up():
     """A black-box reward goes up, without a gradient from it."""
     model, world = load(SMALL), ShapesWorld(32)
     reward = load_reward("brightness", world)
-    black = Named("brightness", False, lambda images, prompts: reward(images, prompts).detach())
+    black = Reward("brightness", False, lambda images, prompts: reward(images, prompts).detach())
     seen: list[float] = []
     config = replace(preset("rsm-branch-sd35"), **{**TINY, "epochs": 6, "lr": 3e-3})
     align(model, config, black, None, lambda step, log: seen.append(log["reward"]) if "reward" in log else None)
@@ -180,8 +180,8 @@ def test_a_black_box_reward_goes_up():
         (["--kl", "-1"], "kl=-1.0 must not be negative"),
         (["--window", "3", "10"], r"window \(3, 10\) does not fit 10 sampler steps"),
         (["--reward", "remote:http://127.0.0.1:9/v1?model=m"], "does not answer"),
-        (["--reward", "python:constant:same"], "same' gave 0.5 to all"),
-        (["--preset", "nft", "--reward", "python:constant:same"], "same' gave 0.5 to all"),
+        (["--reward", "constant:same"], "same' gave 0.5 to all"),
+        (["--preset", "nft", "--reward", "constant:same"], "same' gave 0.5 to all"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
@@ -209,22 +209,21 @@ def test_a_reward_that_breaks_midway_keeps_what_was_trained(tmp_path, monkeypatc
         "    good = images.mean((1, 2, 3))\n    return good if calls < 4 else good * float('nan')\n"
     )
     monkeypatch.syspath_prepend(str(code))
-    words = [*RUN, "--reward", "python:breaking:nan", "--epochs", "9", "--out", str(tmp_path / "run")]
+    words = [*RUN, "--reward", "breaking:nan", "--epochs", "9", "--out", str(tmp_path / "run")]
     assert main(words) == 3
     assert re.search("NaN or infinity for .* images", capsys.readouterr().err)
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_a_reward_of_the_wrong_shape_is_refused():
-    from fieldsmith.rewards import checked
 
-    wrong = checked(Named("wrong", False, lambda images, prompts: images.mean((1, 2, 3))[:, None]))
-    with pytest.raises(RunError, match="'wrong' gave"):
+    wrong = Reward("wrong", False, lambda images, prompts: images.mean((1, 2, 3))[:, None])
+    with pytest.raises(RunError, match="'wrong' returned"):
         align(load(SMALL), replace(preset("flow-grpo"), **TINY), wrong)
 
 
 def test_first_order_recipes_need_a_gradient():
-    black = Named("black", False, BRIGHT.function)
+    black = Reward("black", False, BRIGHT.function)
     for name in RECIPES:
         if preset(name).estimator in FIRST_ORDER and fits(name, flow=True):
             with pytest.raises(InputError, match="black box"):

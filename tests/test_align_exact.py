@@ -18,8 +18,8 @@ from torch import Tensor
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align import losses as L
-from fieldsmith.methods.align.rollouts import Plan, Rollout, roll, soft_returns
-from fieldsmith.methods.align.schedule import (
+from fieldsmith.methods.policy.rollouts import Plan, Rollout, roll, soft_returns
+from fieldsmith.methods.policy.schedule import (
     STRENGTHS,
     UNIFORM,
     Schedule,

@@ -12,17 +12,17 @@ from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import collect, log_ratio_slope
 from fieldsmith.methods.align.config import AlignConfig, check, preset
 from fieldsmith.methods.align.loop import align
-from fieldsmith.methods.align.setting import Setting, named_prompts
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models import load
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import VariancePreserving
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, gaussian_step
 from fieldsmith.worlds.mixtures import isotropic
 
 PATH = VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float64)).cumprod(0))
 STEPS = 5
-LINEAR = Named("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
+LINEAR = Reward("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
 
 
 def toy(seed: int = 0) -> Exact:
@@ -143,7 +143,7 @@ def test_settings_that_cannot_work_are_refused(changes, says):
 def test_branches_without_a_drawn_step_are_refused_and_the_model_stays_free():
     model = load("zoo:shapes-flux-small")
     config = replace(preset("rsm-branch-sd35"), prompts=("a red circle",), window=(5, 9))
-    bright = Named("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
+    bright = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
     for _ in range(2):  # the second time, too: a refusal leaves nothing attached
         with pytest.raises(InputError, match="leaves no branch"):
             align(model, config, bright)
@@ -156,20 +156,6 @@ def test_scales_that_were_never_published_are_refused():
 
 
 def test_a_pathwise_reward_that_breaks_is_named():
-    broken = Named("broken", True, lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
-    with pytest.raises(RunError, match="'broken' gave NaN or infinity"):
+    broken = Reward("broken", True, lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
+    with pytest.raises(RunError, match="'broken' returned nan for image 1 of 1, prompt 'a red circle'"):
         align(load("zoo:shapes-flux-small"), replace(preset("draft"), prompts=("a red circle",)), broken)
-
-
-def test_prompt_files_and_long_prompts(tmp_path):
-    long = "a very long prompt " * 40
-    assert named_prompts((long,)) == (long,)
-    assert named_prompts(("a red circle",)) == ("a red circle",)
-    file = tmp_path / "words.txt"
-    file.write_text(" a red star \n\na blue ring\n")
-    assert named_prompts((str(file),)) == ("a red star", "a blue ring")
-    with pytest.raises(InputError, match="cannot be read"):
-        named_prompts((str(tmp_path / "absent.txt"),))
-    file.write_bytes(b"\xff\xfe\x00bad")
-    with pytest.raises(InputError, match="UTF-8"):
-        named_prompts((str(file),))

@@ -17,12 +17,12 @@ from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import choose, collect, thinned
 from fieldsmith.methods.align.config import AlignConfig, preset
-from fieldsmith.methods.align.rollouts import Idle, Plan, Rollout, Rows, roll, soft_returns
-from fieldsmith.methods.align.schedule import Schedule, schedule
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.policy.rollouts import Idle, Plan, Rollout, Rows, roll, soft_returns
+from fieldsmith.methods.policy.schedule import Schedule, schedule
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, euler, flow_grid, gaussian_step
 from fieldsmith.worlds.mixtures import triangle
 
@@ -31,7 +31,7 @@ TOY = VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float6
 K = 6
 KINDS = ("sde", "ode", "branches", "tree")
 PATHS = pytest.mark.parametrize("path", [FLOW, TOY], ids=["flow", "vp"])
-LINEAR = Named("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
+LINEAR = Reward("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -385,7 +385,7 @@ def test_a_collection_is_judged_once_an_endpoint_and_differentiated_once_a_traje
         calls.append((len(x), x.requires_grad))
         return 3 - x[:, 0] / 2
 
-    one = setting(TOY, Named("counted", True, reward), estimator="terminal", rollouts=7, train_steps=2)
+    one = setting(TOY, Reward("counted", True, reward), estimator="terminal", rollouts=7, train_steps=2)
     with one.model.count_nfe() as nfe:
         batch = collect(one, None, 0, {})
     assert calls == [(7, False), (7, True)]
@@ -477,7 +477,7 @@ def test_renoised_rows_lie_on_the_path_at_the_samplers_own_times(name):
 
 
 def test_t13_the_rewards_scale_over_the_temperature_is_all_that_counts():
-    loud = Named("loud", True, lambda x, prompts: 10 * (3 - x[:, 0] / 2))
+    loud = Reward("loud", True, lambda x, prompts: 10 * (3 - x[:, 0] / 2))
     for kw in (
         {"estimator": "terminal"}, {"estimator": "tweedie"}, {"estimator": "adjoint", "sde": "ddim"},
         {"advantage": "raw", "soft": True}, {"advantage": "leave-one-out"},

@@ -16,10 +16,10 @@ from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import Batch, collect
 from fieldsmith.methods.align.config import RECIPES, REGRESSIONS, preset
 from fieldsmith.methods.align.loop import Method, align
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow, VariancePreserving
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, flow_grid, gaussian_step
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
 
@@ -29,8 +29,8 @@ PATHS = pytest.mark.parametrize("path", [FLOW, TOY], ids=["flow", "vp"])
 K, PRIOR, LAM = 16, 0.8**2, 1.5
 MEAN, CENTRE, SLOPE = torch.tensor([0.7, -0.4]).double(), torch.tensor([-0.3, 0.5]).double(), torch.tensor([0.8, -0.5])
 
-O1 = Named("linear", True, lambda x, prompts: x @ SLOPE.to(x))
-O2 = Named("quadratic", True, lambda x, prompts: -LAM / 2 * (x - CENTRE.to(x)).square().sum(1))
+O1 = Reward("linear", True, lambda x, prompts: x @ SLOPE.to(x))
+O2 = Reward("quadratic", True, lambda x, prompts: -LAM / 2 * (x - CENTRE.to(x)).square().sum(1))
 REWARDS = pytest.mark.parametrize("reward", [O1, O2], ids=["O1", "O2"])
 
 
@@ -54,12 +54,12 @@ def gaussian() -> Mixture:
     return isotropic(MEAN[None], math.sqrt(PRIOR))
 
 
-def optimum(reward: Named) -> Mixture:
+def optimum(reward: Reward) -> Mixture:
     linear, quadratic = (SLOPE, None) if reward is O1 else (LAM * CENTRE, LAM * torch.eye(2).double())
     return gaussian().tilted(linear, quadratic).mixture
 
 
-def start(path, reward: Named, name: str, **settings) -> Method:
+def start(path, reward: Reward, name: str, **settings) -> Method:
     """A method whose network is an untrained affine correction."""
     grid = flow_grid(K) if path is FLOW else ddim_grid(TOY, K)
     model = Exact(gaussian(), path, grid)
@@ -116,7 +116,7 @@ def moments(steps: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
-def best(reference: list[tuple[Tensor, Tensor, float]], reward: Named) -> tuple[Tensor, Tensor]:
+def best(reference: list[tuple[Tensor, Tensor, float]], reward: Reward) -> tuple[Tensor, Tensor]:
     """Moments of the policy that maximises E[r] - KL(path) among those with the chain's own deviations, in closed form.
 
     V_K = r and V_k(x) = max_u E[V_{k+1}(m(x) + u + sigma eps)] - |u|^2 / (2 sigma^2): linear stays linear, and
@@ -146,7 +146,7 @@ def assert_moments(ours: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], to
         torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
 
 
-def tilted_field(method: Method, reward: Named) -> tuple[Tensor, Tensor]:
+def tilted_field(method: Method, reward: Reward) -> tuple[Tensor, Tensor]:
     """Moments that the exact field of p* reaches on the same grid."""
     setting = method.setting
     return moments(chain(Exact(optimum(reward), setting.model.path, setting.model.grid_times), setting))
@@ -241,7 +241,7 @@ def test_the_loops_loss_is_at_rest_where_the_regression_is_solved(path, name):
 # T15: the mixture, end to end
 
 GRID = torch.cat((TOY.time(torch.arange(389, -1, -10).double()), torch.zeros(1).double())).float()
-REWARD = Named("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
+REWARD = Reward("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
 
 
 def mixture(**settings):

@@ -20,11 +20,11 @@ from fieldsmith.methods.align.advice import along_steps, breaks, decided, outloo
 from fieldsmith.methods.align.audit import Moment, Row, Truths, compare, measure, ratio
 from fieldsmith.methods.align.config import RECIPES, AlignConfig, preset
 from fieldsmith.methods.align.probes import estimates, follow, pathwise, reference, zeroth
-from fieldsmith.methods.align.schedule import schedule
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.policy.schedule import schedule
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.samplers import flow_grid
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
 
@@ -46,7 +46,7 @@ def quadratic(x: Tensor, _: Any) -> Tensor:
 def setting(function: Any, steps: int = 8, differentiable: bool = True, mixture: Mixture = GAUSSIAN, **more) -> Setting:
     """Memoryless steps (DDIM at eta 1) on an exact world, the reference policy."""
     config = AlignConfig(prompts=("a point",), steps=steps, sde="ddim", strength="jacobian", **more)
-    return Setting.of(Exact(mixture, FLOW, flow_grid(steps)), config, Named("its own", differentiable, function))
+    return Setting.of(Exact(mixture, FLOW, flow_grid(steps)), config, Reward("its own", differentiable, function))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -401,7 +401,7 @@ def test_an_exact_world_is_held_against_its_closed_form(tmp_path):
         (["--sde", "ddim-uniform"], "sde 'ddim-uniform' does not fit"),
         (["--prompts", "a rde star"], "'rde'.*did you mean 'red'"),
         (["--state", "3"], "'--state'.*did you mean '--states'"),
-        (["--reward", "python:test_audit:same", *TINY[2:]], "gave the same value .0.5. to all 192 images"),
+        (["--reward", "test_audit:same", *TINY[2:]], "gave the same value .0.5. to all 192 images"),
     ],
     ids=lambda part: " ".join(part[:2]) if isinstance(part, list) else "",
 )

@@ -266,8 +266,8 @@ def test_an_interrupted_erasure_resumes_to_the_last_bit(flux_folder, tmp_path):
     ],
 )
 def test_settings_that_cannot_erase_are_refused_and_nothing_is_written(model, tmp_path, change, sentence):
-    config = replace(QUICK, **change)
     with pytest.raises(InputError, match=sentence):
+        config = replace(QUICK, **change)
         erase(model, config, Run(tmp_path / "run", "erase", config))
     assert not (tmp_path / "run").exists()
     assert not model.trainable()

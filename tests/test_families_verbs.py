@@ -25,7 +25,7 @@ from fieldsmith.models.shrink import shrink
 from fieldsmith.models.text_layers import attention_maps, text_inputs, word_positions
 from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.variance_head import with_variance_head
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from tests.trained import erase
 
 QUICK = EraseConfig(
@@ -144,7 +144,7 @@ def test_erasures_compare_eps_off_rectified_flow() -> None:
 )
 def test_aligning_runs(family: str, name: str) -> None:
     model = model_of(family)
-    brightness = Named("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
+    brightness = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
     config = replace(
         preset(name, "laptop"), prompts=("a red circle", "a blue square"), steps=4, epochs=1, prompts_per_epoch=2,
         rollouts=2, rank=2, guidance=2.0,
@@ -166,4 +166,4 @@ def test_what_has_no_place_on_a_family_is_refused() -> None:
         erase(model_of("sd15"), replace(QUICK, subset="qk_dual"))
     with pytest.raises(InputError, match="sde 'cps' does not fit"):
         align(model_of("sd15"), replace(preset("rlcm", "laptop"), prompts=("a",), steps=4),
-              Named("zero", True, lambda images, prompts: images.mean((1, 2, 3))))  # fmt: skip
+              Reward("zero", True, lambda images, prompts: images.mean((1, 2, 3))))  # fmt: skip

@@ -50,7 +50,7 @@ from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pi
 from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
 from tests.trained import erase
 
@@ -91,7 +91,7 @@ def aligned(model: Model, family: Family, full: bool) -> None:
         prompts=prompts_of(family), steps=3, epochs=2, updates=1, prompts_per_epoch=1, rollouts=2, rank=2, full=full,
         subset="attention", guidance=None,
     )  # fmt: skip
-    align(model, config, Named("brightness", False, lambda images, prompts: images.mean((1, 2, 3))))
+    align(model, config, Reward("brightness", False, lambda images, prompts: images.mean((1, 2, 3))))
 
 
 def erased(model: Model, family: Family, full: bool) -> None:

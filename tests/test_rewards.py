@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fractions
 import json
 import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import numpy
 import pytest
@@ -14,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fieldsmith import rewards
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.models.tiny import word_tokenizer
-from fieldsmith.rewards import Named, checked, load
-from fieldsmith.rewards.combined import Asynchronous, weighted
+from fieldsmith.rewards import Reward, load
 from fieldsmith.rewards.learned import FOLDER
 from fieldsmith.rewards.pretrained import CLIP_MEAN, CLIP_STD, linear_layers, preprocess
+from fieldsmith.rewards.reward import check_images, score_batches, weighted
 from fieldsmith.worlds.shapes import PALETTE, ShapesWorld, caption, concepts
 
 WORLD = ShapesWorld(32)
@@ -40,10 +42,6 @@ def noise(n: int = 3, height: int = 40, width: int = 52) -> Tensor:
     return torch.rand(n, 3, height, width, generator=seeded(1))
 
 
-def constant(value: float, name: str = "constant") -> Named:
-    return Named(name, False, lambda images, _: torch.full((len(images),), value))
-
-
 # what the command line's --reward means
 
 
@@ -61,9 +59,28 @@ def test_a_sum_is_the_weighted_sum_of_its_parts():
     assert total.name == "0.7*right+0.3*brightness+-2*colour:red"
 
 
-def test_a_plus_in_a_path_belongs_to_it_unless_a_reward_follows():
-    assert rewards._terms("0.5*clip:/sac+logos+ava1+0.3*right") == ["0.5*clip:/sac+logos+ava1", "0.3*right"]
-    assert rewards._terms("right+brightnes") == ["right", "brightnes"]
+@pytest.mark.parametrize(
+    ("words", "terms"),
+    [
+        ("0.5*clip:/sac+logos+ava1+0.3*right", [(0.5, "clip", "/sac+logos+ava1"), (0.3, "right", None)]),
+        ("right-0.1*brightness", [(1, "right", None), (-0.1, "brightness", None)]),
+        ("-right+-2*colour:red", [(-1, "right", None), (-2, "colour", "red")]),
+        ("jpeg-size-classifier-heldout", [(1, "jpeg-size", None), (-1, "classifier-heldout", None)]),
+        ("clip:/a/clip-valid - valid", [(1, "clip", "/a/clip-valid"), (-1, "valid", None)]),
+        ("clip:org/clip-vit-1e-3-.5*right", [(1, "clip", "org/clip-vit-1e-3"), (-0.5, "right", None)]),
+        ("1e-3*right+json:dumps-json:loads", [(1e-3, "right", None), (1, "json", "dumps"), (-1, "json", "loads")]),
+        ("remote:http://h:1/v1?model=a-b+1*valid", [(1, "remote", "http://h:1/v1?model=a-b"), (1, "valid", None)]),
+    ],
+)
+def test_sums_are_cut_at_signs_that_are_in_no_path(words, terms):
+    assert rewards.parse(words) == terms
+
+
+def test_files_with_signs_in_their_names_are_part_of_a_sum(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-judge.py").write_text("def dark(images, prompts):\n    return 1 - images.mean((1, 2, 3))\n")
+    total = load("brightness-0.5*./my-judge.py:dark+my-judge.py:dark")
+    torch.testing.assert_close(total(torch.full((2, 3, 4, 4), 0.25), ["a", "b"]), torch.full((2,), 0.25 + 0.375))
 
 
 @pytest.mark.parametrize(
@@ -83,10 +100,12 @@ def test_a_plus_in_a_path_belongs_to_it_unless_a_reward_follows():
         ("clip:./nowhere", "the folder './nowhere' of reward 'clip' does not exist"),
         ("clip:/tmp?head=x", "has no head"),
         ("imagereward:./nowhere", "has 0 weight files"),
-        ("python:no_such_package.module:function", "could not be imported"),
-        ("python:json:no_such", "could not be imported"),
-        ("python:json", "could not be imported"),
-        ("python:json:JSONDecoder", "is no function"),
+        ("no_such_package.module:function", "cannot be loaded: ModuleNotFoundError"),
+        ("json:no_such", "'json' has no 'no_such'; name a function that it has"),
+        ("json:dump_s", "did you mean 'dumps'"),
+        ("json:JSONDecoder", "is a type, not a function"),
+        ("nowhere/mine.py:score", "file 'nowhere/mine.py' does not exist"),
+        ("colr:red", "did you mean 'colour'"),
         ("remote:ftp://host", "is no address of a judge"),
     ],
 )
@@ -104,9 +123,10 @@ def test_a_judge_of_the_world_needs_the_world(name):
 def test_a_function_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "my_judges.py").write_text("def dark(images, prompts):\n    return 1 - images.mean((1, 2, 3))\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    judge = load("python:my_judges:dark")
-    assert checked(judge)(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
-    assert judge.name == "python:my_judges:dark" and not judge.differentiable
+    for words in ("my_judges:dark", f"{tmp_path}/my_judges.py:dark"):
+        judge = load(words)
+        assert judge(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
+        assert judge.name == words and not judge.differentiable
 
 
 # exact judges
@@ -115,7 +135,7 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["right", "shape", "colour", "valid", "count"])
 def test_judges_of_the_world_pass_its_renders(name):
     images, prompts = drawn()
-    given = checked(load(name, WORLD))(images, prompts)
+    given = load(name, WORLD)(images, prompts)
     assert given.mean() >= 0.98 and set(given.tolist()) <= {0.0, 1.0}
 
 
@@ -220,7 +240,7 @@ def test_noise_compresses_worse_than_a_flat_image():
 @pytest.mark.parametrize("name", ["classifier", "classifier-heldout"])
 def test_the_classifiers_prefer_what_was_asked(name):
     images, prompts = drawn()
-    judge = checked(load(name))
+    judge = load(name)
     given, swapped = judge(images, prompts), judge(images.flip(1), prompts)  # red and blue change places
     assert (given > -0.7).float().mean() > 0.98 and (given <= 0).all()
     reds = torch.tensor(["red" in prompt for prompt in prompts])
@@ -310,7 +330,7 @@ def test_clip_scores_equal_a_direct_computation(clip, name):
 
     images = noise().requires_grad_()
     judge = load(f"{name}:{clip}")
-    given = checked(judge)(images, PROMPTS)
+    given = judge(images, PROMPTS)
     model = CLIPModel.from_pretrained(clip).eval()
     words = AutoTokenizer.from_pretrained(clip)(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -337,7 +357,7 @@ def test_aesthetic_is_five_linear_layers_on_the_image_embedding(tmp_path, suffix
     file = folder / f"sac+logos+ava1-l14-linearMSE{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     images = noise().requires_grad_()
-    given = checked(load(f"aesthetic:{folder}"))(images, PROMPTS)
+    given = load(f"aesthetic:{folder}")(images, PROMPTS)
     with torch.no_grad():
         model = CLIPModel.from_pretrained(folder).eval()
         x = model.visual_projection(model.vision_model(preprocess(images, 30, CLIP_MEAN, CLIP_STD)).pooler_output)
@@ -403,7 +423,7 @@ def test_imagereward_equals_a_direct_computation(tmp_path):
     folder, model, head = imagereward_folder(tmp_path)
     images = noise().requires_grad_()
     judge = load(f"imagereward:{folder}")
-    given = checked(judge)(images, PROMPTS)
+    given = judge(images, PROMPTS)
     words = AutoTokenizer.from_pretrained(folder)(PROMPTS, padding="max_length", max_length=35, return_tensors="pt")
     with torch.no_grad():
         out = model(
@@ -464,64 +484,220 @@ def test_a_sum_is_differentiable_only_if_all_parts_are():
         weighted([])
 
 
-def test_asynchronous_judges_meanwhile_in_order():
-    begun, go = threading.Event(), threading.Event()
+def test_batches_are_judged_while_the_next_is_made():
+    made: list[int] = []
+    first_judged = threading.Event()
 
-    def slow_at_first(images: Tensor, prompts: list[str]) -> Tensor:
-        if prompts[0] == "first":
-            begun.set()
-            assert go.wait(5)
+    def judge(images: Tensor, prompts: list[str]) -> Tensor:
+        if prompts[0] == "0":
+            assert first_judged.wait(5)  # held until the second batch is made
         return images.mean((1, 2, 3))
 
-    with Asynchronous(Named("slow", False, slow_at_first), workers=2) as judge:
-        images = torch.full((1, 3, 2, 2), 0.25)
-        first = judge.submit(images, ["first"])
-        assert begun.wait(5)
-        images.fill_(0.5)  # the caller's buffer is its own again
-        second = judge.submit(images, ["second"])
-        assert second.result(5).item() == 0.5 and not first.done()
-        go.set()
-        assert [x.item() for x in judge.results()] == [0.25, 0.5]
-        assert list(judge.results()) == []
+    def batches():
+        for i in range(3):
+            made.append(i)
+            if i == 1:
+                first_judged.set()
+            yield torch.full((2, 3, 2, 2), i / 4), [str(i)] * 2
+
+    given = score_batches(load(judge), batches())
+    assert given.tolist() == [0, 0, 0.25, 0.25, 0.5, 0.5] and made == [0, 1, 2]
 
 
-def test_asynchronous_raises_what_the_judge_raised():
-    with Asynchronous(constant(float("inf"), "wild")) as judge:
-        judge.submit(noise(), PROMPTS)
-        with pytest.raises(RunError, match="'wild' gave NaN or infinity for 3 of 3"):
-            list(judge.results())
-    with pytest.raises(InputError, match="workers=0"):
-        Asynchronous(constant(1.0), workers=0)
+def test_after_a_failure_no_further_batch_is_judged():
+    asked: list[str] = []
+
+    def judge(images: Tensor, prompts: list[str]) -> Tensor:
+        asked.append(prompts[0])
+        time.sleep(0.2)
+        raise KeyError("no key")
+
+    with pytest.raises(RewardError, match="raised KeyError: 'no key'"):
+        score_batches(load(judge), ((noise(1), [str(i)]) for i in range(9)))
+    assert len(asked) < 4
 
 
-# what every judge is held to
+def test_a_differentiable_reward_gives_no_graph_in_batches():
+    images = noise().requires_grad_()
+    assert not score_batches(load("brightness"), [(images, PROMPTS), (images, PROMPTS)]).requires_grad
+
+
+# whatever a user's function does
+
+
+def returning(output: object, name: str = "odd") -> Reward:
+    return Reward(name, False, lambda images, prompts: output)
+
+
+ZEROS = torch.zeros(3)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    "output",
     [
-        (torch.zeros(3, 1), r"gave \(3, 1\) for 3 images"),
-        (torch.zeros(2), r"gave \(2,\) for 3 images"),
-        ([0.0, 0.0, 0.0], "gave list for 3 images"),
-        (torch.tensor([0, torch.nan, torch.inf]), "NaN or infinity for 2 of 3"),
+        [0, 0.5, 1], (False, True, 1), [torch.tensor(0.0), torch.tensor(0.5), torch.tensor(1)],
+        numpy.array([0, 0.5, 1]), numpy.array([0, 0.5, 1], ">f4")[::1], list(numpy.array([0, 0.5, 1], numpy.float16)),
+        torch.tensor([0, 0.5, 1]).double(), torch.tensor([0, 0.5, 1]).bfloat16(),
+        [fractions.Fraction(0), fractions.Fraction(1, 2), 1],
     ],
-)
-def test_a_result_that_is_not_n_finite_numbers_is_refused(given, message):
-    with pytest.raises(RunError, match=message):
-        checked(Named("odd", False, lambda *_: given))(noise(), PROMPTS)
+    ids=lambda output: f"{type(output).__name__}",
+)  # fmt: skip
+def test_numbers_may_come_in_any_container(output):
+    given = returning(output)(noise(), PROMPTS)
+    assert given.dtype == torch.float32 and given.tolist()[::2] == [0, 1] and given[1] in (0.5, 1)
 
 
-def test_a_checked_result_is_float32():
-    assert (
-        checked(Named("b", False, lambda *_: torch.tensor([True, False, True])))(noise(), PROMPTS).dtype
-        == torch.float32
-    )
-    assert checked(Named("d", False, lambda *_: torch.zeros(3).double()))(noise(), PROMPTS).dtype == torch.float32
+FIRST = r"for 3 images, the first of prompt 'a red square'; return one finite number an image"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (torch.zeros(3, 1), rf"returned float32 of shape \(3, 1\) {FIRST}"),
+        (torch.zeros(2), rf"returned float32 of shape \(2,\) {FIRST}"),
+        (torch.zeros(()), rf"returned float32 of shape \(\) {FIRST}"),
+        (numpy.zeros((3, 2)), rf"returned float64 of shape \(3, 2\) {FIRST}"),
+        (numpy.zeros(4), rf"returned float64 of shape \(4,\) {FIRST}"),
+        ([0.5, 0.5], rf"returned a list of 2 that begins with 0.5 {FIRST}"),
+        ([], rf"returned a list of 0 {FIRST}"),
+        ([[0.5], [0.5], [0.5]], "returned a list of 1 that begins with 0.5 for image 1 of 3, prompt 'a red square'"),
+        ([0.5, None, 1], "returned None for image 2 of 3, prompt 'a blue circle'"),
+        ([0.5, 1, "good"], "returned 'good' for image 3 of 3, prompt 'a red circle'"),
+        (["good"] * 3, "returned 'good' for image 1 of 3"),
+        (numpy.array(["a", "b", "c"]), rf"returned <U1 of shape \(3,\) {FIRST}"),
+        ([0.5, 1j, 1], r"returned 1j for image 2 of 3"),
+        (torch.zeros(3, dtype=torch.complex64), rf"returned complex64 of shape \(3,\) {FIRST}"),
+        (numpy.zeros(3, complex), rf"returned complex128 of shape \(3,\) {FIRST}"),
+        ([torch.zeros(1)] * 3, r"returned float32 of shape \(1,\) for image 1 of 3"),
+        ([10**400, 0, 0], rf"returned a list of 3 that begins with 1.* {FIRST}"),
+        (None, rf"returned None {FIRST}"), (0.5, rf"returned 0.5 {FIRST}"), ("good", rf"returned 'good' {FIRST}"),
+        ({"score": 1}, rf"returned a value of type dict {FIRST}"), ({1, 2, 3}, rf"returned a value of type set {FIRST}"),
+        ((x for x in (1, 2, 3)), rf"returned a value of type generator {FIRST}"), (object(), rf"returned a value of type object {FIRST}"),
+        (torch.zeros(3, device="meta"), "returned float32"), (torch.zeros(3).to_sparse(), "returned float32"),
+        (torch.tensor([0, torch.nan, torch.inf]), r"returned nan for image 2 of 3, prompt 'a blue circle' \(and 1 more\)"),
+        ([0, 1, float("inf")], "returned inf for image 3 of 3, prompt 'a red circle'; return"),
+        (numpy.array([-numpy.inf, 0, 0]), "returned -inf for image 1 of 3"),
+        (numpy.array([0, 1e300, 0]), r"returned 1e\+300 for image 2 of 3"),
+    ],
+)  # fmt: skip
+def test_what_is_not_one_finite_number_an_image_is_refused(output, message):
+    with pytest.raises(RewardError, match=f"^reward 'odd' {message}"):
+        returning(output)(noise(), PROMPTS)
+
+
+@pytest.mark.parametrize("error", [KeyError("colour"), SystemExit(1), RecursionError("deep"), OSError(28, "disk full")])
+def test_what_a_function_raises_is_named_with_its_line_and_chained(error):
+    def judge(images, prompts):
+        raise error
+
+    with pytest.raises(RewardError, match="^reward 'judge' raised") as caught:
+        load(judge)(noise(), PROMPTS)
+    line = judge.__code__.co_firstlineno + 1
+    assert caught.value.__cause__ is error
+    assert f"(test_rewards.py, line {line}) for 3 images, the first of prompt 'a red square'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_message_is_cut_to_one_line():
+    def judge(images, prompts):
+        raise ValueError("far too much\n" * 500)
+
+    with pytest.raises(RewardError) as caught:
+        load(judge)(noise(1), ["a"])
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_a_wrong_signature_is_refused_before_anything_runs():
+    with pytest.raises(RewardError, match=r"reward 'one' takes \(images\), but it is called with \(images, prompts\)"):
+        load(named("one", lambda images: images))
+    with pytest.raises(RewardError, match="takes"):
+        load(lambda images, prompts, model: 0)
+    load(lambda *both: 0), load(lambda images, prompts, model=None: 0)
+    with pytest.raises(InputError, match="reward 3 is a int, not a function"):
+        load(3)
+
+
+def named(name: str, function):
+    function.__name__ = name
+    return function
+
+
+def test_a_function_may_say_its_name_and_that_it_is_differentiable():
+    def bright(images, prompts):
+        return images.mean((1, 2, 3))
+
+    assert (load(bright).name, load(bright).differentiable) == ("bright", False)
+    bright.name, bright.differentiable = "light", True
+    one = load(bright)
+    assert (one.name, one.differentiable) == ("light", True) and load(one) is one
+    images = noise().requires_grad_()
+    assert torch.autograd.grad(one(images, PROMPTS).sum(), images)[0].ne(0).all()
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_function_that_changes_its_images_or_prompts_changes_nothing(differentiable):
+    def greedy(images, prompts):
+        score = images.square().mean((1, 2, 3))
+        images.zero_()
+        prompts.clear()
+        return score
+
+    images, prompts = noise().requires_grad_(differentiable), list(PROMPTS)
+    before = images.detach().clone()
+    given = Reward("greedy", False, greedy)(images, prompts)
+    assert torch.equal(images.detach(), before) and prompts == PROMPTS and not given.requires_grad
+    if differentiable:
+
+        def dims(images, prompts):
+            images *= 0.5
+            return images.mean((1, 2, 3))
+
+        slope = torch.autograd.grad(Reward("dims", True, dims)(images, PROMPTS).sum(), images)[0]
+        torch.testing.assert_close(slope, torch.full_like(slope, 0.5 / slope[0].numel()))
+        assert torch.equal(images.detach(), before)
+
+
+def test_what_a_function_keeps_and_changes_later_is_not_the_reward():
+    kept = torch.zeros(3)
+    judge = Reward("kept", False, lambda images, prompts: kept)
+    given = judge(noise(), PROMPTS)
+    kept.fill_(5)
+    assert not given.any()
+
+
+def test_images_that_hold_nan_are_not_the_rewards_fault():
+    images = noise()
+    images[1, 0, 0, 0] = torch.nan
+    with pytest.raises(
+        RunError, match=r"1 of 3 images hold NaN or infinity: the model's weights have diverged"
+    ) as caught:
+        returning(ZEROS)(images, PROMPTS)
+    assert not isinstance(caught.value, RewardError)
+    with pytest.raises(RunError, match="hold NaN or infinity at step 12 with lr=0.5: the model's weights"):
+        check_images(images, "at step 12 with lr=0.5")
+    check_images(noise())
+
+
+def test_our_own_sentences_pass_through_a_sum():
+    with pytest.raises(RewardError, match="^reward 'odd' returned None"):
+        weighted([(1, load("brightness")), (0.5, returning(None))])(noise(), PROMPTS)
+    with pytest.raises(InputError, match="reads 32 x 32"):
+        load("brightness+classifier")(noise(1), ["a ring"])
+
+
+def test_a_result_has_the_precision_of_the_images_and_float32_at_least():
+    judge = returning(torch.zeros(3, dtype=torch.float64))
+    types = {dtype: judge(noise().to(dtype), PROMPTS).dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
+    assert types == {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+
+
+def test_no_images_are_no_question():
+    assert returning(None)(noise(0), []).shape == (0,)
 
 
 def test_a_judge_that_claims_a_gradient_must_give_one():
-    claimed = checked(Named("liar", True, lambda images, _: images.detach().mean((1, 2, 3))))
-    with pytest.raises(RunError, match="'liar' is said to be differentiable"):
+    claimed = Reward("liar", True, lambda images, _: images.detach().mean((1, 2, 3)))
+    with pytest.raises(RewardError, match="'liar' is said to be differentiable"):
         claimed(noise().requires_grad_(), PROMPTS)
     assert claimed(noise(), PROMPTS).shape == (3,)
 
@@ -529,4 +705,4 @@ def test_a_judge_that_claims_a_gradient_must_give_one():
 @pytest.mark.parametrize(("images", "prompts"), [(noise(), ["one"]), (noise()[0], ["one"]), (noise()[:, :1], PROMPTS)])
 def test_images_and_prompts_must_fit(images, prompts):
     with pytest.raises(InputError, match=r"a reward reads \(n, 3, h, w\)"):
-        checked(constant(1.0))(images, prompts)
+        returning(ZEROS)(images, prompts)

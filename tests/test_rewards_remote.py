@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from fieldsmith.errors import InputError, RunError
-from fieldsmith.rewards import checked, load, remote
-from fieldsmith.rewards.remote import RemoteJudge, judge
+from fieldsmith.rewards import load, remote
+from fieldsmith.rewards.remote import Options, RemoteJudge, read_address
 from fieldsmith.rewards.replies import Token, expected_score, read_number, read_reply, read_yes_no
 
 IMAGE = torch.rand(1, 3, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -107,7 +107,7 @@ class Server:
         self.http.server_close()
 
     def judge(self, options: str = QUICK) -> RemoteJudge:
-        return judge(f"{self.base}?{options}")
+        return RemoteJudge(*read_address(f"{self.base}?{options}", Options))
 
     def in_turn(self, *answers: Any) -> None:
         """Give these answers, the last one for ever."""
@@ -134,7 +134,7 @@ def pixels(body: dict[str, Any]) -> numpy.ndarray:
 
 
 def test_a_score_is_asked_of_the_image_and_prompt(server):
-    given = checked(load(f"remote:{server.base}?{QUICK}"))(IMAGE, ["a red {square}"])
+    given = load(f"remote:{server.base}?{QUICK}")(IMAGE, ["a red {square}"])
     assert given.tolist() == [pytest.approx(0.7)]
     (body,) = server.bodies
     assert body["model"] == "eye" and body["temperature"] == 0
@@ -147,7 +147,7 @@ def test_a_yes_or_no_question(server):
     server.in_turn(completion("Well, no... Yes."), completion("NO"))
     one = server.judge(QUICK + "&answer=yes-no&concurrency=1")
     assert one(images(2), ["a", "b"]).tolist() == [1, 0]
-    assert one.name == "remote:eye" and not one.differentiable
+    assert one.name == "remote:eye"
 
 
 def test_a_question_of_the_users_own(server):
@@ -205,7 +205,7 @@ def test_many_replies_need_a_temperature(server):
 def test_images_and_prompts_must_fit_and_be_finite(server):
     with pytest.raises(InputError, match=r"\[2\] images for 1 prompts"):
         server.judge().ask(images(2), ["a"], "?")
-    with pytest.raises(RunError, match="1 images for remote:eye hold NaN"):
+    with pytest.raises(RunError, match="1 of 1 images hold NaN"):
         server.judge()(torch.full((1, 3, 2, 2), torch.nan), ["a"])
     assert not server.bodies
 
@@ -387,7 +387,7 @@ def test_a_host_that_does_not_exist_is_bad_input(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(InputError, match=r"does not answer: .*not known"):
-        judge("http://no-such-host:1/v1?model=eye")
+        load("remote:http://no-such-host:1/v1?model=eye")
 
 
 @pytest.mark.parametrize(

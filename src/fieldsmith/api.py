@@ -9,9 +9,13 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from fieldsmith import verb
+from fieldsmith import rewards, verb
 from fieldsmith.config import Config, configure
 from fieldsmith.errors import InputError
+from fieldsmith.functions import load_function, name_of
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs as AlignInputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.step import Inputs as DistillInputs
 from fieldsmith.methods.distill.verb import DISTILL
@@ -24,14 +28,68 @@ from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
 from fieldsmith.models.features import load_features
+from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
 from fieldsmith.verb import Callback
 from fieldsmith.worlds import catalogue, classes, own
 from fieldsmith.worlds.classes import Classes
 from fieldsmith.worlds.judged import JudgedWorld
 from fieldsmith.worlds.model_cards import data_of, world_of
+from fieldsmith.worlds.shapes import open_captions, training_captions
 
 C = TypeVar("C", bound=Config)
+RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
+
+
+def align(
+    model: Model | str | None = None,
+    reward: RewardLike | None = None,
+    prompts: str | pathlib.Path | Iterable[str] | None = None,
+    *,
+    held_out_rewards: RewardLike | Sequence[RewardLike] = (),
+    config: AlignConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Raise a reward of what prompts give: reward score matching and the policy gradients that are cases of it.
+
+    `model` is a Model, which is trained in place, or a name to load. `reward` is a name or a function of images
+    (n, 3, h, w) in [0, 1] and n prompts that returns n numbers; with an attribute `differentiable = True` its gradient
+    may be used. `held_out_rewards` are only measured. `prompts` are texts, or a file with one a line; None: the
+    captions that a zoo model was trained on. Every field of AlignConfig is a keyword; `config` takes the whole, beside
+    which rewards may still be functions. out=None writes nothing.
+    Raises InputError before anything is trained or written, RewardError and RunError where training breaks.
+    """
+    held_out = (
+        (held_out_rewards,) if callable(held_out_rewards) or isinstance(held_out_rewards, str) else held_out_rewards
+    )
+    named: dict[str, Any] = {"reward": _name(reward), "held_out_rewards": tuple(map(_name, held_out)) or None}
+    if prompts is not None:
+        named["prompts"] = (str(prompts),) if isinstance(prompts, (str, pathlib.Path)) else tuple(prompts)
+    functions = {_name(one): one for one in (reward, *held_out) if callable(one)}
+    if config is not None:  # which cannot hold functions
+        config = config.replace(**{name: named.pop(name) for name in list(named) if functions and named[name]})
+    config, model = settle(AlignConfig, model, "model", config, preset, scale, named, settings)
+    config.check()
+    world = world_of(config.model)
+    if world:
+        config = config.replace(prompts=read_prompts(config.prompts) or training_captions())
+    else:
+        config = config.replace(prompts=read_prompts(config.prompts))
+    watched = [rewards.load(functions.get(name, name), world) for name in config.held_out_rewards]
+    watched += [rewards.load("valid", world)] if world else []
+    others = tuple(name for name in (*open_captions(), "") if name not in config.prompts) if world else ()
+    inputs = AlignInputs(
+        rewards.load(functions.get(config.reward, config.reward), world), {one.name: one for one in watched}, others
+    )
+    return verb.run(ALIGN, config, inputs, model, callback)
+
+
+def _name(reward: RewardLike | None) -> str | None:
+    """How a config names a reward."""
+    return f"function:{name_of(reward)}" if callable(reward) else reward
 
 
 def erase(
@@ -78,11 +136,12 @@ def distill(
     Every field of DistillConfig is a keyword; `config` takes the whole. out=None writes nothing. The result's model is
     the student. Raises InputError before anything is trained or written, RunError where training breaks.
     """
-    given: dict[str, Any] = {"data": data if data is None else _recorded(data)}
+    given: dict[str, Any] = {"data": _data_name(data)}
     if isinstance(student, (str, pathlib.Path)):
         given["student"] = student
     elif not isinstance(student, Model):
         given["shrink"] = student
+    config = _with_objects(config, given)
     config, teacher = settle(DistillConfig, teacher, "teacher", config, preset, scale, given, settings)
 
     def sized(size: int, channels: int) -> Classes:
@@ -115,11 +174,12 @@ def sharpen(
     name, or an http address. Every field of SharpenConfig is a keyword; `config` takes the whole. out=None writes
     nothing. Raises InputError before anything is trained or written, RunError where training or judging breaks.
     """
-    given = {"data": None if data is None else _recorded(data), "judge": None if judge is None else _recorded(judge)}
+    given = {"data": _data_name(data), "judge": _name(judge)}
+    config = _with_objects(config, given)
     config, model = settle(SharpenConfig, model, "model", config, preset, scale, given, settings)
 
     def sized(channels: int, size: int) -> JudgedWorld:
-        verdict = judge if callable(judge) else config.judge and _there(config.judge)
+        verdict = judge if callable(judge) else config.judge
         if data is None or isinstance(data, (str, pathlib.Path)):
             name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
             return catalogue.load(_there(name), size, verdict, channels)
@@ -133,11 +193,19 @@ def sharpen(
     return verb.run(SHARPEN, config, SharpenInputs(sized, features=features), model, callback)
 
 
-def _recorded(value: Any) -> str:
-    """How settings hold what was handed over: a name as it is, an object as 'object:NAME'."""
-    if isinstance(value, (str, pathlib.Path)):
-        return str(value)
-    return f"object:{getattr(value, 'name', None) or getattr(value, '__name__', type(value).__name__)}"
+def _data_name(data: Any) -> str | None:
+    """How a config names data: a name as it is, an object as 'object:NAME'."""
+    if data is None or isinstance(data, (str, pathlib.Path)):
+        return None if data is None else str(data)
+    return f"object:{getattr(data, 'name', None) or type(data).__name__}"
+
+
+def _with_objects(config: C | None, given: dict[str, Any]) -> C | None:
+    """Functions and objects may be given beside a config, which cannot hold them: move their names into it."""
+    if config is None:
+        return None
+    names = [name for name, value in given.items() if str(value).startswith(("object:", "function:"))]
+    return config.replace(**{name: given.pop(name) for name in names})
 
 
 def _there(name: str) -> str:

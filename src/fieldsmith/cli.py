@@ -6,10 +6,16 @@ torch is imported only once a command really runs, so that --help answers at onc
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Sequence
+
+from fieldsmith import __version__, processes
+from fieldsmith.errors import InputError, RunError, check_word
+from fieldsmith.functions import user_traceback
 
 VERBS = {
     "align": "Raise a reward without losing the rest (reward score matching, every method that it unifies).",
@@ -32,8 +38,6 @@ METHODS = ("align", "distill", "edit", "erase", "sharpen")
 
 
 def usage() -> str:
-    from fieldsmith import __version__
-
     lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
     return "\n".join(
         (
@@ -41,6 +45,7 @@ def usage() -> str:
             "",
             "usage: fieldsmith VERB [--model M] [--preset NAME] [--config FILE.toml] [--field value ...] --out DIR",
             "       fieldsmith VERB --help    every field with its default and meaning",
+            "       fieldsmith --debug VERB   also print the lines of your own function that failed",
             "",
             "verbs:",
             *lines,
@@ -53,50 +58,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # libgomp's threads spin while they wait, which makes a busy machine many times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if words[0] == "--version":
-        from fieldsmith import __version__
-
-        print(__version__)
-        return 0
-    from fieldsmith import processes
-    from fieldsmith.errors import InputError, RunError, check_word
-
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     if not processes.is_main():  # one process speaks
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        processes.begin()
-        verb = words[0]
-        check_word(verb, tuple(VERBS), "fieldsmith's verbs")
-        if verb in METHODS:
-            importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
-        else:
-            module = "models" if verb in ("sample", "evaluate") else verb
-            getattr(importlib.import_module(f"fieldsmith.commands.{module}"), verb)(words[1:])
+        _command(words)
+        sys.stdout.flush()  # a closed pipe shows here at the latest
     except SystemExit as end:  # --help
-        return int(end.code or 0)
-    except InputError as error:
-        return _forward(str(error), 2)
-    except RunError as error:
-        return _forward(str(error), 3)
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            return int(end.code or 0)
+        return _closed_pipe()
+    except (InputError, RunError) as error:
+        if debug:
+            print(user_traceback(error), file=sys.stderr, end="")
+        return _stop(str(error), 2 if isinstance(error, InputError) else 3)
     except KeyboardInterrupt:
-        return _forward("interrupted; the same command resumes it", 130)
+        return _stop("interrupted; the same command resumes it", 130)
+    except BrokenPipeError:
+        return _closed_pipe()
     except MemoryError:
-        return _forward("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
+        return _stop("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
     except OSError as error:
-        return _forward(f"{error.strerror or error}: {error.filename or 'the disk'}. The last good checkpoint stays", 3)
+        return _stop(f"{_os_error(error)}. The last good checkpoint stays", 3)
     except RuntimeError as error:
         if "out of memory" in str(error).lower():
-            return _forward("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
+            return _stop("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
         raise
     finally:
-        if not processes.is_main():  # a crash is said by whom it happened to
+        if not processes.is_main():  # a crash is told by the process that it happened to
             sys.stderr = sys.__stderr__
     return 0
 
 
-def _forward(sentence: str, code: int) -> int:
+def _command(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    processes.begin()
+    verb = words[0]
+    check_word(verb, tuple(VERBS), "fieldsmith's verbs")
+    # each command is imported when it is asked for: together they take seconds
+    if verb in METHODS:
+        importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
+    else:
+        module = "models" if verb in ("sample", "evaluate") else verb
+        getattr(importlib.import_module(f"fieldsmith.commands.{module}"), verb)(words[1:])
+
+
+def _stop(sentence: str, code: int) -> int:
     print(f"fieldsmith: {sentence}", file=sys.stderr)
     return code
+
+
+def _os_error(error: OSError) -> str:
+    """What the system refused: the file it was about, the network, or its own words."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is not None:
+        return f"{reason}: '{error.filename}'"
+    # gaierror: a host's name that is unknown
+    network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
+    return f"the network failed: {reason}" if network else reason
+
+
+def _closed_pipe() -> int:
+    """Who read the output has gone, as in `| head`: end without a word, with 128 + SIGPIPE."""
+    with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+        # what is still buffered goes nowhere, instead of a message when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

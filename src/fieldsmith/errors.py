@@ -1,4 +1,4 @@
-"""The two ways in which fieldsmith refuses or stops; `cli` turns them into exit codes.
+"""The ways in which fieldsmith refuses or stops; `cli` turns them into exit codes.
 
 In: one sentence that names the value and the fix. Out: exit code 2 (bad input) or 3 (a run that failed).
 """
@@ -15,6 +15,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that started cannot go on (NaN, out of memory); its last good checkpoint stays. Exit code 3."""
+
+
+class RewardError(RunError):
+    """A reward or judge raised an exception or returned what cannot be used; `__cause__` is what it raised, if it did."""
 
 
 def check_word(word: str, vocabulary: Sequence[str], name: str) -> None:

@@ -1,33 +1,87 @@
-"""Text that users hand over, read in one way: UTF-8 with or without a byte-order mark, any line ends."""
+"""Text that users hand over, read in one way: UTF-8 with or without a byte-order mark, any line ends, blank lines free.
+
+`kind` says in messages what the file is for, e.g. "prompt file". Importing this costs no torch.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 from fieldsmith.errors import InputError
 
 
-def read_toml(path: str | pathlib.Path) -> dict[str, Any]:
+def read_text(path: str | pathlib.Path, kind: str) -> str:
+    """A file's text, with '\\n' at the end of each line. Raises InputError where it is not there or is not UTF-8."""
+    try:
+        content = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{kind} '{path}' cannot be read: {error.strerror}; fix its name") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"line {line} of {kind} '{path}' is not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: str | pathlib.Path, kind: str) -> list[tuple[int, str]]:
+    """The lines with words in them, without the spaces around, each with its number from 1. Raises as `read_text`."""
+    # not splitlines, which also cuts at characters that JSON strings and prompts may hold, such as U+2028
+    numbered = enumerate(read_text(path, kind).split("\n"), 1)
+    return [(number, line.strip()) for number, line in numbered if line.strip()]
+
+
+def read_toml(path: str | pathlib.Path, kind: str = "config file") -> dict[str, Any]:
     """A TOML file's settings. Raises InputError where it cannot be read or is no TOML."""
     try:
-        return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"config file '{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"config file '{path}' is not TOML: {error}") from error
+        return tomllib.loads(read_text(path, kind))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{kind} '{path}' is not TOML: {error}") from error
 
 
-def read_json(path: str | pathlib.Path, what: str) -> dict[str, Any]:
-    """A JSON file's mapping; `what` names it in messages. Raises InputError where it cannot be read or is none."""
+def read_json(path: str | pathlib.Path, kind: str) -> Any:
+    """What a JSON file holds. Raises InputError where it cannot be read or is no JSON."""
     try:
-        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{what} '{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{what} '{path}' is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{what} '{path}' is no mapping of names to values")
-    return found
+        return json.loads(read_text(path, kind))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{kind} '{path}' is not JSON: {error}") from error
+
+
+def read_json_lines(path: str | pathlib.Path, kind: str, example: str) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a file with one a line, each with its line's number. Raises InputError with that number.
+
+    `example` is a line as it should be.
+    """
+    entries = []
+    for number, line in read_lines(path, kind):
+        try:
+            entry = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"line {number} of '{path}' is no JSON; write {example}") from error
+        if not isinstance(entry, dict):
+            raise InputError(f"line {number} of '{path}' is no JSON object but {line[:80]}; write {example}")
+        entries.append((number, entry))
+    return entries
+
+
+def read_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Prompts as they are, or the lines of the one text file that they name. Raises InputError where it has none."""
+    if len(prompts) != 1 or not (_is_file(prompts[0]) or prompts[0].endswith(".txt")):
+        return tuple(prompts)
+    lines = tuple(line for _, line in read_lines(prompts[0], "prompt file"))
+    if not lines:
+        raise InputError(f"prompt file '{prompts[0]}' has no line with words in it; write a prompt a line")
+    return lines
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return pathlib.Path(name).is_file()
+    except (OSError, ValueError):  # a prompt longer than a file's name may be
+        return False

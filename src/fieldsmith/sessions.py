@@ -1,26 +1,31 @@
-"""Files of editing sessions: an image and the instructions that edit it, turn after turn.
+"""Editing sessions of the user's own: an image and the instructions that edit it, turn after turn.
 
-In: JSON lines, {"image": path relative to the file, "instructions": [...], "id": optional}, or the CSV file of EdiVal
-(github.com/TianyuCodings/EdiVal, oai_instruction_generation_output.csv). Out: `Session`s, and their images as a tensor.
+In: JSON lines, {"image": path relative to the file, "instructions": [...], "id": optional}, the CSV file of EdiVal
+(github.com/TianyuCodings/EdiVal, oai_instruction_generation_output.csv), or such dicts in Python, whose images may be
+PIL's. Out: `Session`s, and `UserSessions`, from which a training run draws.
 """
 
 from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.read import read_json_lines, read_text
 from fieldsmith.run import write_atomically
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LINE = '{"image": "cat.png", "instructions": ["make the cat red"]}'
 EDIVAL_COLUMNS = ("image_index", "turns", "instructions")
@@ -30,8 +35,22 @@ EDIVAL_IMAGES = "input_images_resize_512"  # EdiVal's archive of images, unpacke
 @dataclass(frozen=True)
 class Session:
     id: str
-    image: Path  # absolute
+    image: Path | Image.Image  # an absolute path, or the image itself
     instructions: tuple[str, ...]  # one a turn
+
+
+def sessions_of(entries: Iterable[Session | Mapping[str, Any]]) -> list[Session]:
+    """Sessions, or dicts such as a line of a file holds; an image may also be PIL's, and paths start from here.
+
+    Raises InputError as `read_sessions` does.
+    """
+    rows = []
+    for number, entry in enumerate(entries, 1):
+        where = f"session {number}"
+        if not isinstance(entry, (Session, Mapping)):
+            raise InputError(f"{where} is a {type(entry).__name__}; give a dict such as {LINE}")
+        rows.append((number, entry if isinstance(entry, Session) else _session(entry, number, where, Path())))
+    return _checked(rows, "these sessions", "session")
 
 
 def read_sessions(path: str | Path) -> list[Session]:
@@ -45,36 +64,39 @@ def read_sessions(path: str | Path) -> list[Session]:
     if not path.is_file():
         raise InputError(f"sessions file '{path}' does not exist; name a file of lines such as {LINE}")
     rows = _edival(path) if path.suffix.lower() == ".csv" else _json_lines(path)
-    try:
-        found = list(rows)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"sessions file '{path}' is no text ({error}); save it as UTF-8") from error
-    if not found:
-        raise InputError(f"sessions file '{path}' is empty; write a line for each session, such as {LINE}")
+    return _checked(list(rows), f"sessions file '{path}'", "line")
+
+
+def _checked(rows: list[tuple[int, Session]], source: str, unit: str) -> list[Session]:
+    """The sessions, if their ids differ and their numbers of turns do not; each comes with its line's number."""
+    if not rows:
+        raise InputError(f"{source}: no session is there (the file or list is empty); give some such as {LINE}")
     lines: dict[str, int] = {}
-    first_line, first = found[0]
-    for line, session in found:
+    first_line, first = rows[0]
+    for line, session in rows:
         if session.id in lines:
             raise InputError(
-                f"id '{session.id}' is at line {lines[session.id]} and line {line} of '{path}'; give each its own"
+                f"id '{session.id}' is at {unit} {lines[session.id]} and {unit} {line} of {source}; give each its own"
             )
         lines[session.id] = line
         if len(session.instructions) != len(first.instructions):
             raise InputError(
-                f"session '{first.id}' (line {first_line}) has {len(first.instructions)} turns, '{session.id}' (line "
-                f"{line}) has {len(session.instructions)} in '{path}'; give all the same number"
+                f"session '{first.id}' ({unit} {first_line}) has {len(first.instructions)} turns, '{session.id}' "
+                f"({unit} {line}) has {len(session.instructions)} in {source}; give all the same number"
             )
-    return [session for _, session in found]
+    return [session for _, session in rows]
 
 
 def write_sessions(path: str | Path, sessions: Sequence[Session]) -> None:
     """JSON lines that `read_sessions` reads back; image paths become relative to the file's folder."""
     path = Path(path)
     folder = path.resolve().parent
-    lines = [
-        {"id": one.id, "image": Path(os.path.relpath(one.image, folder)).as_posix(), "instructions": one.instructions}
-        for one in sessions
-    ]
+    lines = []
+    for one in sessions:
+        if not isinstance(one.image, Path):
+            raise InputError(f"the image of session '{one.id}' is in no file; save it and give its path")
+        image = Path(os.path.relpath(one.image, folder)).as_posix()
+        lines.append({"id": one.id, "image": image, "instructions": one.instructions})
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -84,17 +106,16 @@ def load_images(sessions: Sequence[Session], size: int) -> Tensor:
     An image of another size is cut to its central square and resized by Lanczos. Raises InputError at a size below 1
     and an image that cannot be read.
     """
-    import numpy
-    import torch
-    from PIL import Image, ImageOps
-
     if size < 1:
         raise InputError(f"size={size}: images need at least 1 pixel a side")
     images = torch.zeros(len(sessions), 3, size, size)
     for row, session in enumerate(sessions):
         try:
-            with Image.open(session.image) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
+            if isinstance(session.image, Path):
+                with Image.open(session.image) as file:
+                    image = ImageOps.exif_transpose(file).convert("RGB")
+            else:
+                image = session.image.convert("RGB")
         # pillow raises all of these on files that are cut short, damaged or far too large
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise InputError(
@@ -109,73 +130,72 @@ def load_images(sessions: Sequence[Session], size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Sessions of a file as a training task sees them, cut to `turns` of their turns; images at `size` pixels."""
+class UserSessions:
+    """Sessions without planned images as a training task sees them, cut to `turns` of their turns; `size` in pixels."""
 
     sessions: tuple[Session, ...]
     size: int
     turns: int
 
     @staticmethod
-    def read(path: str | Path, size: int) -> Listed:
-        """Every session of the file. Raises InputError as `read_sessions` does."""
-        found = read_sessions(path)
-        load_images(found[:1], size)  # a folder of images that was moved is refused before anything runs
-        return Listed(tuple(found), size, len(found[0].instructions))
+    def of(source: str | Path | Iterable[Session | Mapping[str, Any]], size: int) -> UserSessions:
+        """Every session of a file or of an iterable. Raises InputError as `read_sessions` and `load_images` do."""
+        sessions = read_sessions(source) if isinstance(source, (str, Path)) else sessions_of(source)
+        load_images(sessions[:1], size)  # a folder of images that was moved is refused before anything runs
+        return UserSessions(tuple(sessions), size, len(sessions[0].instructions))
 
-    def drawn(self, n: int, seed: int, turns: int) -> Listed:
+    def sample(self, n: int, seed: int, turns: int) -> UserSessions:
         """n of them in random order, each once before any comes again."""
         draw = random.Random(seed)
         rows: list[Session] = []
         while len(rows) < n:
             rows += draw.sample(self.sessions, min(n - len(rows), len(self.sessions)))
-        return Listed(tuple(rows), self.size, turns)
+        return UserSessions(tuple(rows), self.size, turns)
 
     def __len__(self) -> int:
         return len(self.sessions)
 
-    def __getitem__(self, rows: Sequence[int]) -> Listed:
-        return Listed(tuple(self.sessions[i] for i in rows), self.size, self.turns)
+    def __getitem__(self, rows: Sequence[int]) -> UserSessions:
+        return UserSessions(tuple(self.sessions[i] for i in rows), self.size, self.turns)
 
     def prompts(self, turn: int) -> list[str]:
         return [one.instructions[turn - 1] for one in self.sessions]
 
     def clean(self, turn: int) -> Tensor:
-        """The start; what later turns should give is not in a file."""
-        assert turn == 0, "session files hold no planned images"
-        different = list(dict.fromkeys(self.sessions))
-        images = load_images(different, self.size)
-        return images[[different.index(one) for one in self.sessions]]
+        """The start (n, 3, size, size) in [0, 1]; what later turns should give is not known."""
+        assert turn == 0, "the user's sessions hold no planned images"
+        different = {one.id: one for one in self.sessions}
+        images = load_images(list(different.values()), self.size)
+        places = {name: row for row, name in enumerate(different)}
+        return images[[places[one.id] for one in self.sessions]]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Session]]:
     """Line numbers (from 1) and sessions."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"line {number} of '{path}'"
-            entry = _parsed(json.loads, line, f"{where} is no JSON; write {LINE}")
-            if not isinstance(entry, dict):
-                raise InputError(f"{where} is no JSON object but {line.strip()[:80]}; write {LINE}")
-            image, name = entry.get("image"), entry.get("id", number)
-            if not isinstance(image, str) or not image:
-                raise InputError(f"{where} names no image; write {LINE}")
-            if not isinstance(name, (str, int)) or isinstance(name, bool):
-                raise InputError(f"id {name} at {where} is no text; write it in quotes or leave it out")
-            file_of = path.parent / image
-            if not file_of.is_file():
-                raise InputError(
-                    f"image '{image}' of {where} does not exist; put it into '{path.parent}' or fix the path"
-                )
-            yield number, Session(str(name), file_of.resolve(), _instructions(entry.get("instructions"), where))
+    for number, entry in read_json_lines(path, "sessions file", LINE):
+        yield number, _session(entry, number, f"line {number} of '{path}'", path.parent)
+
+
+def _session(entry: Mapping[str, Any], number: int, where: str, folder: Path) -> Session:
+    """One entry; image paths start from the folder. Raises InputError that says `where`."""
+    image, name = entry.get("image"), entry.get("id", number)
+    if not isinstance(name, (str, int)) or isinstance(name, bool):
+        raise InputError(f"id {name} at {where} is no text; write it in quotes or leave it out")
+    if not isinstance(image, Image.Image):
+        if not isinstance(image, (str, Path)) or not str(image):
+            raise InputError(f"{where} names no image; write {LINE}")
+        path = folder / image
+        if not path.is_file():
+            raise InputError(f"image '{image}' of {where} does not exist; put it into '{folder}' or fix the path")
+        image = path.resolve()
+    return Session(str(name), image, _instructions(entry.get("instructions"), where))
 
 
 def _edival(path: Path) -> Iterator[tuple[int, Session]]:
     """The row with the most turns of each image, and its line's number."""
     longest: dict[str, tuple[int, int, str]] = {}  # image index -> turns, line, instructions
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
+    rows = csv.DictReader(io.StringIO(read_text(path, "sessions file"), newline=""))
+    try:
         lacking = [column for column in EDIVAL_COLUMNS if column not in (rows.fieldnames or ())]
         if lacking:
             raise InputError(
@@ -187,9 +207,11 @@ def _edival(path: Path) -> Iterator[tuple[int, Session]]:
             turns = _parsed(int, row["turns"], f"turns '{row['turns']}' at {where} is no number; write 1, 2 or 3")
             if turns > longest.get(row["image_index"], (0,))[0]:
                 longest[row["image_index"]] = (turns, rows.line_num, row["instructions"])
+    except csv.Error as error:
+        raise InputError(f"line {rows.line_num} of '{path}' is no CSV ({error}); save it again as CSV") from error
     for index, (_, line, text) in longest.items():
         where = f"line {line} of '{path}'"
-        given = _parsed(ast.literal_eval, text, f"instructions at {where} are no list; write \"['first', 'second']\"")
+        listed = _parsed(ast.literal_eval, text, f"instructions at {where} are no list; write \"['first', 'second']\"")
         names = [f"{folder}{index}_input_raw.{kind}" for folder in ("", f"{EDIVAL_IMAGES}/") for kind in ("jpg", "png")]
         images = [path.parent / name for name in names if (path.parent / name).is_file()]
         if not images:
@@ -200,7 +222,7 @@ def _edival(path: Path) -> Iterator[tuple[int, Session]]:
         # some of EdiVal's instructions come in a second pair of quotes
         unquoted = [
             one[1:-1] if isinstance(one, str) and len(one) > 2 and one[0] == one[-1] == '"' else one
-            for one in (given if isinstance(given, list) else [given])
+            for one in (listed if isinstance(listed, list) else [listed])
         ]
         yield line, Session(index, images[0].resolve(), _instructions(unquoted, where))
 
@@ -213,7 +235,7 @@ def _parsed(parse: Callable[[Any], Any], text: Any, otherwise: str) -> Any:
 
 
 def _instructions(given: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(given, list) or not given:
+    if not isinstance(given, (list, tuple)) or not given:
         raise InputError(f"{where} has no list of instructions; write {LINE}")
     for turn, instruction in enumerate(given, 1):
         if not isinstance(instruction, str) or not instruction.strip():

@@ -116,7 +116,7 @@ def fit(
                 progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
                 if run and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
                     _save(run, done, parameters, optimizer, ema, stopped)
-        except (KeyboardInterrupt, RunError):  # a loss that is not finite is found before parameters move
+        except BaseException:  # whatever a reward raises, or a loss that is not finite, comes before parameters move
             if run and whole and done > first and done % optimisation.block == 0:
                 _save(run, done, parameters, optimizer, ema, stopped)
             raise

@@ -44,6 +44,7 @@ class Job:
     checks: Callable[[bool], list[Check]]  # preflight; told whether the run resumes, when rollouts are not repeated
     stop: Callback | None = None
     inputs: Any = None  # what the run was given beside its settings: a world, a judge, data
+    context: Any = None  # what `prepare` made that `measure` reads
     begin: Callable[[], None] = lambda: None  # called once all is checked, before the first step
     stopped: str = ""  # why no step is taken, where none is
     trained: Any = None  # what is measured after training; None: the model
@@ -192,23 +193,27 @@ def train(
         if run:
             run.begin()
         job.begin()
-        # what an interrupted run had spent; its preparation, done again now, is in there already
-        carried = int(run.history()[-1]["nfe"]) - nfe.total if run and resumes else 0
+        carried: list[int] = []  # what an interrupted run had spent before this process took over
         if callback:
             callback(0, {})
 
         def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+            if not carried:  # asked now that the log ends at the checkpoint; preparation is in there already
+                carried.append(int(run.history()[-1]["nfe"]) - prepared if run and step else 0)
             yield from job.losses(step, generator, log)
-            log["nfe"] = carried + nfe.total
+            log["nfe"] = carried[0] + nfe.total
 
         def stop(done: int, log: dict[str, float]) -> str | None:
             reason = callback(done, log) if callback else None
             return reason or (job.stop(done, log) if job.stop else None)
 
+        prepared = nfe.total
         stack.enter_context(job.around())
-        done = fit(job.parameters, losses, job.optimisation, run, stop)
-        spent = carried + nfe.total
-    return job, Trained(done.steps, done.seconds, job.stopped or done.stopped, spent, job.cost(done, spent))
+        nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
+        done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
+        history = run.history() if run else []
+        spent = int(history[-1]["nfe"]) if history else nfe.total
+    return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
 
 
 def attach(

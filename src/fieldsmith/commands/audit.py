@@ -17,7 +17,7 @@ from fieldsmith.errors import InputError, check_word
 
 if TYPE_CHECKING:
     from fieldsmith.methods.align.audit import Truths
-    from fieldsmith.methods.align.setting import Setting
+    from fieldsmith.methods.align.context import AlignContext
     from fieldsmith.run import Run
 
 EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
@@ -143,18 +143,18 @@ def run(config: AuditConfig) -> Run:
     return directory
 
 
-def _setting(config: AuditConfig) -> tuple[Setting, Truths | None]:
+def _setting(config: AuditConfig) -> tuple[AlignContext, Truths | None]:
     """The reference policy, and for exact worlds grad E r and alpha grad V."""
     from fieldsmith.methods.align.config import AlignConfig
-    from fieldsmith.methods.align.setting import Setting, named_prompts
+    from fieldsmith.methods.align.context import AlignContext
     from fieldsmith.models import load
-    from fieldsmith.rewards import checked
+    from fieldsmith.read import read_prompts
     from fieldsmith.rewards import load as reward_of
     from fieldsmith.worlds.model_cards import world_of
 
     exact = config.model.startswith("world:")
     plain = AlignConfig(
-        model=config.model, reward=config.reward, prompts=named_prompts(config.prompts), seed=config.seed,
+        model=config.model, reward=config.reward, prompts=read_prompts(config.prompts), seed=config.seed,
         steps=config.steps, sde="ddim" if exact and config.sde == "auto" else config.sde, chunk=config.chunk,
         noise_level=config.noise_level, guidance=config.guidance, strength="jacobian",
     )  # fmt: skip
@@ -166,17 +166,17 @@ def _setting(config: AuditConfig) -> tuple[Setting, Truths | None]:
         from fieldsmith.worlds.shapes import caption, concepts
 
         plain = dataclasses.replace(plain, prompts=tuple(caption(concept) for concept in concepts()))
-    return Setting.of(model, plain, checked(reward_of(config.reward, world))), None
+    return AlignContext.of(model, plain, reward_of(config.reward, world)), None
 
 
-def _triangle(config: AuditConfig, plain: Any) -> tuple[Setting, Truths | None]:
+def _triangle(config: AuditConfig, plain: Any) -> tuple[AlignContext, Truths | None]:
     import torch
 
     from fieldsmith.methods.align.audit import Truths
-    from fieldsmith.methods.align.setting import Setting
+    from fieldsmith.methods.align.context import AlignContext
     from fieldsmith.models.exact import Exact
     from fieldsmith.paths import RectifiedFlow
-    from fieldsmith.rewards import Named
+    from fieldsmith.rewards import Reward
     from fieldsmith.samplers import flow_grid
     from fieldsmith.worlds.mixtures import triangle
 
@@ -188,8 +188,8 @@ def _triangle(config: AuditConfig, plain: Any) -> tuple[Setting, Truths | None]:
         x64, t64 = x.double(), t.double()
         return (alpha * (tilted.score(x64, t64, path) - mixture.score(x64, t64, path))).to(x)
 
-    reward = Named("linear", True, lambda images, _: images @ b.to(images) + 3)
+    reward = Reward("linear", True, lambda images, _: images @ b.to(images) + 3)
     model = Exact(mixture, path, flow_grid(config.steps))
-    setting = Setting.of(model, dataclasses.replace(plain, prompts=("a point",)), reward)
+    setting = AlignContext.of(model, dataclasses.replace(plain, prompts=("a point",)), reward)
     truths = Truths(lambda x, t: pulled(x, t, 1e5), lambda x, t: pulled(x, t, config.temperature))
     return setting, truths if config.reference == "auto" else None

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fieldsmith.methods.align.collect import thinned
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
-from fieldsmith.methods.align.rollouts import Rollout, roll
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.distill.bank import SHARD, Source, place
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.loop import PROFILE, Feed, fitted, operations
@@ -25,6 +24,7 @@ from fieldsmith.methods.distill.objectives import objective_of
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Setting as EditSetting
 from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.policy.rollouts import Rollout, roll
 from fieldsmith.methods.sharpen.config import JACOBIAN, SharpenConfig
 from fieldsmith.models.core import Model
 from fieldsmith.models.footprint import asked
@@ -86,7 +86,7 @@ def align(model: Model, config: AlignConfig) -> Cost:
         steps = config.epochs * config.updates
         words = "the step where ReFL stops, which is random" if config.random_stop else ""
         return Cost(steps * roots * one * unit, steps * roots, words)
-    setting = align_setting(model, config)
+    setting = align_context(model, config)
     rollout, rolled = rehearsed(setting, roots)
     collected, rows = _estimated(setting, rollout)
     each = 3.0  # the loss's forward and backward
@@ -94,9 +94,9 @@ def align(model: Model, config: AlignConfig) -> Cost:
         each += 1
     each += {"residual": 6, "value": 3}.get(config.auxiliary, 0)
     anchored = 0
-    if config.anchor and len(rollout.idle.step):
+    if config.anchor and len(rollout.ode_states.step):
         shares = [len(part) for part in torch.arange(rows).tensor_split(config.updates)]
-        anchored = sum(4 * min(len(rollout.idle.step), max(1, n // 10)) for n in shares)
+        anchored = sum(4 * min(len(rollout.ode_states.step), max(1, n // 10)) for n in shares)
     prepared = 0
     if config.strength == "jacobian":
         each_prompt = max(2, 64 // len(config.prompts))
@@ -107,37 +107,41 @@ def align(model: Model, config: AlignConfig) -> Cost:
     return Cost(total * unit, config.epochs * len(rollout.x_0), words)
 
 
-def align_setting(model: Model, config: AlignConfig) -> Setting:
+def align_context(model: Model, config: AlignConfig) -> AlignContext:
     """The run's schedule and plan, without a reward or the rollouts that measure its prior."""
     reward: Any = None
-    return Setting.of(model, replace(config, strength="ratio"), reward)
+    return AlignContext.of(model, replace(config, strength="ratio"), reward)
 
 
-def rehearsed(setting: Setting, roots: int) -> tuple[Rollout, int]:
+def rehearsed(setting: AlignContext, roots: int) -> tuple[Rollout, int]:
     """A collection's rollout with states of one number and no network, and the forwards that it asks for."""
     spent = 0
 
     def nothing(x: Tensor, t: Tensor, prompt: Tensor) -> Prediction:
         nonlocal spent
         spent += len(x)
-        return Prediction(setting.s.kind, torch.zeros_like(x), x, t.expand(len(x)), setting.model.path)
+        return Prediction(setting.schedule.kind, torch.zeros_like(x), x, t.expand(len(x)), setting.model.path)
 
     generator = torch.Generator().manual_seed(0)
     x, prompt = torch.zeros(roots, 1), torch.zeros(roots, dtype=torch.long)
-    return roll(nothing, x, prompt, setting.s, setting.plan, setting.sde, setting.noise_level, generator), spent
+    return roll(nothing, x, prompt, setting.schedule, setting.plan, setting.sde, setting.noise_level, generator), spent
 
 
-def _estimated(setting: Setting, rollout: Rollout) -> tuple[int, int]:
+def _estimated(setting: AlignContext, rollout: Rollout) -> tuple[int, int]:
     """States that a collection asks for beyond its rollout, as forward-equivalents, and the rows that it gives."""
-    config, ends, K = setting.config, len(rollout.x_0), len(setting.s)
+    config, ends, K = setting.config, len(rollout.x_0), len(setting.schedule)
     if config.estimator in ("nft", "awm"):
         again = ends * min(config.renoise, K)
         return again, again
     generator = torch.Generator().manual_seed(0)
-    kept = thinned(rollout, config.train_steps, generator) if config.train_steps else torch.arange(len(rollout.rows))
-    spent = len(rollout.rows) if config.soft else 0
+    kept = (
+        thinned(rollout, config.train_steps, generator)
+        if config.train_steps
+        else torch.arange(len(rollout.transitions))
+    )
+    spent = len(rollout.transitions) if config.soft else 0
     if config.estimator == "tweedie" or config.auxiliary in ("residual", "value"):
-        some = rollout.rows if config.auxiliary != "none" else rollout.rows[kept]
+        some = rollout.transitions if config.auxiliary != "none" else rollout.transitions[kept]
         spent += sum(_tweedie(config, int(k), K) for k in some.step)
     elif config.estimator == "adjoint":
         spent += 3 * ends * _carried(rollout, K)

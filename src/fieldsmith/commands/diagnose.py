@@ -55,7 +55,7 @@ class DiagnoseConfig:
     """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used.
     With --smoothness: columns, cards or a folder; None: what the model's card names."""
     judge: str | None = None
-    """With --smoothness and a folder: module:function, file.py:function or http:// address that says what is valid."""
+    """With --smoothness and a folder: file.py:name, package.module:name or http:// address that says what is valid."""
     prompts: tuple[str, ...] = ()
     """Prompts or class names to follow, or one text file with one a line; empty: every class."""
     out: pathlib.Path | None = None
@@ -155,8 +155,8 @@ def run(config: DiagnoseConfig) -> Run:
 
     from fieldsmith.commands.diagnose_page import page_of
     from fieldsmith.diagnose.guidance import VERDICTS, ask, liveness, measure
-    from fieldsmith.methods.align.setting import named_prompts
     from fieldsmith.models import load
+    from fieldsmith.read import read_prompts
 
     console = Console(stderr=True)
     if directory.finished:
@@ -166,7 +166,7 @@ def run(config: DiagnoseConfig) -> Run:
     student, teacher = (load(str(name), config.resolution) for name in (config.model, config.teacher))
     check_pair(student, teacher)
     data = _data(config, teacher)
-    prompts = named_prompts(config.prompts) or (data.names if data else ())
+    prompts = read_prompts(config.prompts) or (data.names if data else ())
     if not prompts:
         raise InputError(f"{teacher.name} reads text; name what to draw with --prompts 'a prompt' 'another'")
     found: dict[str, Guidance] = {}

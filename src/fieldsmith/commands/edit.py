@@ -121,12 +121,12 @@ def task_of(config: EditConfig) -> Task:
         return Task(lambda n, seed: world.sessions(n, config.turns, seed, config.dependency), judge, True)
     if config.judge == "exact":
         raise InputError("judge 'exact' knows worlds alone; add --judge remote:http://HOST:PORT/v1?model=MODEL")
-    from fieldsmith.sessions import Listed
+    from fieldsmith.sessions import UserSessions
 
-    listed = Listed.read(config.sessions, config.resolution or 512)
+    listed = UserSessions.of(config.sessions, config.resolution or 512)
     if listed.turns < config.turns:
         raise InputError(f"turns={config.turns}, but the sessions of '{config.sessions}' have {listed.turns}; lower it")
-    return Task(lambda n, seed: listed.drawn(n, seed, config.turns), judge, False)
+    return Task(lambda n, seed: listed.sample(n, seed, config.turns), judge, False)
 
 
 def remote_judge(config: EditConfig) -> EditJudge:

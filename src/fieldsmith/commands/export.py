@@ -6,13 +6,13 @@ In: a run's folder, an adapter's folder or a LoRA file, in any of the formats. O
 from __future__ import annotations
 
 import pathlib
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError
+from fieldsmith.read import read_toml
 
 USE = "e.g. fieldsmith export runs/edit/adapter --format comfyui --out edit.safetensors"
 
@@ -61,8 +61,8 @@ def _trained_on(file: pathlib.Path) -> str:
     """The model that the run's own record names. Raises InputError where there is none beside the adapter."""
     for folder in (file.absolute().parent, file.absolute().parent.parent):
         try:
-            model = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")).get("model")
-        except (OSError, ValueError):
+            model = read_toml(folder / "config.toml").get("model")
+        except InputError:
             continue
         if isinstance(model, str):
             return model

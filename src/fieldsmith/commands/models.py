@@ -5,6 +5,7 @@ In: the words after the verb. Out: a PNG grid, or a table of verdicts.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError
+from fieldsmith.read import read_json, read_prompts
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class SampleConfig:
     """Draw a grid of images: one row a prompt."""
 
     prompts: tuple[str, ...] = ()
-    """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`; '' for a model without any."""
+    """Prompts (or class names) to draw, e.g. `--prompts "a red star" "a blue ring"`, or a text file with one a line."""
     image: pathlib.Path | None = None
     """For editors: where a session starts; the prompts are its turns, each on what the last one made."""
     model: str = "zoo:shapes-flux"
@@ -48,6 +50,7 @@ class SampleConfig:
 
 def sample(words: Sequence[str]) -> None:
     config = arguments.parse(SampleConfig(), list(words), "sample")
+    config = dataclasses.replace(config, prompts=read_prompts(config.prompts))
     if not config.prompts:
         raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')
     arguments.at_least(config, 1, "each", "steps", "resolution")
@@ -194,13 +197,11 @@ def _guidance(model: Any, config: SampleConfig | EvaluateConfig) -> Any:
 
     if schedule == "tag":
         return tag_schedule(model.path)
-    import json
-
     try:
-        states = json.loads(pathlib.Path(schedule).read_text(encoding="utf-8"))["states"]
+        states = read_json(schedule, "schedule")["states"]
         bins = list(states.values())[-1]["bins"]  # those on the teacher's guided path, where sampling takes place
         ends, factors = [one["t_high"] for one in bins], [float(one["recalibration"]) for one in bins]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"schedule '{schedule}' is neither constant, tag nor a metrics.json of `fieldsmith diagnose`"
         ) from error

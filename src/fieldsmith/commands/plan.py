@@ -149,10 +149,10 @@ def erase_case(model: Model, config: Any) -> Case:
 def align_case(model: Model, config: Any) -> Case:
     from fieldsmith.commands import costs, updates
     from fieldsmith.commands.align import _captions
-    from fieldsmith.methods.align.setting import named_prompts
+    from fieldsmith.read import read_prompts
     from fieldsmith.worlds.model_cards import world_of
 
-    prompts = named_prompts(config.prompts) or _captions(world_of(config.model))
+    prompts = read_prompts(config.prompts) or _captions(world_of(config.model))
     config = dataclasses.replace(config, prompts=prompts)
     cost = costs.align(model, config)
     _attached(model, config)

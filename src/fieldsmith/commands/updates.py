@@ -127,9 +127,9 @@ def align(model: Model, config: AlignConfig) -> Update:
         links = 1 if config.random_stop else config.truncate
         graph = _chain(model, n, config.guidance, links, lambda x: model.decode(x, grad=True))
         return Update(plain, graph, roots > n, texts + roots * state)
-    setting = costs.align_setting(model, config)
+    setting = costs.align_context(model, config)
     rollout, _ = costs.rehearsed(setting, roots)
-    rows = len(rollout.rows)
+    rows = len(rollout.transitions)
     if config.estimator in ("nft", "awm"):
         rows = len(rollout.x_0) * min(config.renoise, config.steps)
     share = -(-rows // config.updates)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RunError, check_word
+from fieldsmith.errors import InputError, RewardError, check_word
 from fieldsmith.rewards.remote import Options, RemoteJudge, read_address
 from fieldsmith.rewards.replies import Token, expected_score, read_number, read_yes_no
 
@@ -37,7 +37,7 @@ WRITE = (
     "image before and after would answer with yes if the edit was done right, and with no if that part of it was not. "
     "One line each, numbered, each ending in '?'; ask of the instruction alone, not of what must stay."
 )
-WRITTEN = 4
+CHECKS_WRITTEN = 4
 KEPT = (
     "Apart from what the instruction asks for, does the second image have the same objects, no more and no fewer?",
     "Apart from what the instruction asks for, does each object have the same colour, material and shape?",
@@ -48,7 +48,7 @@ FINAL = re.compile(
     r"[^\w]*(?:the )?(?:final )?score(?: is)?[^\w-]*(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10)?\W*", re.IGNORECASE
 )
 DIGIT = re.compile(r"\W*\d(?:\s*(?:/|out of)\s*9)?\W*")
-WRITTEN_CHECK = re.compile(r"^\W*\d+[.):]\W*(.+\?)\W*$", re.MULTILINE)
+CHECK_LINE = re.compile(r"^\W*\d+[.):]\W*(.+\?)\W*$", re.MULTILINE)
 NEXT_ANSWER = re.compile(r"\n|[,;]?\s+(?=\d+[.):]\s)")  # between the answers to two checks
 ANSWER = re.compile(r"\W*(?:\d+[.):])?\W*(yes|no)\b", re.IGNORECASE)  # first in its line: 'Yes, no dog is left'
 THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
@@ -87,7 +87,7 @@ class EditScores:
 class EditJudge:
     """One server, asked of edits. Raises InputError as `RemoteJudge` does, if the server is not there or is another.
 
-    Calls raise InputError where images and instructions do not fit, RunError where the server fails or says other
+    Calls raise InputError where images and instructions do not fit, RunError where images hold NaN, RewardError where the server fails or says other
     things after retries, gives fewer replies than asked for, or, in mode expected, no log-probabilities.
     """
 
@@ -114,19 +114,21 @@ class EditJudge:
         `first` may be the image before the last edit, with that edit's instruction alone, or the session's first
         image, with all instructions since.
         """
-        asked = ["; then: ".join(instructions) for instructions in instructions_so_far]
-        return self._ask(first, after, asked, CONSISTENCY, [KEPT] * len(asked))
+        joined = ["; then: ".join(instructions) for instructions in instructions_so_far]
+        return self._ask(first, after, joined, CONSISTENCY, [KEPT] * len(joined))
 
     def _checks(self, instructions: Sequence[str]) -> list[list[str]]:
         """Yes/no checks of each instruction; edits of one instruction share them, so that their scores compare."""
         if self.options.checks:
             fixed = self.options.checks.split("|")
             return [[check.replace("{prompt}", instruction) for check in fixed] for instruction in instructions]
-        replies = self.server.ask([], instructions, WRITE, readable=lambda text: len(_written(text)) == WRITTEN)
-        return [_written(reply.texts[0]) for reply in replies]
+        replies = self.server.ask(
+            [], instructions, WRITE, readable=lambda text: len(_read_checks(text)) == CHECKS_WRITTEN
+        )
+        return [_read_checks(reply.texts[0]) for reply in replies]
 
     def _ask(
-        self, first: Tensor, after: Tensor, asked: Sequence[str], about: str, checks: Sequence[Sequence[str]]
+        self, first: Tensor, after: Tensor, instructions: Sequence[str], about: str, checks: Sequence[Sequence[str]]
     ) -> Tensor:
         """The question `about` each edit, in the judge's mode -> (replies, n)."""
         for images in (first, after):
@@ -136,7 +138,7 @@ class EditJudge:
         questions = [
             f'The first image is before an edit, the second after it. The instruction was: "{instruction}". '
             + (_checklist(checks[row]) if mode == "checklist" else f"{about} {RATE[mode]}")
-            for row, instruction in enumerate(asked)
+            for row, instruction in enumerate(instructions)
         ]
         count = len(checks[0]) if mode == "checklist" and checks else 0
         read = _reader(mode, count)
@@ -151,14 +153,14 @@ class EditJudge:
         scores = torch.zeros(n, len(questions))
         for row, reply in enumerate(replies):
             if len(reply.texts) != n:
-                raise RunError(
+                raise RewardError(
                     f"{self.server.name} gave {len(reply.texts)} replies where n={n} were asked for; set n=1, or take "
                     "a server that gives several, such as vLLM"
                 )
             for draw, text in enumerate(reply.texts):
                 score = _expected(reply.tokens[draw]) if mode == "expected" else read(text)
                 if score is None:
-                    raise RunError(
+                    raise RewardError(
                         f"{self.server.name} gave no log-probabilities of its score '{text.strip()[:200]}'; set "
                         "mode=direct, or take a server that gives them, such as vLLM"
                     )
@@ -210,7 +212,7 @@ def disagreement(scores: EditScores, n: int) -> str | None:
         fix = (
             f"set n={enough} (now {n})"
             if enough <= 16
-            else f"more replies than n={n} will not mend it: lower the temperature, set mode=expected or take another "
+            else f"more replies than n={n} will not help: lower the temperature, set mode=expected or take another "
             "model"
         )
         sentences.append(
@@ -230,25 +232,25 @@ def _reader(mode: str, checks: int) -> Callable[[str], float | None]:
 
     def read_last_line(text: str) -> float | None:
         # not any number of the text: reasoning that was cut short is full of them
-        found = FINAL.fullmatch(text.strip().rpartition("\n")[2])
-        return read_number(found[1]) if found else None
+        score = FINAL.fullmatch(text.strip().rpartition("\n")[2])
+        return read_number(score[1]) if score else None
 
     def read_digit(text: str) -> float | None:
         return 0.0 if DIGIT.fullmatch(THOUGHT.sub("", text)) else None  # the score itself is in the tokens
 
     def read_answers(text: str) -> float | None:
         lines = NEXT_ANSWER.split(THOUGHT.sub("", text))
-        begun = [ANSWER.match(line) for line in lines]
-        answers = [read_yes_no(at[1] if at else line) for at, line in zip(begun, lines, strict=True)]
-        said = [answer for answer in answers if answer is not None]
-        return sum(said) / checks if len(said) == checks else None
+        starts = [ANSWER.match(line) for line in lines]
+        read = [read_yes_no(start[1] if start else line) for start, line in zip(starts, lines, strict=True)]
+        answers = [answer for answer in read if answer is not None]
+        return sum(answers) / checks if len(answers) == checks else None
 
     readers = {"direct": read_number, "reasoning": read_last_line, "expected": read_digit, "checklist": read_answers}
     return readers[mode]
 
 
-def _written(text: str) -> list[str]:
-    return [str(check) for check in WRITTEN_CHECK.findall(THOUGHT.sub("", text))]
+def _read_checks(text: str) -> list[str]:
+    return [str(check) for check in CHECK_LINE.findall(THOUGHT.sub("", text))]
 
 
 def _expected(tokens: Sequence[Token]) -> float | None:

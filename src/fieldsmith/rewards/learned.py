@@ -11,10 +11,11 @@ import pathlib
 from collections.abc import Sequence
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fieldsmith.errors import InputError
-from fieldsmith.rewards import Named
+from fieldsmith.rewards.reward import Reward
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, parse
 
 FOLDER = pathlib.Path(__file__).parent.parent / "zoo" / "shapes-classifier"
@@ -41,13 +42,11 @@ def log_probabilities(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:, : len(SHAPES)].log_softmax(1), logits[:, len(SHAPES) :].log_softmax(1)
 
 
-def classifier(heldout: bool = False) -> Named:
+def classifier(heldout: bool = False) -> Reward:
     """The mean log-probability of the attributes that the prompt names: at most 0, and 0 where it names none.
 
     Calls raise InputError on images that are not 32 pixels a side, and at a word that the shapes world does not know.
     """
-    from safetensors.torch import load_file
-
     name = "classifier-heldout" if heldout else "classifier"
     card = json.loads((FOLDER / "card.json").read_text(encoding="utf-8"))
     net = network(card["networks"][name]["widths"])
@@ -69,4 +68,4 @@ def classifier(heldout: bool = False) -> Named:
         log_p = torch.cat(log_probabilities(net.to(images.device), images.float()), 1)
         return (weights.to(log_p) * log_p).sum(1)
 
-    return Named(name, True, judge)
+    return Reward(name, True, judge)

@@ -9,24 +9,25 @@ import io
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from fieldsmith.errors import RunError, check_word
-from fieldsmith.rewards import Named
+from fieldsmith.errors import check_word
+from fieldsmith.rewards.reward import Reward
 from fieldsmith.worlds.shapes import COLOURS, PALETTE
 
 LUMA = (0.299, 0.587, 0.114)
 FAINT = 0.02  # chroma below which a pixel's hue is noise
 
 
-def reward(name: str, argument: str | None = None) -> Named:
+def reward(name: str, argument: str | None = None) -> Reward:
     """brightness, darkness, saturation, colour:NAME (differentiable), jpeg-size, (in)compressibility (black box).
 
     Raises InputError at a colour that is not in the palette.
     """
     if name == "colour":
         check_word(argument or "", COLOURS, "colours")
-        return Named(f"colour:{argument}", True, lambda images, _: hue_closeness(images, argument or ""))
+        return Reward(f"colour:{argument}", True, lambda images, _: hue_closeness(images, argument or ""))
     formulas: dict[str, Callable[[Tensor], Tensor]] = {
         "brightness": brightness,
         "darkness": lambda images: 1 - brightness(images),
@@ -40,7 +41,7 @@ def reward(name: str, argument: str | None = None) -> Named:
     def judge(images: Tensor, _: Sequence[str]) -> Tensor:
         return formula(images)
 
-    return Named(name, name in ("brightness", "darkness", "saturation"), judge)
+    return Reward(name, name in ("brightness", "darkness", "saturation"), judge)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -70,11 +71,7 @@ def hue_closeness(images: Tensor, colour: str) -> Tensor:
 
 @torch.no_grad()
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """The size of each image as a JPEG of quality 95, in units of 1000 bytes; (n,). Raises RunError at NaN."""
-    from PIL import Image
-
-    if not images.isfinite().all():
-        raise RunError("images for a JPEG reward hold NaN or infinity; the model that made them broke")
+    """The size of each image as a JPEG of quality 95, in units of 1000 bytes; (n,)."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
     for image in pixels:

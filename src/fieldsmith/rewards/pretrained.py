@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
+from transformers import AutoTokenizer, BlipConfig, BlipForImageTextRetrieval, CLIPModel
+from transformers.image_processing_base import ImageProcessingMixin
 
 from fieldsmith.errors import InputError
-from fieldsmith.rewards import Named
+from fieldsmith.rewards.reward import Reward
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
@@ -37,7 +40,7 @@ BLIP_NAMES = (
 )  # fmt: skip
 
 
-def reward(name: str, argument: str) -> Named:
+def reward(name: str, argument: str) -> Reward:
     """clip, pickscore, hpsv2, imagereward or aesthetic from 'FOLDER' or, the last, 'FOLDER?head=FILE'.
 
     Raises InputError where the folder, the hub id or the weights in it are not what that reward needs.
@@ -67,27 +70,24 @@ class Clip:
     def image_features(self, images: Tensor) -> Tensor:
         """Projected and normalised, (n, d)."""
         model = self.model.to(images.device)
-        seen = model.vision_model(pixel_values=preprocess(images, self.side, self.mean, self.std))
-        return normalize(model.visual_projection(seen.pooler_output), dim=-1)
+        vision = model.vision_model(pixel_values=preprocess(images, self.side, self.mean, self.std))
+        return normalize(model.visual_projection(vision.pooler_output), dim=-1)
 
     def text_features(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Projected and normalised, (n, d); prompts too long for the model are cut."""
         model = self.model.to(device)
-        words = _tokens(self.tokenizer, prompts, model.config.text_config.max_position_embeddings, device)
-        return normalize(model.text_projection(model.text_model(**words).pooler_output), dim=-1)
+        tokens = _tokens(self.tokenizer, prompts, model.config.text_config.max_position_embeddings, device)
+        return normalize(model.text_projection(model.text_model(**tokens).pooler_output), dim=-1)
 
 
 def load_clip(name: str, source: str) -> Clip:
     """A CLIPModel from a folder or hub id. Raises InputError where it is none or not whole."""
-    from transformers import AutoTokenizer, CLIPModel
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    model, loaded = _fetched(name, source, lambda at: CLIPModel.from_pretrained(at, output_loading_info=True))
+    model, loaded = _load(name, source, lambda at: CLIPModel.from_pretrained(at, output_loading_info=True))
     if loaded["missing_keys"]:
         raise InputError(
             f"'{source}' for reward '{name}' is no whole CLIPModel: it lacks {sorted(loaded['missing_keys'])[0]}"
         )
-    tokenizer = _fetched(name, source, AutoTokenizer.from_pretrained)
+    tokenizer = _load(name, source, AutoTokenizer.from_pretrained)
     try:
         settings = ImageProcessingMixin.get_image_processor_dict(source)[0]
     except OSError:
@@ -97,7 +97,7 @@ def load_clip(name: str, source: str) -> Clip:
     return Clip(model, tokenizer, model.config.vision_config.image_size, mean, std)
 
 
-def clip_score(source: str, name: str = "clip", scaled: bool = False) -> Named:
+def clip_score(source: str, name: str = "clip", scaled: bool = False) -> Reward:
     """cos(image, prompt), times exp(logit_scale) if scaled.
 
     CLIP score (Hessel et al., 2021) and HPSv2 (Wu et al., 2023) are the cosine, each under its own weights; PickScore
@@ -109,10 +109,10 @@ def clip_score(source: str, name: str = "clip", scaled: bool = False) -> Named:
         cosine = (clip.image_features(images) * clip.text_features(prompts, images.device)).sum(1)
         return cosine * clip.model.logit_scale.exp() if scaled else cosine
 
-    return Named(f"{name}:{source}", True, judge)
+    return Reward(f"{name}:{source}", True, judge)
 
 
-def aesthetic(source: str, head: str | None = None) -> Named:
+def aesthetic(source: str, head: str | None = None) -> Reward:
     """LAION's aesthetic predictor (improved-aesthetic-predictor), about 1 to 10: five linear layers on CLIP ViT-L/14.
 
     `head` is the file of the layers (sac+logos+ava1-l14-linearMSE.pth); by default the one in the folder whose name has
@@ -130,23 +130,21 @@ def aesthetic(source: str, head: str | None = None) -> Named:
     def judge(images: Tensor, _: Sequence[str]) -> Tensor:
         return layers.to(images.device)(clip.image_features(images))[:, 0]
 
-    return Named(f"aesthetic:{source}", True, judge)
+    return Reward(f"aesthetic:{source}", True, judge)
 
 
-def imagereward(source: str) -> Named:
+def imagereward(source: str) -> Reward:
     """ImageReward (Xu et al., 2023): BLIP's text encoder looks at the image, an MLP reads its first token.
 
     The folder holds config.json and the tokenizer of BLIP large (those of Salesforce/blip-itm-large-coco) and the
     release's weights, ImageReward.pt, or the same as safetensors.
     """
-    from transformers import AutoTokenizer, BlipConfig, BlipForImageTextRetrieval
-
     state = _weights(_only_file(source, ("ImageReward",), "imagereward:FOLDER with ImageReward.pt in it"))
     layers = linear_layers({key: state.pop(key) for key in list(state) if key.startswith("mlp.")}, source)
     for pattern, name in BLIP_NAMES:
         state = {re.sub(pattern, name, key): weight for key, weight in state.items()}
-    config: Any = _fetched("imagereward", source, BlipConfig.from_pretrained)
-    tokenizer = _fetched("imagereward", source, AutoTokenizer.from_pretrained)
+    config: Any = _load("imagereward", source, BlipConfig.from_pretrained)
+    tokenizer = _load("imagereward", source, AutoTokenizer.from_pretrained)
     places = state.get("vision_model.embeddings.position_embedding", torch.empty(1, 1, 0)).shape[1] - 1
     config.vision_config.image_size = side = math.isqrt(places) * config.vision_config.patch_size
     try:
@@ -163,14 +161,14 @@ def imagereward(source: str) -> Named:
 
     def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
         model.to(images.device)
-        words = _tokens(tokenizer, prompts, IMAGEREWARD_WORDS, images.device)
-        seen = model.vision_model(pixel_values=preprocess(images, side, CLIP_MEAN, CLIP_STD)).last_hidden_state
-        everywhere = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
-        read = model.text_encoder(**words, encoder_hidden_states=seen, encoder_attention_mask=everywhere)
-        score = layers.to(images.device)(read.last_hidden_state[:, 0])[:, 0]
+        tokens = _tokens(tokenizer, prompts, IMAGEREWARD_WORDS, images.device)
+        vision = model.vision_model(pixel_values=preprocess(images, side, CLIP_MEAN, CLIP_STD)).last_hidden_state
+        mask = torch.ones(vision.shape[:2], dtype=torch.long, device=vision.device)
+        text = model.text_encoder(**tokens, encoder_hidden_states=vision, encoder_attention_mask=mask)
+        score = layers.to(images.device)(text.last_hidden_state[:, 0])[:, 0]
         return (score - IMAGEREWARD_MEAN) / IMAGEREWARD_STD
 
-    return Named(f"imagereward:{source}", True, judge)
+    return Reward(f"imagereward:{source}", True, judge)
 
 
 def preprocess(images: Tensor, side: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -192,9 +190,9 @@ def preprocess(images: Tensor, side: int, mean: Sequence[float], std: Sequence[f
 
 def linear_layers(state: dict[str, Tensor], where: str) -> nn.Sequential:
     """The linear layers in order of their numbers ('layers.0.weight'): both MLPs are without activations."""
-    found = sorted((int(n.group(1)), key) for key in state if (n := re.search(r"layers\.(\d+)\.weight$", key)))
+    keys = sorted((int(n.group(1)), key) for key in state if (n := re.search(r"layers\.(\d+)\.weight$", key)))
     layers: list[nn.Linear] = []
-    for _, key in found:
+    for _, key in keys:
         layer = nn.Linear(state[key].shape[1], state[key].shape[0])
         bias = state.get(key.removesuffix("weight") + "bias", torch.empty(0))
         if bias.shape != layer.bias.shape or (layers and layers[-1].out_features != layer.in_features):
@@ -207,11 +205,11 @@ def linear_layers(state: dict[str, Tensor], where: str) -> nn.Sequential:
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str], longest: int, device: torch.device) -> dict[str, Tensor]:
-    words = tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-    return {name: words[name].to(device) for name in ("input_ids", "attention_mask")}
+    tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def _fetched(name: str, source: str, load: Callable[[str], Any]) -> Any:
+def _load(name: str, source: str, load: Callable[[str], Any]) -> Any:
     if not pathlib.Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise InputError(
             f"the folder '{source}' of reward '{name}' does not exist; give a folder or a hub id (org/name)"
@@ -245,8 +243,6 @@ def _only_file(source: str, words: Sequence[str], usage: str) -> pathlib.Path:
 def _weights(file: pathlib.Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(file)
         return dict(torch.load(file, map_location="cpu", weights_only=True))  # weights_only: no code is run
     except Exception as error:

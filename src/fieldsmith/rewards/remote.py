@@ -1,8 +1,8 @@
 """A judge behind HTTP: any OpenAI-compatible chat server that sees images (vLLM, SGLang), asked in words.
 
-`judge` is the reward; `RemoteJudge.ask` puts any question about one or several images and gives the replies as they
-are, with log-probabilities of their tokens where asked, for judges that read more than one number. Standard library
-only. A server that is not there when the run starts is bad input; one that goes away later fails the run.
+`reward` makes a reward of one; `RemoteJudge.ask` puts any question about one or several images and gives the replies as
+they are, with log-probabilities of their tokens where asked, for judges that read more than one number. A server that
+is not there when the run starts is bad input; one that goes away later fails the run.
 """
 
 from __future__ import annotations
@@ -10,34 +10,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import http.client
 import json
 import os
 import pathlib
-import random
 import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
+import openai
 import torch
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RunError, check_word
+from fieldsmith.errors import InputError, check_word
 from fieldsmith.rewards.replies import Reply, data_uri, read_number, read_reply, read_yes_no
+from fieldsmith.rewards.reward import Reward, check_images
 from fieldsmith.run import write_atomically
+from fieldsmith.servers import Server, Unreadable
 
 SCORE = (
     "How well does this image show: {prompt}? Rate it from 0 (not at all) to 10 (fully); reply with the number alone."
 )
 YES_NO = "Does this image show: {prompt}? Reply with yes or no alone."
-LONGEST_PAUSE = 60.0  # seconds between two attempts, whatever the server or the back-off asks
-GONE = (urllib.error.URLError, http.client.HTTPException, OSError)  # refused, reset, cut short or timed out
 
 
 @dataclass(frozen=True)
@@ -61,35 +59,28 @@ class Options:
 Kind = TypeVar("Kind", bound=Options)
 
 
-class Unreadable(ValueError):
-    """A reply that does not say what was asked; it is asked for again."""
-
-
 class RemoteJudge:
     """One server. Raises InputError if it does not answer, refuses the key, or lacks the model."""
 
-    differentiable = False
-
     def __init__(self, base: str, options: Options):
         self.base, self.options = base.rstrip("/"), options
-        self._headers = {"Content-Type": "application/json"}
-        if options.key:
-            if not os.environ.get(options.key):
-                raise InputError(
-                    f"the environment variable {options.key}, key of the judge at {self.base}, is not set; export it"
-                )
-            self._headers["Authorization"] = f"Bearer {os.environ[options.key]}"
+        key = os.environ.get(options.key, "").strip() if options.key else ""
+        if options.key and not (key and key.isascii() and key.isprintable()):
+            raise InputError(
+                f"the environment variable {options.key}, key of the judge at {self.base}, is not set to a key; export it"
+            )
+        self._server = Server(self.base, key, options.timeout, options.retries, options.pause, options.seed)
         self.model = self._find_model()
         self.name = f"remote:{self.model}"
         self._pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="remote-judge")
         self._known: dict[str, dict[str, Any]] = {}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores in [0, 1], (n,). Raises RunError where the server fails or talks of other things, after retries."""
+        """Scores in [0, 1], (n,). Raises RewardError where the server fails or talks of other things, after retries."""
         question = self.options.question or (SCORE if self.options.answer == "score" else YES_NO)
         read = read_number if self.options.answer == "score" else read_yes_no
         replies = self.ask(images, prompts, question, readable=lambda text: read(text) is not None)
-        return torch.tensor([read(reply.texts[0]) for reply in replies], device=images.device, dtype=torch.float32)
+        return torch.tensor([read(reply.texts[0]) for reply in replies])
 
     def ask(
         self,
@@ -104,7 +95,8 @@ class RemoteJudge:
 
         images: (n, 3, h, w) in [0, 1], or several such, all shown in that order (before and after an edit, say).
         With `logprobs` each text comes with its tokens and the 20 likeliest at each place. A reply that is not
-        `readable` is asked for again. Raises InputError at n > 1 without a temperature, RunError as `__call__`.
+        `readable` is asked for again. Raises InputError at n > 1 without a temperature, RunError at images that hold
+        NaN, RewardError as `__call__`.
         """
         if n > 1 and self.options.temperature == 0:
             raise InputError(f"n={n} replies at temperature 0 would be one reply {n} times; set temperature, e.g. 0.7")
@@ -113,9 +105,8 @@ class RemoteJudge:
             raise InputError(
                 f"{[len(part) for part in shown]} images for {len(prompts)} prompts; give one of each a prompt"
             )
-        bad = sum(int((~part.isfinite()).flatten(1).any(1).sum()) for part in shown)
-        if bad:
-            raise RunError(f"{bad} images for {self.name} hold NaN or infinity; the model that made them broke")
+        for part in shown:
+            check_images(part)
         bodies = []
         for row, prompt in enumerate(prompts):
             content: list[dict[str, Any]] = [
@@ -124,16 +115,16 @@ class RemoteJudge:
             content.append({"type": "text", "text": question.replace("{prompt}", prompt)})
             bodies.append(self._body(content, n, logprobs))
         keys = [hashlib.sha256(json.dumps(body).encode()).hexdigest() for body in bodies]
-        over = threading.Event()
+        stopped = threading.Event()
         futures = {
-            key: self._pool.submit(self._answer, key, body, readable, over)
+            key: self._pool.submit(self._answer, key, body, readable, stopped)
             for key, body in dict(zip(keys, bodies, strict=True)).items()
         }
         try:
             for future in as_completed(futures.values()):
                 future.result()
         except BaseException:
-            over.set()  # those that wait between two attempts give up too
+            stopped.set()  # those that wait between two attempts give up too
             for future in futures.values():
                 future.cancel()
             raise
@@ -148,7 +139,7 @@ class RemoteJudge:
         return body | ({"n": n} if n > 1 else {}) | ({"logprobs": True, "top_logprobs": 20} if logprobs else {})
 
     def _answer(
-        self, key: str, body: dict[str, Any], readable: Callable[[str], bool], over: threading.Event
+        self, key: str, body: dict[str, Any], readable: Callable[[str], bool], stopped: threading.Event
     ) -> dict[str, Any]:
         """The server's answer to one body, from the cache where it was asked before and is readable."""
         file = pathlib.Path(self.options.cache) / f"{key}.json" if self.options.cache else None
@@ -156,68 +147,32 @@ class RemoteJudge:
         with contextlib.suppress(OSError, ValueError):
             if file and key not in self._known:
                 self._known[key] = json.loads(file.read_text(encoding="utf-8"))
-            return _checked(self._known.get(key), readable)
-        answer = self._known[key] = self._ask_server(key, body, readable, over)
+            return _readable_answer(self._known.get(key), readable)
+        read = partial(_readable_answer, readable=readable)
+        answer = self._known[key] = self._server.post("/chat/completions", body, read, stopped)
         if file:
             with contextlib.suppress(OSError):  # a full disk costs a request later, not the run
                 write_atomically(file, json.dumps(answer))
         return answer
 
-    def _ask_server(
-        self, key: str, body: dict[str, Any], readable: Callable[[str], bool], over: threading.Event
-    ) -> dict[str, Any]:
-        options = self.options
-        jitter = random.Random(f"{options.seed} {key}")
-        trouble, asked = "", 0.0
-        for attempt in range(options.retries + 1):
-            if attempt and over.wait(
-                max(asked, min(LONGEST_PAUSE, options.pause * 2 ** (attempt - 1) * (0.5 + jitter.random())))
-            ):
-                break
-            asked = 0.0
-            try:
-                return _checked(json.loads(self._request("/chat/completions", body)), readable)
-            except urllib.error.HTTPError as error:
-                trouble = f"status {error.code}, {_said(error)}"
-                if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    break  # the same request would be refused again
-                asked = _retry_after(error)
-            except Unreadable as error:
-                trouble = str(error)
-                # at temperature 0 the same words would come again
-                body = body | {"temperature": max(0.5, options.temperature)}
-            except ValueError as error:
-                trouble = f"it sent no JSON ({error})"
-            except GONE as error:
-                trouble = _reason(error)
-        raise RunError(
-            f"judge at {self.base} failed after {attempt + 1} attempts: {trouble}; look at its log, then resume the run"
-        )
-
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path, data, self._headers)
-        with urllib.request.urlopen(request, timeout=self.options.timeout) as response:
-            return bytes(response.read())
-
     def _find_model(self) -> str:
         """The model to ask for, once the server has answered."""
         wanted = self.options.model
         try:
-            listed = self._request("/models")
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                raise InputError(
-                    f"judge at {self.base} refuses the key (status {error.code}); name the environment variable that "
-                    "holds it: ?key=VARIABLE"
-                ) from error
+            listed = self._server.get("/models")
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise InputError(
-                f"judge at {self.base} has no list of models (status {error.code}, {_said(error)}); the address of an "
+                f"judge at {self.base} refuses the key (status {error.status_code}); name the environment variable that "
+                "holds it: ?key=VARIABLE"
+            ) from error
+        except openai.APIStatusError as error:
+            raise InputError(
+                f"judge at {self.base} has no list of models ({self._server.describe(error)}); the address of an "
                 "OpenAI-compatible server ends in /v1, and it must be ready"
             ) from error
-        except GONE as error:
+        except openai.APIError as error:
             raise InputError(
-                f"judge at {self.base} does not answer: {_reason(error)}; start it or fix its address"
+                f"judge at {self.base} does not answer: {self._server.describe(error)}; start it or fix its address"
             ) from error
         try:
             models = [str(entry["id"]) for entry in json.loads(listed)["data"]]
@@ -234,10 +189,10 @@ class RemoteJudge:
         return wanted or models[0]
 
 
-def judge(argument: str) -> RemoteJudge:
-    """The judge at 'http://HOST:PORT/v1?model=M&...'. Raises InputError at a bad address or option."""
-    base, options = read_address(argument, Options)
-    return RemoteJudge(base, options)
+def reward(argument: str) -> Reward:
+    """The reward at 'http://HOST:PORT/v1?model=M&...'. Raises InputError at a bad address, option or server."""
+    judge = RemoteJudge(*read_address(argument, Options))
+    return Reward(judge.name, False, judge)
 
 
 def read_address(argument: str, kind: type[Kind]) -> tuple[str, Kind]:
@@ -269,8 +224,8 @@ def read_address(argument: str, kind: type[Kind]) -> tuple[str, Kind]:
     return base, options
 
 
-def _checked(answer: Any, readable: Callable[[str], bool]) -> dict[str, Any]:
-    """The answer, if each of its texts is readable; Unreadable otherwise."""
+def _readable_answer(answer: Any, readable: Callable[[str], bool]) -> dict[str, Any]:
+    """The answer, if each of its texts is readable; raises Unreadable otherwise."""
     try:
         reply = read_reply(answer)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -279,23 +234,3 @@ def _checked(answer: Any, readable: Callable[[str], bool]) -> dict[str, Any]:
         if not readable(text):
             raise Unreadable(f"it said '{text.strip()[:200]}'")
     return dict(answer)
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(2_000).decode(errors="replace").strip()[:200] or error.reason
-    except GONE:
-        return str(error.reason)
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds that the server asks to be left alone; 0 where it names none (a date counts as none)."""
-    try:
-        return min(LONGEST_PAUSE, max(0.0, float(error.headers.get("Retry-After", 0))))
-    except ValueError:
-        return 0.0
-
-
-def _reason(error: BaseException) -> str:
-    reason = getattr(error, "reason", error)
-    return str(reason) or type(error).__name__

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 NUMBER = re.compile(r"(?<![\w.])([+-]?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10(?:\.0+)?)?(?![\w])")
@@ -38,8 +39,6 @@ class Reply:
 
 def data_uri(image: Tensor) -> str:
     """An image (3, h, w) in [0, 1] as a PNG in a data URI."""
-    from PIL import Image
-
     pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
@@ -62,23 +61,23 @@ def read_reply(answer: Mapping[str, Any]) -> Reply:
 
 def read_number(text: str, highest: float = 10.0) -> float | None:
     """The last number of the text over `highest`, in [0, 1]; None without one or out of range. '8/10' is 8."""
-    found = NUMBER.findall(text)
-    value = float(found[-1]) / highest if found else -1.0
+    values = NUMBER.findall(text)
+    value = float(values[-1]) / highest if values else -1.0
     return value if 0 <= value <= 1 else None
 
 
 def read_yes_no(text: str) -> float | None:
     """1 or 0 by the last 'yes' or 'no' of the text; None without one."""
-    found = YES_OR_NO.findall(text)
-    return float(found[-1].lower() == "yes") if found else None
+    answers = YES_OR_NO.findall(text)
+    return float(answers[-1].lower() == "yes") if answers else None
 
 
 def expected_score(token: Token, scores: Mapping[str, float]) -> float | None:
     """sum p(word) score(word) / sum p(word) over the score words among the likeliest at a token; None without any."""
-    seen = [
+    likely = [
         (math.exp(logprob), scores[word.strip()])
         for word, logprob in token.alternatives.items()
         if word.strip() in scores
     ]
-    mass = sum(p for p, _ in seen)
-    return sum(p * score for p, score in seen) / mass if mass > 0 else None
+    mass = sum(p for p, _ in likely)
+    return sum(p * score for p, score in likely) / mass if mass > 0 else None

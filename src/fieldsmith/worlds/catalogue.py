@@ -32,5 +32,5 @@ def load(source: str, size: int | None = None, judge: Judge | None = None, chann
         hint = f"did you mean '{near[0]}'?" if near else f"known worlds: {', '.join(WORLDS)}; or name a folder"
         raise InputError(f"'{source}' is neither a world with a judge nor a folder of images; {hint}")
     if judge is None:
-        raise InputError(f"folder '{source}' needs a judge; name one: module:function, file.py:function or http://")
+        raise InputError(f"folder '{source}' needs a judge; name one: file.py:name, package.module:name or http://")
     return of_folder(source, judge, 64 if size is None else size, channels)

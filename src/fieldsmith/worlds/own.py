@@ -6,52 +6,52 @@ In: a folder, or images in memory. Out: an `ImageWorld`, which is a JudgedWorld.
 from __future__ import annotations
 
 import base64
-import http.client
-import importlib
-import importlib.util
 import io
-import json
 import pathlib
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError, RewardError, RunError
+from fieldsmith.functions import check_signature, describe, load_function, name_of
+from fieldsmith.servers import Server, Unreadable
 from fieldsmith.worlds import pictures
 from fieldsmith.worlds.judged import UNREADABLE, Mutation, Verdicts, generator_of, readable
 
 BATCH = 64  # images in one question to a judge behind HTTP
-TIMEOUT, RETRIES, PAUSE = 60.0, 3, 0.5  # seconds; retries after the first attempt; the pause doubles
+RETRIES, PAUSE = 3, 0.5  # retries after the first attempt; seconds before the first of them
 
-Judge = str | Callable[[Tensor], Any]  # images (n, channels, size, size) in [0, 1] -> n verdicts
+Judge = str | Callable[..., Any]  # images (n, channels, size, size) in [0, 1] -> n verdicts; or its name or address
+Verdict = tuple[bool, tuple[str, ...]]  # whether an image is valid, and why not
 
 
 class ImageWorld:
     """Images (n, channels, size, size) in [0, 1], every sixth held out, and a judge.
 
-    A function gets images and returns n bools or n pairs (bool, reason). A server is POSTed {"images": [base64 PNG,
-    ...]} and answers {"valid": [...]}, with "reasons": [[...], ...] if it likes. What an image shows is unknown, so
-    nothing is ever novel.
+    A function, or its name, gets a copy of images and returns n bools or n pairs (bool, reason). A server is POSTed
+    {"images": [base64 PNG, ...]} and answers {"valid": [...]}, with "reasons": [[...], ...] if it likes. What an image
+    shows is unknown, so nothing is ever novel.
     """
 
     support: int | None = None
     mutations: Mapping[str, Mutation] = {}
 
     def __init__(self, images: Tensor, judge: Judge, name: str = "images"):
-        """`judge` is the function itself, module:function, file.py:function or an http address."""
+        """Raises InputError at fewer than 2 images, and where a judge's name leads to no function."""
         if len(images) < 2:
             raise InputError(f"{name}: {len(images)} images; it needs at least 2")
         self.name, self.size, self.channels = name, images.shape[-1], images.shape[1]
-        self._judge_name = judge if isinstance(judge, str) else getattr(judge, "__name__", type(judge).__name__)
         self._answered = False
-        self._ask: Callable[[Tensor], Any] = judge if callable(judge) else _named(judge)
+        self._server: Server | None = None
+        if isinstance(judge, str) and judge.startswith(("http://", "https://")):
+            self._server = Server(judge, retries=RETRIES, pause=PAUSE)
+        else:
+            self._what = f"judge '{judge if isinstance(judge, str) else name_of(judge)}'"
+            self._function = load_function(judge, "judge") if isinstance(judge, str) else judge
+            check_signature(self._function, self._what, "images")
         out = torch.arange(len(images)) % 6 == min(len(images), 6) - 1
         self._pools = images[~out], images[out]
 
@@ -63,27 +63,48 @@ class ImageWorld:
         return False
 
     def judge(self, images: Tensor) -> Verdicts:
-        """Raises InputError where the judge fails at the first question, RunError where it fails later."""
+        """Raises RewardError where the judge fails, InputError where a server never answered."""
         images, finite = readable(images, self)
-        asked = iter(self._verdicts(images[finite]) if finite.any() else ())
-        answers = [next(asked) if fine else (False, (UNREADABLE,)) for fine in finite.tolist()]
+        verdicts = iter(self._ask(images[finite]) if finite.any() else ())
+        answers = [next(verdicts) if fine else (False, (UNREADABLE,)) for fine in finite.tolist()]
         valid = torch.tensor([answer for answer, _ in answers], dtype=torch.bool)
         return Verdicts(valid, finite, tuple(reasons for _, reasons in answers), (None,) * len(answers))
 
-    def _verdicts(self, images: Tensor) -> list[tuple[bool, tuple[str, ...]]]:
+    def _ask(self, images: Tensor) -> list[Verdict]:
+        if self._server is None:
+            return self._ask_function(images)
         try:
-            answers = list(self._ask(images))
-            if len(answers) != len(images):
-                raise ValueError(f"{len(answers)} answers to {len(images)} images")
-            read = [_answer(answer) for answer in answers]
-        except Exception as error:  # whatever a stranger's code may raise
-            sort = RunError if self._answered else InputError
-            raise sort(
-                f"judge '{self._judge_name}' failed with {type(error).__name__}: {error}; it must give one verdict "
-                "per image: fix it, or name another"
-            ) from error
+            verdicts = [verdict for part in images.split(BATCH) for verdict in _ask_server(self._server, part)]
+        except RewardError as error:
+            if self._answered:
+                raise
+            raise InputError(str(error)) from error
         self._answered = True
-        return read
+        return verdicts
+
+    def _ask_function(self, images: Tensor) -> list[Verdict]:
+        n = len(images)
+        try:
+            output = self._function(images.clone())
+        except (InputError, RunError):
+            raise
+        except (Exception, SystemExit) as error:  # whatever a user's function may raise
+            raise RewardError(f"{self._what} raised {describe(error)} for {n} images; fix the function") from error
+        try:
+            answers = list(output)
+        except Exception as error:
+            raise RewardError(f"{self._what} returned {repr(output)[:80]} for {n} images; return a list") from error
+        if len(answers) != n:
+            raise RewardError(f"{self._what} returned {len(answers)} answers to {n} images; return one an image")
+        verdicts = []
+        for row, answer in enumerate(answers, 1):
+            try:
+                verdicts.append(_verdict(answer))
+            except Exception as error:
+                raise RewardError(
+                    f"{self._what} returned {repr(answer)[:80]} for image {row} of {n}; return a bool, or (bool, reason)"
+                ) from error
+        return verdicts
 
 
 def of_folder(path: str | pathlib.Path, judge: Judge, size: int = 64, channels: int = 3) -> ImageWorld:
@@ -101,59 +122,17 @@ def of_images(images: Iterable[Any], judge: Judge, size: int, channels: int) -> 
     return ImageWorld(torch.stack([pictures.convert(image, size, channels) for image in images]), judge)
 
 
-def _named(judge: str) -> Callable[[Tensor], Any]:
-    """The server at an address, or a function by its name."""
-    return partial(_ask_server, judge) if judge.startswith(("http://", "https://")) else _function(judge)
-
-
-def _function(judge: str) -> Callable[[Tensor], Any]:
-    where, _, name = judge.rpartition(":")
-    if not where or not name:
-        raise InputError(f"judge '{judge}' is no module:function, file.py:function or http://host:port/path; name one")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(pathlib.Path(where).stem, where)
-            if spec is None or spec.loader is None:
-                raise ImportError("no Python file")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        found = getattr(module, name)
-    except Exception as error:  # importing runs a stranger's code
-        raise InputError(
-            f"judge '{judge}' cannot be loaded, {type(error).__name__}: {error}; fix its file or its name"
-        ) from error
-    if not callable(found):
-        raise InputError(f"judge '{judge}' is a {type(found).__name__}, which cannot be called; name a function")
-    return found  # type: ignore[return-value]
-
-
-def _ask_server(address: str, images: Tensor) -> list[tuple[bool, Sequence[str]]]:
-    answers: list[tuple[bool, Sequence[str]]] = []
-    for part in images.split(BATCH):
-        answer = _post(address, {"images": [_png(image) for image in part]})
-        valid, reasons = answer["valid"], answer.get("reasons") or [()] * len(part)
-        if len(valid) != len(part) or len(reasons) != len(part):
-            raise ValueError(f"{len(valid)} answers and {len(reasons)} reasons to {len(part)} images")
-        answers += zip(valid, reasons, strict=True)
-    return answers
-
-
-def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for attempt in range(RETRIES + 1):
+def _ask_server(server: Server, images: Tensor) -> list[Verdict]:
+    def read(answer: Any) -> list[Verdict]:
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return dict(json.loads(response.read()))
-        except urllib.error.HTTPError as error:
-            if attempt == RETRIES or (error.code < 500 and error.code not in (408, 429)):
-                raise
-        except (OSError, http.client.HTTPException):
-            if attempt == RETRIES:
-                raise
-        time.sleep(PAUSE * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
+            valid, reasons = answer["valid"], answer.get("reasons") or [()] * len(images)
+            if len(valid) != len(images) or len(reasons) != len(images):
+                raise ValueError(f"{len(valid)} answers and {len(reasons)} reasons to {len(images)} images")
+            return [_verdict(pair) for pair in zip(valid, reasons, strict=True)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Unreadable(f"it gave no verdicts ({type(error).__name__}: {error})") from error
+
+    return server.post("", {"images": [_png(image) for image in images]}, read)
 
 
 def _png(image: Tensor) -> str:
@@ -163,7 +142,7 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _answer(answer: Any) -> tuple[bool, tuple[str, ...]]:
+def _verdict(answer: Any) -> Verdict:
     """One verdict: a bool (also of numpy or torch), or a pair of it with one or several reasons."""
     valid, reasons = answer if isinstance(answer, (tuple, list)) else (answer, ())
     if str(getattr(valid, "dtype", type(valid).__name__)).removeprefix("torch.") != "bool":

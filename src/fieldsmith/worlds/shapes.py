@@ -101,6 +101,17 @@ def caption(concept: Concept, synonyms: bool = False) -> str:
     return "a " + " ".join(SYNONYMS.get(word, word) if synonyms else word for word in words)
 
 
+def training_captions() -> tuple[str, ...]:
+    """The caption of every composition but the one that training leaves out."""
+    return tuple(caption(c) for c in concepts() if (c.colour, c.shape) != HELD_OUT)
+
+
+def open_captions() -> tuple[str, ...]:
+    """Captions that leave the colour, the shape or both open, each also with synonyms."""
+    open_ = [*(Concept(colour) for colour in COLOURS), *(Concept(shape=shape) for shape in SHAPES), Concept()]
+    return tuple(dict.fromkeys(caption(concept, synonyms) for concept in open_ for synonyms in (False, True)))
+
+
 def _inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
     """Whether points lie in the unit silhouette; u to the right, v down, both in units of the radius."""
     if shape == "circle":

@@ -145,7 +145,12 @@ class DistillConfig(FitConfig, MemoryConfig):
 
     def student_fields(self) -> dict[str, Any] | None:
         """The config fields of the file that `student` names. Raises InputError where it is no such file."""
-        return None if self.student is None else read_json(self.student, "student config")
+        if self.student is None:
+            return None
+        fields = read_json(self.student, "student config")
+        if not isinstance(fields, dict):
+            raise InputError(f"student config '{self.student}' is no mapping of config fields to values")
+        return fields
 
 
 PUBLISHED = {"batch": 128, "bank": 0, "stratify": False}  # 64 pairs, the teacher asked at every step

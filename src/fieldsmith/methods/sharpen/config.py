@@ -38,7 +38,7 @@ class SharpenConfig(FitConfig, MemoryConfig):
     data: str = "auto"
     """columns, cards or a folder of images; auto: what the model's card names."""
     judge: str | None = None
-    """For a folder: module:function, file.py:function or an http:// address that says which images are valid."""
+    """For a folder: file.py:name, package.module:name or an http:// address that says which images are valid."""
     method: Method = "guide"
     """plain, variance-learning (I-DDPM), variance-penalty (VSM), jacobian-floor, jacobian-match, covariance (OCM),
     neighbours, or guide: a small, briefly trained network of the same data that the model is steered away from."""
@@ -135,7 +135,7 @@ class SharpenConfig(FitConfig, MemoryConfig):
                 raise InputError(f"data '{self.data}' is no folder of images; {hint}")
             if self.judge is None:
                 raise InputError(
-                    f"folder '{self.data}' needs a judge; name one: module:function, file.py:function or http://"
+                    f"folder '{self.data}' needs a judge; name one: file.py:name, package.module:name or http://"
                 )
 
 

@@ -23,8 +23,8 @@ UNIFORM = 0.5169  # PCPO on diffusion: the released constant in place of w
 class Schedule:
     """K steps x_{k+1} = mean(x_k) + sigma eps, with the mean affine in the network's output f; all (K,).
 
-    times (K + 1,); push = d mean / d f, kappa = d score / d f and gain = d x_0 / d f are signed, f being what the
-    network says (`kind`).
+    times (K + 1,); push = d mean / d f, kappa = d score / d f and gain = d x_0 / d f are signed, f being the
+    network's output (of `kind`).
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Schedule:
 
     @property
     def w(self) -> Tensor:
-        """push / sigma, signed: log rho = w <f - f_old, eps> - w^2 |f - f_old|^2 / 2; 0 where a step is certain."""
+        """push / sigma, signed: log rho = w <f - f_old, eps> - w^2 |f - f_old|^2 / 2; 0 where a step is deterministic."""
         return torch.where(self.sigma > 0, self.push / self.sigma.clamp(min=1e-300), torch.zeros_like(self.push))
 
     @property
@@ -67,7 +67,7 @@ class Schedule:
         return self.sigma > 0
 
     def target(self, x_0: Tensor, eps: Tensor, step: Tensor) -> Tensor:
-        """What the network should have said of x_0 and eps (n, ...) at steps (n,), in its kind: denoising's target."""
+        """Denoising's target in the network's own kind, (n, ...), of x_0 and eps (n, ...) at steps (n,)."""
         if self.kind == "velocity" and isinstance(self.path, RectifiedFlow):
             return eps - x_0
         if self.kind in ("eps", "x_0"):
@@ -79,10 +79,10 @@ class Schedule:
 
 
 def schedule(path: Path, grid: Tensor, kind: Kind, sde: Sde, noise_level: float) -> Schedule:
-    """The scalars of a sampler's steps on `grid` (K + 1,), for a network that speaks `kind`.
+    """The scalars of a sampler's steps on `grid` (K + 1,), for a network whose output is of `kind`.
 
     Read off the sampler's own step at x = 0 with outputs 0 and 1, so that they cannot disagree with it. At t = 1 of a
-    rectified flow, where velocity says nothing of the score, 1 - t reads 1 - t_first, as in the Flow-SDE itself.
+    rectified flow, where velocity does not determine the score, 1 - t reads 1 - t_first, as in the Flow-SDE itself.
     """
     grid = grid.detach().cpu().double()
     sigma, push, kappa, gain = [], [], [], []
@@ -91,20 +91,25 @@ def schedule(path: Path, grid: Tensor, kind: Kind, sde: Sde, noise_level: float)
         step = gaussian_step(sde, Prediction(kind, one, zero, t, path), t_next, noise_level, grid[1])
         push.append(step.mean.squeeze())
         sigma.append(torch.as_tensor(step.deviation, dtype=torch.float64).squeeze())
-        # where the score is silent it is read a step later, with the SDE's own 1 - t
+        # where the output does not determine the score, it is read a step later, with the SDE's own 1 - t
         at = grid[1] if isinstance(path, RectifiedFlow) and t >= 1 else t
         output = Prediction(kind, one, zero, at, path)
-        kappa.append(output.score.squeeze() * (at if kind == "velocity" else 1) / (t if kind == "velocity" else 1))
+        if kind != "velocity":
+            kappa.append(output.score.squeeze())
+        elif at == 0:  # one step alone, where the second time is clean data: the limit
+            kappa.append(-1 / t)
+        else:
+            kappa.append(output.score.squeeze() * at / t)
         gain.append(output.x_0.squeeze() if kind != "velocity" else Prediction(kind, one, zero, t, path).x_0.squeeze())
     return Schedule(path, kind, grid, *(torch.stack(parts) for parts in (sigma, push, kappa, gain)))
 
 
 @dataclass(frozen=True)
 class Strength:
-    """C1 and gamma of the RSM loss by step, (K,)."""
+    """The weight C1 and the guidance strength gamma of the RSM loss by step, (K,)."""
 
-    weight: Tensor
-    pull: Tensor
+    C1: Tensor
+    gamma: Tensor
 
 
 STRENGTHS = (
@@ -125,21 +130,30 @@ def strength(name: str, s: Schedule, prior: float = 1.0) -> Strength:
     alpha, sigma_t = s.path.alpha(s.t), s.path.sigma(s.t)
     ones = torch.ones_like(s.t)
     if name in ("quadratic", "linear"):
-        pull = alpha ** (2 if name == "quadratic" else 1) * s.kappa.abs()  # alpha is 1 - t on a flow
-        return Strength(1 / s.kappa**2, pull)
-    live = s.sigma.clamp(min=1e-300)
-    base = torch.where(s.noisy, (s.Omega / live) ** 2 / 2, torch.zeros_like(s.t))
+        gamma = alpha ** (2 if name == "quadratic" else 1) * s.kappa.abs()  # alpha is 1 - t on a flow
+        return Strength(1 / s.kappa**2, gamma)
+    sigma = s.sigma.clamp(min=1e-300)
+    base = torch.where(s.noisy, (s.Omega / sigma) ** 2 / 2, torch.zeros_like(s.t))
     if name == "squared":
         alpha2_next = s.path.alpha(s.times[1:]) ** 2
-        return Strength(torch.where(s.noisy, (s.Omega / live**2) ** 2 / 2, torch.zeros_like(s.t)), alpha2_next)
+        return Strength(torch.where(s.noisy, (s.Omega / sigma**2) ** 2 / 2, torch.zeros_like(s.t)), alpha2_next)
     if name == "base-snr":
         return Strength(2 * base, ones)
     if name == "jacobian":
-        seen = torch.where(alpha > 0, alpha, s.kappa.abs() * sigma_t)  # at a flow's t = 1 as kappa has it
-        return Strength(base, seen * prior / (alpha**2 * prior + sigma_t**2))
+        signal = torch.where(alpha > 0, alpha, s.kappa.abs() * sigma_t)  # at a flow's t = 1 as kappa has it
+        return Strength(base, signal * prior / (alpha**2 * prior + sigma_t**2))
     if name == "discount":
         return Strength(base, 0.9 ** torch.arange(len(s), dtype=torch.float64).flip(0))
     return Strength(base, multiplier(name, s))
+
+
+def is_stochastic(s: Schedule, window: tuple[int, int] | None) -> Tensor:
+    """Steps that are drawn, (K,) bool: those with a density, first to last of `window` where one is given."""
+    drawn = s.noisy.clone()
+    if window:
+        drawn[: window[0]] = False
+        drawn[window[1] + 1 :] = False
+    return drawn
 
 
 def multiplier(name: str, s: Schedule) -> Tensor:
@@ -149,8 +163,8 @@ def multiplier(name: str, s: Schedule) -> Tensor:
     if name == "tempflow":
         return 2.25 * s.sigma
     if name == "pcpo":
-        wish = ZETA * s.dt if isinstance(s.path, RectifiedFlow) else torch.full_like(s.t, UNIFORM)
-        return torch.where(s.noisy, wish / s.w.abs().clamp(min=1e-300), torch.zeros_like(s.t))
+        target = ZETA * s.dt if isinstance(s.path, RectifiedFlow) else torch.full_like(s.t, UNIFORM)
+        return torch.where(s.noisy, target / s.w.abs().clamp(min=1e-300), torch.zeros_like(s.t))
     if name == "guard":
         return s.sigma / s.dt
     raise InputError(
@@ -163,4 +177,4 @@ def effective_strength(given: Strength, s: Schedule, normaliser: Tensor | float)
 
     The normaliser is the estimator's: omega at the next state, 1 at the current one and for terminal gradients.
     """
-    return given.weight * given.pull * normaliser * s.kappa.abs()
+    return given.C1 * given.gamma * normaliser * s.kappa.abs()
