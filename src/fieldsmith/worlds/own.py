@@ -102,7 +102,7 @@ class ImageWorld:
                 verdicts.append(_verdict(answer))
             except Exception as error:
                 raise RewardError(
-                    f"{self._what} returned {repr(answer)[:80]} for image {row} of {n}; return a bool, or (bool, reason)"
+                    f"{self._what} returned {repr(answer)[:80]} for image {row} of {n}; return a bool or (bool, reason)"
                 ) from error
         return verdicts
 
