@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.methods.distill.config import OBJECTIVES, DistillConfig
+from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.curriculum import (
     Curriculum,
     base,
@@ -26,16 +26,15 @@ from fieldsmith.methods.distill.curriculum import (
     times_of,
     tirt,
 )  # fmt: skip
-from fieldsmith.methods.distill.losses import anchored_target, feature_loss, pair_loss, row_loss, square, weighted
-from fieldsmith.methods.distill.objectives import (
-    Objective,
+from fieldsmith.methods.distill.identifiability import (
     composite_form,
     composite_law,
     identifiability,
-    objective_of,
     quadratic_form,
     unseen_error,
 )  # fmt: skip
+from fieldsmith.methods.distill.losses import anchored_target, feature_loss, pair_loss, row_loss, square, weighted
+from fieldsmith.methods.distill.objectives import OBJECTIVES, Objective, objective_of
 from fieldsmith.paths import (
     Prediction,
     RectifiedFlow,

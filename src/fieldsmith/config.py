@@ -8,7 +8,9 @@ sentence. Importing this costs no torch: the command line parses from it before 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
@@ -70,7 +72,10 @@ def _sentence(error: pydantic.ValidationError) -> str:
         case "less_than":
             return f"{name}={value} must be below {limits['lt']:g}"
         case "literal_error":
-            return f"{name} '{value}' is unknown; known: {limits['expected'].replace(' or ', ', ')}"
+            known = re.findall(r"'([^']*)'", limits["expected"])
+            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            return f"{name} '{value}' is unknown; {hint}"
         case kind if kind in TYPES:
             return f"{name}={value!r} should be {TYPES[kind]}"
     return f"{name}={value!r}: {first['msg']}"
