@@ -18,15 +18,15 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
-from fieldsmith import processes
-from fieldsmith.methods.align import loop as align_loop
+from fieldsmith import processes, verb
 from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
-from fieldsmith.methods.edit import loop as edit_loop
 from fieldsmith.methods.edit.config import EditConfig
-from fieldsmith.methods.edit.rollouts import Task
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen import loop as sharpen_loop
 from fieldsmith.methods.sharpen.config import SharpenConfig
@@ -69,9 +69,8 @@ def align(run: Run, **settings: Any) -> tuple[Model, int]:
         rank=2, chunk=4, **settings,
     )  # fmt: skip
     reward = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
-    with model.count_nfe() as nfe:
-        align_loop.align(model, config, reward, run)
-    return model, nfe.total
+    _, done = verb.train(ALIGN, model, config, Inputs(reward), run)
+    return model, done.nfe
 
 
 def edit(run: Run) -> tuple[Model, int]:
@@ -85,9 +84,9 @@ def edit(run: Run) -> tuple[Model, int]:
         asked.append(processes.rank())
         return Exact(config.against)(*shown)
 
-    task = Task(lambda n, seed: world.sessions(n, 2, seed, 0.5), judge, True)
+    inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.5), judge, Channel())
     with model.count_nfe() as nfe:
-        edit_loop.edit(model, config, task, Channel(), run)
+        trained.edit(model, config, inputs, run)
     assert bool(asked) == processes.is_main()  # a judge is asked by one process
     return model, nfe.total
 

@@ -66,6 +66,9 @@ def outside(*names: str) -> tuple[str, ...]:
     ("room", "may_use"),
     [
         ("errors", ()),
+        ("functions", ("errors",)),
+        ("read", ("errors",)),
+        ("servers", ("errors",)),
         ("processes", ("errors",)),
         ("paths", ("errors",)),
         ("samplers", ("errors", "paths")),
@@ -73,10 +76,10 @@ def outside(*names: str) -> tuple[str, ...]:
         ("optimizers", ("errors",)),
         ("training", ("errors", "optimizers", "processes", "runs")),
         ("metrics", ("errors",)),
-        ("worlds", ("errors", "paths")),
+        ("worlds", ("errors", "functions", "paths", "servers")),
         ("models", ("errors", "paths", "processes", "samplers")),
         ("preflight", ("errors", "models", "paths", "samplers")),
-        ("rewards", ("errors", "processes", "runs", "worlds")),
+        ("rewards", ("errors", "functions", "run", "servers", "worlds")),
         ("methods", ("errors", "models", "paths", "preflight", "processes", "rewards", "runs", "samplers", "training")),
         ("diagnose", ("errors", "metrics", "models", "paths", "samplers", "worlds")),
     ],
@@ -113,7 +116,17 @@ def test_losses_know_no_model_optimiser_or_accelerator():
 
 
 def test_what_help_needs_does_not_import_torch():
-    modules = ("", ".cli", ".errors", ".commands", ".commands.arguments", ".commands.erase", ".methods.erase.config")
+    modules = (
+        "",
+        ".cli",
+        ".errors",
+        ".functions",
+        ".read",
+        ".commands",
+        ".commands.arguments",
+        ".commands.erase",
+        ".methods.erase.config",
+    )
     modules += (
         ".commands.distill",
         ".methods.distill.config",

@@ -328,7 +328,7 @@ def test_its_page_loads_nothing_from_elsewhere(erased):
 def test_plain_diffusers_draws_the_same_with_the_adapter(erased):
     import diffusers
 
-    from fieldsmith.diagnose.concepts import sampler
+    from fieldsmith.measure.detection import sampler
     from fieldsmith.models import load, load_adapter, pipeline_folder
 
     ours = load("zoo:shapes-flux")

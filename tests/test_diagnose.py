@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose import attacks
-from fieldsmith.diagnose.concepts import (
+from fieldsmith.errors import InputError
+from fieldsmith.measure import attacks
+from fieldsmith.measure.detection import (
     Asked,
     ask,
     by_attribute,
@@ -23,8 +24,7 @@ from fieldsmith.diagnose.concepts import (
     plain_prompts,
     sampler,
 )
-from fieldsmith.errors import InputError
-from fieldsmith.metrics.intervals import Interval
+from fieldsmith.measure.intervals import Interval
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.worlds.model_cards import card_of, world_of

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from fieldsmith.commands.diagnose_exposure import by_operation, verdict_of, words_of
 
 from fieldsmith.cli import main
-from fieldsmith.commands.diagnose_exposure import by_operation, verdict_of, words_of
-from fieldsmith.diagnose.exposure import Exposure
+from fieldsmith.measure.exposure import Exposure
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
 from fieldsmith.models.tiny import kontext_pipeline

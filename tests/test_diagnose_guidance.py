@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fieldsmith.cli import main
-from fieldsmith.diagnose.guidance import (
+from fieldsmith.errors import InputError
+from fieldsmith.measure.guidance import (
     Guidance,
     ask,
     liveness,
@@ -21,7 +22,6 @@ from fieldsmith.diagnose.guidance import (
     noised_tuples,
     path_tuples,
 )
-from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.models.branches import Branches
 from fieldsmith.models.tiny import unet_pipeline

@@ -17,10 +17,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from fieldsmith.commands.diagnose_judge import UPSCALE, verdict_of, words_of
 from PIL import Image
 
 from fieldsmith.cli import main
-from fieldsmith.commands.diagnose_judge import UPSCALE, verdict_of, words_of
 from fieldsmith.errors import InputError
 from fieldsmith.rewards.edits import CONSISTENCY
 from fieldsmith.worlds.scenes import OPERATIONS, ScenesWorld

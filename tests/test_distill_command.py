@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from fieldsmith import training
 from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
-from fieldsmith.diagnose import sweep
-from fieldsmith.errors import InputError
+from fieldsmith.measure import sweep
+from fieldsmith.measure.classifier import train_classifier
 from fieldsmith.methods.distill import measure
 from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.objectives import OBJECTIVES
-from fieldsmith.metrics.classifier import train_classifier
 from fieldsmith.models import load
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet

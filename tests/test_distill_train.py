@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fieldsmith.errors import InputError
 from fieldsmith import verb
+from fieldsmith.errors import InputError
 from fieldsmith.methods.distill import bank as banks
 from fieldsmith.methods.distill import curriculum as weights_of
 from fieldsmith.methods.distill import step as steps

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError, RewardError, RunError
+from fieldsmith.rewards import sessions
 from fieldsmith.rewards.edits import CONSISTENCY, FOLLOWING, KEPT, EditJudge, EditScores, disagreement, edit_judge
 
 BEFORE = torch.zeros(2, 3, 4, 4)
@@ -297,6 +299,89 @@ def test_a_bad_address_or_no_server_is_refused():
         edit_judge("http://127.0.0.1:9/v1?timeout=0.2")
 
 
+# judges of turns
+
+
+class Plan:
+    """Two sessions of two turns."""
+
+    def prompts(self, turn: int) -> list[str]:
+        return [f"{letter}{turn}" for letter in "ab"]
+
+
+FIRST = torch.full((2, 3, 4, 4), 0.5)
+
+
+def recorded(calls: list[tuple[float, list[str]]]) -> Callable[..., Any]:
+    def judge(before: torch.Tensor, after: torch.Tensor, instructions: list[str]) -> Any:
+        calls.append((before.mean().item(), list(instructions)))
+        before.zero_(), instructions.clear()
+        return [len(calls) / 10] * 2, numpy.array([len(calls) / 100] * 2)
+
+    return judge
+
+
+@pytest.mark.parametrize("against", ["first", "previous"])
+def test_a_function_judges_turns(against):
+    calls: list[tuple[float, list[str]]] = []
+    judge = sessions.load(recorded(calls), against)
+    first = judge(Plan(), 1, BEFORE.clone(), AFTER, FIRST)
+    assert first.following.tolist() == pytest.approx([0.1, 0.1]) and first.consistency.tolist() == pytest.approx(
+        [0.01] * 2
+    )
+    second = judge(Plan(), 2, AFTER, AFTER, FIRST)
+    assert second.following.tolist() == pytest.approx([0.2, 0.2])
+    asked = [(0.0, ["a1", "b1"]), (1.0, ["a2", "b2"])]
+    if against == "first":
+        asked.append((0.5, ["a1; then: a2", "b1; then: b2"]))
+    assert calls == asked
+    assert second.consistency.tolist() == pytest.approx([len(asked) / 100] * 2)
+    assert AFTER.all() and FIRST.eq(0.5).all() and sessions.load(judge) is judge
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (None, "returned a NoneType that is no pair; return .following, consistency."),
+        ([1.0, 2.0, 3.0], "returned a list that is no pair"),
+        ([1.0, 2.0], r"\(following\) returned 1.0 for 2 images, the first of prompt 'a1'"),
+        (([0.1, 0.2], [0.1, float("nan")]), r"\(consistency\) returned nan for image 2 of 2, prompt 'b1'"),
+        (([0.1], [0.1]), r"\(following\) returned a list of 1"),
+        ("ab", r"\(following\) returned 'a'"),
+    ],
+)
+def test_a_function_that_gives_no_two_scores_an_edit_is_named(output, message):
+    judge = sessions.load(lambda before, after, instructions: output)
+    with pytest.raises(RewardError, match=f"^judge '<lambda>' {message}"):
+        judge(Plan(), 1, BEFORE, AFTER, FIRST)
+
+
+def test_a_judge_of_turns_that_raises_or_takes_other_arguments_is_named():
+    judge = sessions.load(lambda before, after, instructions: 1 / 0)
+    with pytest.raises(RewardError, match=r"raised ZeroDivisionError.*for 2 images, the first of prompt 'a1'"):
+        judge(Plan(), 1, BEFORE, AFTER, FIRST)
+    with pytest.raises(RunError, match="2 of 2 images hold NaN"):
+        judge(Plan(), 1, BEFORE, AFTER * torch.nan, FIRST)
+    with pytest.raises(
+        RewardError, match=r"takes \(images, prompts\), but it is called with \(before, after, instruct"
+    ):
+        sessions.load(lambda images, prompts: 0)
+
+
+def test_words_name_a_judge_of_turns(server, tmp_path):
+    (tmp_path / "mine.py").write_text("def fine(before, after, instructions):\n    return [1, 1], [0, 0]\n")
+    judge = sessions.load(f"{tmp_path}/mine.py:fine")
+    assert judge(Plan(), 1, BEFORE, AFTER, FIRST).following.tolist() == [1, 1]
+    assert isinstance(sessions.load("exact", "previous"), sessions.Exact)
+    base = f"http://127.0.0.1:{server.http.server_port}/v1"
+    remote = sessions.load(f"remote:{base}?concurrency=1", "first")
+    assert remote(Plan(), 2, BEFORE, AFTER, FIRST).consistency.tolist() == pytest.approx([0.7, 0.7])
+    assert 'instruction was: "a1; then: a2"' in server.questions[-2]
+    for words, message in (("exakt", "judge 'exakt' is unknown"), ("remote:here", "is no address of a judge")):
+        with pytest.raises(InputError, match=message):
+            sessions.load(words)
+
+
 # a judge that disagrees with itself
 
 
@@ -317,7 +402,7 @@ def test_a_judge_that_disagrees_with_itself_is_named_with_numbers():
     output = disagreement(scores([0.4, 0.6], 0.3), 4)  # .02 < .09 / 4: nothing but noise
     assert output == (
         "the judge's 4 replies on one edit differ by 0.30 in instruction following, its scores of 2 edits by 0.14, so "
-        "it ranks them by chance; more replies than n=4 will not mend it: lower the temperature, set mode=expected or "
+        "it ranks them by chance; more replies than n=4 will not help: lower the temperature, set mode=expected or "
         "take another model"
     )
     # .0841 - .09 / 4 = .0616 of variance is left for the edits: 10 * .09 / .0616 = 14.6

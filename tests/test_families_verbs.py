@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import WORDS
 from diffusers import PNDMScheduler
+from fieldsmith.methods.align.loop import align
 from parity import apart, ours, seeded
 from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import preset
-from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states
 from fieldsmith.methods.erase.config import EraseConfig

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from experiments.oracles.likelihood import feature_likelihood, fitted_log_variances
-from fieldsmith.metrics.hallucination import (
+from fieldsmith.measure.hallucination import (
     auroc,
     average_precision,
     coverage,
@@ -23,7 +23,7 @@ from fieldsmith.metrics.hallucination import (
     threshold,
     tpr_at,
 )
-from fieldsmith.metrics.intervals import wilson
+from fieldsmith.measure.intervals import wilson
 
 
 def seeded(seed: int = 0) -> torch.Generator:

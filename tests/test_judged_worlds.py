@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.oracles.chess import ChessWorld, classes, faults, fen_of
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.worlds import judged
 from fieldsmith.worlds.cards import CARDS, CardsWorld
 from fieldsmith.worlds.columns import PATTERNS, ColumnsWorld
@@ -272,6 +272,8 @@ def folder(tmp_path):
         "def tensor(images):\n    return images[:, 0].mean((1, 2)) > 0.5\n"
         "def numbers(images):\n    return [0.3] * len(images)\n"
         "def short(images):\n    return [True]\n"
+        "def nothing(images):\n    images.zero_()\n"
+        "def captions(images, prompts):\n    return [True] * len(images)\n"
         "def late(images):\n    calls.append(1)\n    return [True] * len(images) if len(calls) < 2 else 1 / 0\n",
         encoding="utf-8",
     )
@@ -304,20 +306,28 @@ def test_a_judge_is_a_function_in_a_file_or_a_module(folder, monkeypatch):
 
 def test_a_failing_judge_is_named(folder):
     images = torch.zeros(3, 3, 8, 8)
-    with pytest.raises(InputError, match=r"mine.py:short' failed with ValueError: 1 answers to 3 images"):
+    with pytest.raises(RewardError, match=r"mine.py:short' returned 1 answers to 3 images"):
         mine(folder, "short").judge(images)
-    with pytest.raises(InputError, match=r"TypeError: 0.3 is no bool"):
+    with pytest.raises(RewardError, match=r"mine.py:numbers' returned 0.3 for image 1 of 3; return a bool"):
         mine(folder, "numbers").judge(images)
+    with pytest.raises(RewardError, match=r"mine.py:nothing' returned None for 3 images; return a list"):
+        mine(folder, "nothing").judge(images)
+    with pytest.raises(
+        RewardError, match=r"mine.py:captions' takes \(images, prompts\), but it is called with \(images\)"
+    ):
+        mine(folder, "captions")
     late = mine(folder, "late")
     late.judge(images)
-    with pytest.raises(RunError, match="ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        RewardError, match=r"raised ZeroDivisionError: division by zero \(mine.py, line 18\) for 3 images"
+    ):
         late.judge(images)
     for wrong, output in (
-        ("mine.py", "is no module:function"),
+        ("mine.py", "is no file.py:name or package.module:name"),
         ("no_such_module:f", "ModuleNotFoundError"),
-        (f"{folder.parent / 'mine.py'}:absent", "AttributeError"),
+        (f"{folder.parent / 'mine.py'}:absent", "has no 'absent'"),
         (f"{folder.parent / 'none.py'}:f", "FileNotFoundError"),
-        (f"{folder.parent / 'mine.py'}:calls", "which cannot be called"),
+        (f"{folder.parent / 'mine.py'}:calls", "is a list, not a function"),
     ):
         with pytest.raises(InputError, match=output):
             FolderWorld(folder, wrong)
@@ -366,16 +376,16 @@ def test_a_judge_behind_http_is_asked_in_parts_and_again(folder, server, monkeyp
     answers[:] = [lambda images: {"valid": [True] * len(images)}]
     assert it.judge(torch.zeros(3, 3, 8, 8)).valid.all()
     answers[:] = [lambda images: {"valid": [True]}]
-    with pytest.raises(RunError, match=rf"{address}' failed with ValueError: 1 answers and 3 reasons to 3 images"):
+    with pytest.raises(RunError, match=rf"{address} failed after 4 attempts: .*1 answers and 3 reasons to 3 images"):
         it.judge(torch.zeros(3, 3, 8, 8))
     answers[:] = [404]
-    with pytest.raises(RunError, match="HTTPError: HTTP Error 404"):
+    with pytest.raises(RunError, match="failed after 1 attempts: status 404"):
         it.judge(torch.zeros(3, 3, 8, 8))
 
 
 def test_a_judge_that_is_not_there_is_bad_input(folder, monkeypatch):
     monkeypatch.setattr(judged, "PAUSE", 0.01)
-    with pytest.raises(InputError, match=r"127.0.0.1:9/judge' failed with URLError"):
+    with pytest.raises(InputError, match=r"127.0.0.1:9/judge failed after 4 attempts: .*refused"):
         FolderWorld(folder, "http://127.0.0.1:9/judge", size=8).judge(torch.zeros(1, 3, 8, 8))
 
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fieldsmith.metrics.distances import (
+from fieldsmith.measure.distances import (
     diversity,
     extractor_name,
     frechet_distance,
@@ -22,8 +22,8 @@ from fieldsmith.metrics.distances import (
     sliced_wasserstein,
     total_variation,
 )
-from fieldsmith.metrics.intervals import Interval, bootstrap, mean_interval, paired_difference, share, wilson
-from fieldsmith.metrics.rest import Rest, Row, compare, field_drift, guidance_response, image_statistics
+from fieldsmith.measure.intervals import Interval, bootstrap, mean_interval, paired_difference, share, wilson
+from fieldsmith.measure.side_effects import Rest, Row, compare, field_drift, guidance_response, image_statistics
 from fieldsmith.samplers import flow_grid
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, concepts, parse
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
 import io
 import json
 import socket
@@ -19,7 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fieldsmith.errors import InputError, RunError
+from fieldsmith import servers
+from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.rewards import load, remote
 from fieldsmith.rewards.remote import Options, RemoteJudge, read_address
 from fieldsmith.rewards.replies import Token, expected_score, read_number, read_reply, read_yes_no
@@ -35,8 +38,8 @@ def completion(*texts: str, **more: Any) -> dict[str, Any]:
 class Server:
     """A chat server whose answer to the n-th question (from 0) is `answer(body, n)`.
 
-    That is a dict (sent as JSON), bytes (sent as they are), (status, headers), 'reset', or a number of seconds to wait
-    before an answer that nobody may hear.
+    That is a dict (sent as JSON), bytes (sent as they are), (status, headers[, bytes]), 'reset', 'hang up', 'huge', or
+    a number of seconds to wait before an answer that nobody may hear.
     """
 
     def __init__(self) -> None:
@@ -58,6 +61,7 @@ class Server:
                 self.say(server.status, json.dumps(server.models).encode())
 
             def do_POST(self) -> None:
+                server.headers.append(self.headers)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
                     number = len(server.bodies)
@@ -77,8 +81,22 @@ class Server:
                 if answer == "reset":  # linger 0: the client sees a reset, not an end
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.connection.close()
+                elif answer == "hang up":  # in the middle of a body
+                    self.send_response(200)
+                    self.send_header("Content-Length", "100")
+                    self.end_headers()
+                    self.wfile.write(b'{"choices')
+                    self.close_connection = True
+                elif answer == "huge":  # without saying how much will come
+                    self.send_response(200)
+                    self.end_headers()
+                    with contextlib.suppress(OSError):
+                        for _ in range(1000):
+                            self.wfile.write(b" " * 10_000)
+                    self.close_connection = True
                 elif isinstance(answer, tuple):
-                    self.say(answer[0], b'{"error": "it is too hot here"}', answer[1])
+                    content = answer[2] if len(answer) > 2 else b'{"error": "it is too hot here"}'
+                    self.say(answer[0], content, answer[1])
                 else:
                     self.say(200, answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
@@ -278,9 +296,10 @@ def test_a_cache_that_is_no_folder_is_refused(server, tmp_path):
     [
         (500, {}), (503, {}), "reset", b"<html>", b"\xff\xfe", b"[]", b"null", {"choices": []},
         {"choices": [{"message": None}]}, completion("a lovely picture"), completion("I would say 11"), completion(""),
-        (429, {"Retry-After": "soon"}),
+        (429, {"Retry-After": "soon"}), "hang up", completion("nan"), b'{"choices": NaN}', b"[" * 100_000,
+        (200, {"Content-Encoding": "gzip"}, gzip.compress(json.dumps(completion("9")).encode())),
     ],
-    ids=str,
+    ids=lambda first: str(first)[:60],
 )  # fmt: skip
 def test_trouble_that_passes_is_retried(server, first):
     server.in_turn(first, first, completion("I looked, and I give it 4."))
@@ -372,6 +391,25 @@ def test_one_failure_stops_the_batch(server):
     assert time.monotonic() - begun < 4 and len(server.bodies) < 6
 
 
+@pytest.mark.parametrize(
+    "answer", ["huge", b"{" + b" " * 2_000_000 + b"}", (400, {}, b"x" * 2_000_000)], ids=["unsaid", "said", "refusal"]
+)
+def test_an_answer_that_is_huge_is_not_read_to_its_end(server, answer, monkeypatch):
+    monkeypatch.setattr(servers, "LARGEST_ANSWER", 2**20)
+    server.in_turn(answer, completion("4"))
+    with pytest.raises(RewardError, match="failed after 1 attempts: it sent more than 1 MiB"):
+        server.judge(QUICK + "&retries=0")(IMAGE, ["a"])
+    assert server.judge()(IMAGE, ["a"]).tolist() == [pytest.approx(0.4)]
+
+
+def test_a_redirect_is_not_followed_but_named(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    server.in_turn((307, {"Location": f"{server.base}/elsewhere"}))
+    with pytest.raises(RewardError, match=r"failed after 1 attempts: status 307, it points to .*/elsewhere; give that"):
+        server.judge(QUICK + "&key=JUDGE_KEY")(IMAGE, ["a"])
+    assert len(server.bodies) == 1
+
+
 # before the run
 
 
@@ -421,6 +459,27 @@ def test_the_key_comes_from_the_environment(server, monkeypatch):
     assert server.headers[-1]["Authorization"] == "Bearer secret"
     with pytest.raises(InputError, match=r"environment variable NO_KEY.*is not set"):
         server.judge(QUICK + "&key=NO_KEY")
+
+
+def test_a_key_is_shown_in_no_message(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    server.in_turn((400, {}, b"the key secret is wrong"))
+    with pytest.raises(RewardError, match=r"status 400, the key \*\*\* is wrong") as caught:
+        server.judge(QUICK + "&key=JUDGE_KEY")(IMAGE, ["a"])
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("JUDGE_KEY", "two\nlines")
+    with pytest.raises(InputError, match=r"JUDGE_KEY.*is not set to a key") as refusal:
+        server.judge(QUICK + "&key=JUDGE_KEY")
+    assert "lines" not in str(refusal.value)
+
+
+def test_the_keys_of_another_service_are_not_sent(server, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "private")
+    server.judge()(IMAGE, ["a"])
+    assert len(server.headers) == 2
+    assert not any("private" in value or "none" in value for headers in server.headers for value in headers.values())
+    assert not any("Authorization" in headers for headers in server.headers)
 
 
 @pytest.mark.parametrize(

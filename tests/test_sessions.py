@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fieldsmith.errors import InputError
-from fieldsmith.sessions import Session, load_images, read_sessions, write_sessions
+from fieldsmith.sessions import Session, UserSessions, load_images, read_sessions, sessions_of, write_sessions
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_what_is_written_is_read_back(folder):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], r"is empty; write a line for each session, such as \{"),
-        (["", " "], "is empty"),
+        ([], r"no session is there \(the file or list is empty\); give some such as \{"),
+        (["", " "], "list is empty"),
         ([line(), '{"image": '], "line 2 of .* is no JSON; write"),
         (["[1]"], r"line 1 of .* is no JSON object but \[1\]"),
         ([{"instructions": ["one"]}], "line 1 of .* names no image"),
@@ -92,8 +92,48 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(folder):
         with pytest.raises(InputError, match="does not exist; name a file of lines"):
             read_sessions(path)
     (folder / "bytes.jsonl").write_bytes(b'{"image": "\xff"}')
-    with pytest.raises(InputError, match=r"is no text .*; save it as UTF-8"):
+    with pytest.raises(
+        InputError, match=r"line 1 of sessions file .* is not UTF-8 \(byte 0xff\); save the file as UTF-8"
+    ):
         read_sessions(folder / "bytes.jsonl")
+
+
+# in Python
+
+
+def test_dicts_with_paths_or_images_are_sessions_too(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    blue = Image.new("RGBA", (4, 4), (0, 0, 255, 0))
+    first, second, third = sessions_of(
+        [line(), {"image": blue, "instructions": ("one", "two"), "id": "x"}, Session("y", folder / "b.png", ("a", "b"))]
+    )
+    assert first == Session("1", (folder / "a.png").resolve(), ("one", "two")) and second.image is blue
+    assert third.id == "y"
+    task = UserSessions.of(iter([first, second, third]), 2).sample(5, 0, 1)
+    assert len(task) == 5 and task.turns == 1 and sorted({one.id for one in task.sessions}) == ["1", "x", "y"]
+    images = task.clean(0)
+    for row, one in enumerate(task.sessions):
+        assert images[row, :, 0, 0].tolist() == pytest.approx([0, 0, 1] if one.id == "x" else [1, 0, 0.2])
+    assert task.prompts(1)[0] == task.sessions[0].instructions[0]
+    with pytest.raises(InputError, match="image of session 'x' is in no file"):
+        write_sessions(folder / "s.jsonl", [second])
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "these sessions: no session is there"),
+        ([line(), 3], "session 2 is a int; give a dict such as"),
+        ([line(image="c.png")], "image 'c.png' of session 1 does not exist"),
+        ([{"image": "a.png"}], "session 1 has no list of instructions"),
+        ([line(id="x"), line(id="x")], "id 'x' is at session 1 and session 2 of these sessions"),
+        ([line(), line(instructions=["one"])], r"'2' \(session 2\) has 1 in these sessions"),
+    ],
+)
+def test_bad_entries_are_refused(folder, monkeypatch, entries, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match=message):
+        sessions_of(entries)
 
 
 # EdiVal
@@ -125,7 +165,7 @@ def test_edivals_rows_become_one_session_an_image(folder, place):
     ("lines", "message"),
     [
         (["image,instructions"], "lacks EdiVal's column image_index, turns; .* else write JSON lines"),
-        ([HEADER], "is empty"),
+        ([HEADER], "list is empty"),
         ([""], "lacks EdiVal's column"),
         (EDIVAL[:2], r"'0_input_raw.jpg' \(or .png\) of line 2 of .*unpack EdiVal's input_images_resize_512.zip into"),
         ([HEADER, "0,one,[],['a'],[],True,[]"], "turns 'one' at line 2 of .* is no number"),

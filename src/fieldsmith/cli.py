@@ -24,9 +24,7 @@ VERBS = {
     "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
     "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
-    "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
-    "diagnose": "Measure what guidance a student kept, how sharp a score is along its paths, how an editor bears its "
-    "own results, or how far to trust a judge of edits.",
+    "diagnose": "Measure a model, a reward or a judge: guidance, smoothness, exposure, concepts, audit, judge.",
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "sample": "Draw a grid of images from a model.",
@@ -65,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _command(words)
         sys.stdout.flush()  # a closed pipe shows here at the latest
-    except SystemExit as end:  # --help
+    except SystemExit as end:  # --help; or rich, which makes one of a closed pipe
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
-            return int(end.code or 0)
+            return _closed_pipe() if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
         return _closed_pipe()
     except (InputError, RunError) as error:
         if debug:

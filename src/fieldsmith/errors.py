@@ -18,7 +18,7 @@ class RunError(RuntimeError):
 
 
 class RewardError(RunError):
-    """A reward or judge raised an exception or returned what cannot be used; `__cause__` is what it raised, if it did."""
+    """A reward or judge raised, or returned what cannot be used; `__cause__` is the exception behind it, if any."""
 
 
 def check_word(word: str, vocabulary: Sequence[str], name: str) -> None:

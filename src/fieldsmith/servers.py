@@ -34,15 +34,14 @@ class Server:
     def __init__(
         self, address: str, key: str = "", timeout: float = 60.0, retries: int = 4, pause: float = 1.0, seed: int = 0
     ):
-        """`timeout` in seconds; `pause` in seconds before the first retry, doubled before each, with jitter (`seed`)."""
+        """`timeout`, and `pause` before the first retry, in seconds; it doubles each time, with jitter by `seed`."""
         self.address = address.rstrip("/")
         self.retries, self.pause, self.seed = retries, pause, seed
         self._key = key
         # what the environment says of OpenAI's own servers is for those
         headers: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
         headers["Accept-Encoding"] = "identity"
-        if not key:
-            headers["Authorization"] = openai.Omit()
+        self._options: Any = {} if key else {"headers": {"Authorization": openai.Omit()}}
         http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [_limit_size]})
         self._client = openai.OpenAI(
             api_key=key or "none", base_url=self.address, timeout=timeout, max_retries=0, default_headers=headers,
@@ -51,7 +50,7 @@ class Server:
 
     def get(self, path: str) -> bytes:
         """What the server gives at a path, asked once. Raises openai.APIError, which `describe` puts into words."""
-        return self._client.get(self.address + path, cast_to=httpx2.Response).content
+        return self._client.get(self.address + path, cast_to=httpx2.Response, options=self._options).content
 
     def post(
         self, path: str, body: dict[str, Any], read: Callable[[Any], T], stopped: threading.Event | None = None
@@ -70,7 +69,9 @@ class Server:
                     break
             retry_after = 0.0
             try:
-                response = self._client.post(self.address + path, body=body, cast_to=httpx2.Response)
+                response = self._client.post(
+                    self.address + path, body=body, cast_to=httpx2.Response, options=self._options
+                )
                 return read(json.loads(response.content))
             except openai.APIStatusError as error:
                 trouble = self.describe(error)

@@ -136,11 +136,12 @@ def evaluate(words: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fieldsmith.diagnose.concepts import ask, by_attribute
+    from fieldsmith.measure.detection import ask, right_by_group
     from fieldsmith.run import write_atomically
     from fieldsmith.worlds.shapes import concepts
+    from fieldsmith.worlds.shapes_groups import attributes
 
-    rows = by_attribute(ask(draw, world, concepts(), config.each, config.seed))
+    rows = right_by_group(ask(draw, world, concepts(), config.each, config.seed), attributes())
     table = Table(title=f"{config.model}, {config.steps} steps, {config.each} images a prompt", title_justify="left")
     table.add_column("prompts")
     table.add_column("judged right [95%], n", justify="right")
@@ -153,7 +154,7 @@ def evaluate(words: Sequence[str]) -> None:
 
 
 def _sampler(config: SampleConfig | EvaluateConfig):  # type: ignore[no-untyped-def]
-    from fieldsmith.diagnose.concepts import sampler
+    from fieldsmith.measure.drawing import sampler
     from fieldsmith.models import load, load_adapter
 
     model = load(config.model, config.resolution)

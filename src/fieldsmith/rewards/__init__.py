@@ -1,8 +1,8 @@
 """Judgements of images: below methods, which climb them; beside worlds and metrics.
 
-A reward is a function of images (n, 3, h, w) in [0, 1] and n prompts that returns n numbers, as a tensor, an array or a
-list. `load` takes one, or words such as 'right', 'colour:red', 'mine.py:score' or '0.7*right-0.3*clip:FOLDER'. Importing
-this costs no torch, so that `parse` can refuse a bad name at once; each kind of judge is a file here.
+A reward is a function of images (n, 3, h, w) in [0, 1] and n prompts that returns n numbers, as a tensor, an array or
+a list. `load` takes one, or words such as 'right', 'colour:red', 'mine.py:score' or '0.7*right-0.3*clip:FOLDER'.
+Importing this costs no torch, so that `parse` can refuse a bad name at once; each kind of judge is a file here.
 """
 
 from __future__ import annotations

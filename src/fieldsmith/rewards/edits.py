@@ -87,8 +87,9 @@ class EditScores:
 class EditJudge:
     """One server, asked of edits. Raises InputError as `RemoteJudge` does, if the server is not there or is another.
 
-    Calls raise InputError where images and instructions do not fit, RunError where images hold NaN, RewardError where the server fails or says other
-    things after retries, gives fewer replies than asked for, or, in mode expected, no log-probabilities.
+    Calls raise InputError where images and instructions do not fit, RunError where images hold NaN, RewardError where
+    the server fails or says other things after retries, gives fewer replies than asked for, or, in mode expected, no
+    log-probabilities.
     """
 
     def __init__(self, base: str, options: EditOptions):

@@ -67,7 +67,8 @@ class RemoteJudge:
         key = os.environ.get(options.key, "").strip() if options.key else ""
         if options.key and not (key and key.isascii() and key.isprintable()):
             raise InputError(
-                f"the environment variable {options.key}, key of the judge at {self.base}, is not set to a key; export it"
+                f"the environment variable {options.key}, key of the judge at {self.base}, is not set to a key; export "
+                "it"
             )
         self._server = Server(self.base, key, options.timeout, options.retries, options.pause, options.seed)
         self.model = self._find_model()
@@ -76,7 +77,7 @@ class RemoteJudge:
         self._known: dict[str, dict[str, Any]] = {}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores in [0, 1], (n,). Raises RewardError where the server fails or talks of other things, after retries."""
+        """Scores in [0, 1], (n,). Raises RewardError where the server fails or talks of other things."""
         question = self.options.question or (SCORE if self.options.answer == "score" else YES_NO)
         read = read_number if self.options.answer == "score" else read_yes_no
         replies = self.ask(images, prompts, question, readable=lambda text: read(text) is not None)
@@ -162,8 +163,8 @@ class RemoteJudge:
             listed = self._server.get("/models")
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise InputError(
-                f"judge at {self.base} refuses the key (status {error.status_code}); name the environment variable that "
-                "holds it: ?key=VARIABLE"
+                f"judge at {self.base} refuses the key (status {error.status_code}); name the environment variable "
+                "that holds it: ?key=VARIABLE"
             ) from error
         except openai.APIStatusError as error:
             raise InputError(

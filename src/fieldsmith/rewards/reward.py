@@ -105,7 +105,7 @@ def as_numbers(output: Any, what: str, prompts: Sequence[str]) -> Tensor:
         raise RewardError(f"{what} returned {_shown(output)} for {_first(prompts)}; {fix}") from error
     if bad:
         others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise RewardError(f"{what} returned {float(values[bad[0]])} for {_image(bad[0], prompts)}{others}; {fix}")
+        raise RewardError(f"{what} returned {values[bad[0]].item()} for {_image(bad[0], prompts)}{others}; {fix}")
     return values
 
 

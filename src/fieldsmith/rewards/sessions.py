@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,24 +16,21 @@ from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.functions import check_signature, load_function, name_of
 from fieldsmith.rewards.edits import EditJudge, EditScores, disagreement, edit_judge
 from fieldsmith.rewards.reward import as_numbers, check_images, failure
-from fieldsmith.worlds import scenes, scenes_judge
+from fieldsmith.sessions import Sessions
+from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds.scenes import SceneSessions
 
 Against = Literal["first", "previous"]
 TurnJudge = Callable[[Any, int, Tensor, Tensor, Tensor], EditScores]  # sessions, turn, before, after, first
-
-
-class Instructed(Protocol):
-    """Sessions that say what each turn asks."""
-
-    def prompts(self, turn: int) -> list[str]: ...
 
 
 def load(judge: str | Callable[..., Any], against: Against = "first") -> TurnJudge:
     """The judge of turns that words or a function name; consistency is judged against the first or the previous image.
 
     'exact' (a world's own), 'remote:http://HOST:PORT/v1?model=MODEL', file.py:name, package.module:name, or a function
-    judge(before, after, instructions) that returns (following, consistency): n numbers in [0, 1] each. Raises InputError
-    at other words, a bad address or a server that does not answer, RewardError at a function that takes other arguments.
+    judge(before, after, instructions) that returns (following, consistency): n numbers in [0, 1] each. Raises
+    InputError at other words, a bad address or a server that does not answer, RewardError at a function that takes
+    other arguments.
     """
     if isinstance(judge, (Exact, Remote, OfFunction)):
         return judge
@@ -59,9 +56,7 @@ class Exact:
     against: Against = "first"
     partial: float = 0.2
 
-    def __call__(
-        self, sessions: scenes.Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor
-    ) -> EditScores:
+    def __call__(self, sessions: SceneSessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
         verdicts = scenes_judge.judge(sessions, turn, before, after, first)
         following = (1 - self.partial) * verdicts.done + self.partial * verdicts.following
         return EditScores.of(following, verdicts.kept_first if self.against == "first" else verdicts.kept)
@@ -76,7 +71,7 @@ class Remote:
     against: Against = "first"
     trusted: bool = False
 
-    def __call__(self, sessions: Instructed, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
+    def __call__(self, sessions: Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
         instructions = sessions.prompts(turn)
         if self.against == "previous" or turn == 1:
             scores = self.judge(before, after, instructions)
@@ -101,7 +96,7 @@ class OfFunction:
         check_signature(function, f"judge '{name}'", "before", "after", "instructions")
         self.function, self.name, self.against = function, name, against
 
-    def __call__(self, sessions: Instructed, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
+    def __call__(self, sessions: Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
         following, consistency = self._ask(before, after, sessions.prompts(turn))
         if self.against == "first" and turn > 1:
             joined = ["; then: ".join(instructions) for instructions in _so_far(sessions, turn)]
@@ -131,6 +126,6 @@ class OfFunction:
         return [as_numbers(part, f"{what} ({name})", instructions).cpu().float() for name, part in parts.items()]
 
 
-def _so_far(sessions: Instructed, turn: int) -> list[list[str]]:
+def _so_far(sessions: Sessions, turn: int) -> list[list[str]]:
     """Each session's instructions up to a turn."""
     return [list(row) for row in zip(*(sessions.prompts(t) for t in range(1, turn + 1)), strict=True)]

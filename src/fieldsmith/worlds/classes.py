@@ -23,7 +23,11 @@ POOL = 20_000  # shapes drawn for training
 
 @dataclass(frozen=True)
 class Classes:
-    """images (n, channels, size, size) in [0, 1], labels (n,) into `names`, and held-out ones of the same kind."""
+    """images (n, channels, size, size) in [0, 1], labels (n,) into `names`, and held-out ones of the same kind.
+
+    `read` names the class of images (n, ...) from their pixels alone, (n,), where such a judge is known; no valid class
+    is read as one outside the names.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -31,7 +35,7 @@ class Classes:
     labels: Tensor
     held_images: Tensor
     held_labels: Tensor
-    judge: Callable[[Tensor], Tensor] | None = None  # labels (n,) read from pixels alone, where that can be done
+    read: Callable[[Tensor], Tensor] | None = None  # labels (n,) from pixels alone, where that can be done
 
     def in_order(self, names: tuple[str, ...]) -> Classes:
         """The same data with labels into these names. Raises InputError where they are not the same classes."""
@@ -78,11 +82,11 @@ def shapes(size: int = 16, channels: int = 3, seed: int = 0) -> Classes:
     labels = [part.colour * len(SHAPES) + part.shape for part in parts]
     names = tuple(str(concept) for concept in concepts())
 
-    def judge(images: Tensor) -> Tensor:
+    def read(images: Tensor) -> Tensor:
         seen = world.judge(images)
         return seen.colour * len(SHAPES) + seen.shape
 
-    return Classes("shapes", names, parts[0].images, labels[0], parts[1].images, labels[1], judge)
+    return Classes("shapes", names, parts[0].images, labels[0], parts[1].images, labels[1], read)
 
 
 def folder(path: pathlib.Path, size: int, channels: int) -> Classes:

@@ -107,12 +107,12 @@ class Bank:
         self.teacher_states = 0
         self._shards: dict[int, Rows] = {}
         self._window: tuple[range, Rows] | None = None
-        contents = _checksum({"states": source.states, "prompt": source.prompt, "prompts": "\n".join(source.prompts)})
-        self.meta = {
-            "teacher": fingerprint(teacher), "data": source.name, "contents of the data": contents, "seed": seed,
-            "rows a shard": SHARD,
-        }  # fmt: skip
         if folder:
+            contents = {"states": source.states, "prompt": source.prompt, "prompts": "\n".join(source.prompts)}
+            self.meta = {
+                "teacher": fingerprint(teacher), "data": source.name, "contents of the data": _checksum(contents),
+                "seed": seed, "rows a shard": SHARD,
+            }  # fmt: skip
             self._check(folder)
 
     def _check(self, folder: pathlib.Path) -> None:

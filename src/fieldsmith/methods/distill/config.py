@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 
-from fieldsmith.config import Count, FitConfig, MemoryConfig, Natural, NonNegative, Positive, config
+from fieldsmith.config import GIVEN, Count, FitConfig, MemoryConfig, Natural, NonNegative, Positive, config
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.methods.distill.objectives import BY_ROW, FEATURES, OBJECTIVES, WEIGHTS, Name, objective_of
 from fieldsmith.read import read_json
@@ -137,7 +137,7 @@ class DistillConfig(FitConfig, MemoryConfig):
             raise InputError("a learned 'edm2' keeps a scale of its own, which normalise='batch' would undo; use times")
         if self.curriculum_from == "teacher" and self.curriculum not in ("tirt", "sigmoid"):
             raise InputError(f"curriculum '{self.curriculum}' is not stored with teachers; use --curriculum-from fit")
-        if self.data not in DATA and not self.data.startswith("object:") and not pathlib.Path(self.data).is_dir():
+        if self.data not in DATA and not self.data.startswith(GIVEN) and not pathlib.Path(self.data).is_dir():
             raise InputError(
                 f"data '{self.data}' is no folder; give digits, shapes, or a folder with a subfolder of images a class"
             )

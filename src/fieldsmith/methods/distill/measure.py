@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fieldsmith.diagnose.guidance import ask, noised_tuples, path_tuples
-from fieldsmith.diagnose.sweep import Sweep
+from fieldsmith.measure.guidance import ask, noised_tuples, path_tuples
+from fieldsmith.measure.sweep import Sweep
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.objectives import objective_of
 from fieldsmith.models.branches import Branches

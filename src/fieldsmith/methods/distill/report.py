@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fieldsmith.diagnose.guidance import VERDICTS
-from fieldsmith.diagnose.guidance import measure as fidelity
-from fieldsmith.diagnose.sweep import Sweep, best
+from fieldsmith.measure.guidance import VERDICTS
+from fieldsmith.measure.guidance import measure as fidelity
+from fieldsmith.measure.sweep import Sweep, best
 from fieldsmith.methods.distill.measure import Measured, sweep_of
 from fieldsmith.report.page import Caption, Page, Pair, Panel
 from fieldsmith.verb import Outcome, curves

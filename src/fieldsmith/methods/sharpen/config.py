@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 
-from fieldsmith.config import Count, FitConfig, MemoryConfig, Natural, NonNegative, Positive, Share, config
+from fieldsmith.config import GIVEN, Count, FitConfig, MemoryConfig, Natural, NonNegative, Positive, Share, config
 from fieldsmith.errors import InputError, check_word
 
 Method = Literal[
@@ -128,7 +128,7 @@ class SharpenConfig(FitConfig, MemoryConfig):
         if self.data in WORLDS:
             if self.judge is not None:
                 raise InputError(f"world '{self.data}' has a judge of its own; leave out '{self.judge}'")
-        elif self.data != "auto" and not self.data.startswith("object:"):
+        elif self.data != "auto" and not self.data.startswith(GIVEN):
             if not pathlib.Path(self.data).is_dir():
                 near = difflib.get_close_matches(self.data, WORLDS, n=1, cutoff=0.5)
                 hint = f"did you mean '{near[0]}'?" if near else f"name one, or {', '.join(WORLDS)}"

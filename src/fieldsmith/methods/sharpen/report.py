@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fieldsmith.measure.distances import Features, extractor_name, frechet_distance, pixel_features, precision_recall
+from fieldsmith.measure.hallucination import coverage
+from fieldsmith.measure.intervals import share
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.measure import Samples
-from fieldsmith.metrics.distances import Features, extractor_name, frechet_distance, pixel_features, precision_recall
-from fieldsmith.metrics.hallucination import coverage
-from fieldsmith.metrics.intervals import share
 from fieldsmith.report.page import Caption, Page, Pair
 from fieldsmith.verb import Outcome, curves
 
