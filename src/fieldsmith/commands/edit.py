@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from fieldsmith.methods.edit.rollouts import Task
     from fieldsmith.models.core import Model
-    from fieldsmith.rewards.edits import EditJudge
     from fieldsmith.run import Run
     from fieldsmith.worlds.scenes_judge import Channel
 
@@ -105,11 +104,11 @@ def run(config: EditConfig, fits: Memory = memory.DEFAULT) -> Run:
 def task_of(config: EditConfig) -> Task:
     """Sessions and their judge. Raises InputError where one does not go with the other, or neither is there."""
     from fieldsmith.methods.edit.rollouts import Task
-    from fieldsmith.rewards.sessions import Exact, Remote
+    from fieldsmith.rewards.sessions import load as load_judge
     from fieldsmith.worlds.model_cards import card_of
     from fieldsmith.worlds.scenes import ScenesWorld
 
-    judge = Exact(config.against) if config.judge == "exact" else Remote(remote_judge(config), config.against)
+    judge = load_judge(config.judge, config.against)
     if config.sessions == "auto":
         card = card_of(config.model)
         if card.get("world") != "scenes":
@@ -127,16 +126,6 @@ def task_of(config: EditConfig) -> Task:
     if listed.turns < config.turns:
         raise InputError(f"turns={config.turns}, but the sessions of '{config.sessions}' have {listed.turns}; lower it")
     return Task(lambda n, seed: listed.sample(n, seed, config.turns), judge, False)
-
-
-def remote_judge(config: EditConfig) -> EditJudge:
-    """The server. Raises InputError at another kind of judge, or where it does not answer."""
-    from fieldsmith.rewards.edits import edit_judge
-
-    kind, _, address = config.judge.partition(":")
-    if kind != "remote":
-        raise InputError(f"judge '{config.judge}' is unknown; use exact, or remote:http://HOST:PORT/v1?model=MODEL")
-    return edit_judge(address)
 
 
 @dataclasses.dataclass(frozen=True)
