@@ -18,9 +18,10 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
-from fieldsmith import processes
-from fieldsmith.methods.align import loop as align_loop
+from fieldsmith import processes, verb
 from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
@@ -68,9 +69,8 @@ def align(run: Run, **settings: Any) -> tuple[Model, int]:
         rank=2, chunk=4, **settings,
     )  # fmt: skip
     reward = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
-    with model.count_nfe() as nfe:
-        align_loop.align(model, config, reward, run)
-    return model, nfe.total
+    _, done = verb.train(ALIGN, model, config, Inputs(reward), run)
+    return model, done.nfe
 
 
 def edit(run: Run) -> tuple[Model, int]:

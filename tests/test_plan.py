@@ -145,7 +145,7 @@ def test_a_blueprint_is_the_model_without_its_weights(name):
     assert components(drawn.model) == components(real) and drawn.downloads == 0
     assert drawn.model.noise(1, torch.Generator()).shape == real.noise(1, torch.Generator()).shape
     shapes = {key: part.shape for key, part in real.encode([""]).parts.items()}
-    assert {key: part.shape for key, part in drawn.model.blank().parts.items()} == shapes
+    assert {key: part.shape for key, part in drawn.model.dummy_condition().parts.items()} == shapes
     what = asked(drawn.model, 2)
     image = drawn.model.decode(what.x)
     assert image.shape == real.decode(torch.zeros(what.x.shape)).shape

@@ -76,18 +76,20 @@ def align(
         config = config.replace(**{name: named.pop(name) for name in list(named) if functions and named[name]})
     config, model = settle(AlignConfig, model, "model", config, preset, scale, named, settings)
     config.check()
+    config, inputs = align_inputs(config, lambda name, world: rewards.load(functions.get(name, name), world))
+    return verb.run(ALIGN, config, inputs, model, callback)
+
+
+def align_inputs(config: AlignConfig, load: Callable[[str, Any], Any]) -> tuple[AlignConfig, AlignInputs]:
+    """The config with its prompts read, and what `align` is given beside it; `load(name, world)` gives a reward."""
     world = world_of(config.model)
     if world:
         config = config.replace(prompts=read_prompts(config.prompts) or training_captions())
     else:
         config = config.replace(prompts=read_prompts(config.prompts))
-    watched = [rewards.load(functions.get(name, name), world) for name in config.held_out_rewards]
-    watched += [rewards.load("valid", world)] if world else []
+    watched = [load(name, world) for name in (*config.held_out_rewards, *(("valid",) if world else ()))]
     others = tuple(name for name in (*open_captions(), "") if name not in config.prompts) if world else ()
-    inputs = AlignInputs(
-        rewards.load(functions.get(config.reward, config.reward), world), {one.name: one for one in watched}, others
-    )
-    return verb.run(ALIGN, config, inputs, model, callback)
+    return config, AlignInputs(load(config.reward, world), {one.name: one for one in watched}, others)
 
 
 def _name(reward: RewardLike | None) -> str | None:
@@ -116,9 +118,14 @@ def erase(
     named = getattr(method, "__name__", None) if build else method
     given = {"targets": targets, "anchors": anchors, "method": f"function:{named}" if build else named}
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
-    if build is None and ":" in config.method:
-        build = load_function(config.method)
-    return verb.run(ERASE, config, EraseInputs(_judged(config), build), model, callback)
+    return verb.run(ERASE, config, erase_inputs(config, build), model, callback)
+
+
+def erase_inputs(config: EraseConfig, method: Callable[..., Any] | None = None) -> EraseInputs:
+    """What `erase` is given beside its config; `method`: a function of the user's own, where it is no name."""
+    if method is None and ":" in config.method:
+        method = load_function(config.method, "method")
+    return EraseInputs(_judged(config), method)
 
 
 def _judged(config: EraseConfig) -> Judged | None:

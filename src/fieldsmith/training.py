@@ -91,7 +91,7 @@ def fit(
         bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
         try:
             while done < optimisation.steps and not stopped:
-                log = _gradient(done, params, losses, optimizer, optimisation)
+                log = gradient(done, params, losses, optimizer, optimisation)
                 whole = False  # an interrupt from here on finds parameters, averages and log at different steps
                 optimizer.step()
                 if ema and optimisation.ema:
@@ -116,7 +116,7 @@ def fit(
     return Fit(done, time.monotonic() - began, stopped or "steps")
 
 
-def _gradient(
+def gradient(
     step: int,
     params: list[Tensor],
     losses: Losses,

@@ -21,7 +21,7 @@ from fieldsmith import preflight
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
-from fieldsmith.models.core import LoraSpec, Model
+from fieldsmith.models.core import LoraSpec, Model, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, offload
 from fieldsmith.preflight import Check
 from fieldsmith.report.page import Page, Panel
@@ -122,7 +122,10 @@ def run(
     if folder and folder.finished:
         console.print(f"this run is complete: {folder.folder / 'report.html'}")
         return Result.open(folder.folder)
-    model = model or load_model(verb, config)
+    if model is None:
+        model = load_model(verb, config)
+    else:
+        check_resolution(model, getattr(config, "resolution", None))
     job, trained = train(verb, model, config, inputs, folder, callback, quiet)
     shipped = job.ship(job.model, folder.folder) if folder else ""
     for sentence in job.advice(Fit(trained.steps, trained.seconds, trained.stopped)):

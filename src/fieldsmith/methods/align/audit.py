@@ -1,6 +1,7 @@
 """How good each estimate of value guidance is on a given model and reward, before training (RSM notes, 2 and 5).
 
-In: a AlignContext whose policy is the reference, step ids, states. Out: a Moment a time: bias, variance, cost by estimator.
+In: an AlignContext whose policy is the reference, step ids, states. Out: a Moment a time: bias, variance, cost by
+estimator.
 What is estimated is grad E_ref[r(x_0) | x_t], in units of score: the limit of alpha grad V for a reward small beside
 alpha. On a chain of steps it is omega E[grad E_ref[r | x_{k+1}] | x_k], which policy gradients follow (section 1.3).
 """

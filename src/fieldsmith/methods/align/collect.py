@@ -1,6 +1,7 @@
 """One collection: rollouts of the current policy, their rewards, and what follows for every transition.
 
-In: an AlignContext, an epoch. Out: a Batch of transitions with advantages (zeroth order) or guidance in score units (first order).
+In: an AlignContext, an epoch. Out: a Batch of transitions with advantages (zeroth order) or guidance in score units
+(first order).
 """
 
 from __future__ import annotations

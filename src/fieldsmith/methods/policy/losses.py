@@ -1,8 +1,8 @@
 """Policy losses, their trust regions and the exact quantities of one step (RSM notes, 2.1, 4.3, 4.4).
 
-Pure functions of tensors. Rows are (n, ...); per-row scalars (n,). Log-ratios, KL and `policy_loss` are sums over a row,
-which callers divide once by its dimension, so that a learning rate means the same at every resolution; `nft_loss` and
-`awm_loss` are means over a row already.
+Pure functions of tensors. Rows are (n, ...); per-row scalars (n,). Log-ratios, KL and `policy_loss` are sums over a
+row, which callers divide once by its dimension, so that a learning rate means the same at every resolution; `nft_loss`
+and `awm_loss` are means over a row already.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def policy_loss(
 
 
 def clipped(log_rho: Tensor, advantage: Tensor, trust: Trust, clip: float, deviation: Tensor, dim: int = 1) -> Tensor:
-    """Which rows are outside the trust region, so that they have no gradient; (n,) bool. Its mean is the clip fraction."""
+    """Which rows are outside the trust region and so have no gradient; (n,) bool. The mean is the clip fraction."""
     if trust == "clip":
         rho, most = (log_rho / dim).exp(), clip / dim
         return ((rho > 1 + most) & (advantage > 0)) | ((rho < 1 - most) & (advantage < 0))

@@ -58,7 +58,7 @@ class Schedule:
 
     @property
     def w(self) -> Tensor:
-        """push / sigma, signed: log rho = w <f - f_old, eps> - w^2 |f - f_old|^2 / 2; 0 where a step is deterministic."""
+        """push / sigma, signed: log rho = w <f - f_old, eps> - w^2 |f - f_old|^2 / 2; 0 at deterministic steps."""
         return torch.where(self.sigma > 0, self.push / self.sigma.clamp(min=1e-300), torch.zeros_like(self.push))
 
     @property

@@ -1,7 +1,7 @@
 """A model from its JSON configs alone: whole in shape and type, without one weight.
 
 In: what `models.load` takes. Out: a `Model` whose weights are fake tensors, which cost nothing; of a hub id only JSON
-is fetched. It predicts and decodes fake states of the right shapes; prompts become `Model.blank`, as it has no words.
+is fetched. Inside its `rehearsal` a run's own Python works on it; prompts become `Model.dummy_condition`, as it has no words.
 """
 
 from __future__ import annotations
@@ -9,43 +9,101 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fieldsmith import models
 from fieldsmith.errors import InputError
-from fieldsmith.models import shrink, variance_head
 from fieldsmith.models.core import Condition, LoraSpec, Model, stack
-from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.prompted import Prompted
+from fieldsmith.models.rehearsal import BLOCKS, Rehearsal
 
 FETCHED = ("model_index.json", "*.json", "*/config.json", "*/*_config.json", "*/*.index.json")
 
 
 @dataclass(frozen=True)
-class Blueprint:
-    """A model without weights, and the bytes of those that loading it would download."""
+class MetaModel:
+    """A model without weights, what rehearses with it, and the bytes of weights that loading it would download."""
 
     model: Model
+    rehearsal: Rehearsal
     downloads: int
 
 
 @dataclass(frozen=True)
 class Words:
-    """All that a pipeline asks of a tokenizer when it is put together."""
+    """What is asked of a tokenizer: the length of a prompt, and a token a word with a mark of the end."""
 
     model_max_length: int
+    bos_token_id: int = 0
+    eos_token_id: int = 0
+    pad_token_id: int = 0
+
+    def __call__(self, prompts: list[str], **_: Any) -> Any:
+        return Tokens([[*range(1, len(prompt.split()) + 1), 0] for prompt in prompts])
 
 
-def blueprint(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> Blueprint:
+@dataclass(frozen=True)
+class Tokens:
+    """What a tokenizer gives."""
+
+    input_ids: list[list[int]]
+
+
+class Meta(Model):
+    """What a model's class does otherwise where its weights are shapes alone."""
+
+    rehearsal: ClassVar[Rehearsal]
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        one = super().noise(1, generator)
+        return self.rehearsal.fake(one).new_empty(n, *one.shape[1:])
+
+    def adapt(self, spec: LoraSpec) -> None:
+        """peft moves its layers about, which tensors on the meta device bear and fake ones do not."""
+        with _disable_current_modes():
+            _replace(self.network, _on_meta)
+            with torch.device("meta"):
+                super().adapt(spec)
+            faked(self.network, self.rehearsal.mode)
+
+    def make_network(self, fields: dict[str, Any]) -> Any:
+        with _disable_current_modes(), torch.device("meta"):
+            network = super().make_network(fields)
+        return self.rehearsal.watch(faked(network, self.rehearsal.mode))
+
+    def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
+        return self.rehearsal.call("network", self.network, self._off, super()._forward, x_t, t, *condition)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.rehearsal.call("decoder", self.network, self._off, super()._decode, latents)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        return self.rehearsal.call("encoder", self.network, self._off, super()._encode_images, images)
+
+
+class MetaPrompted(Meta, Prompted):
+    """A model of words without its text encoders' weights."""
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        parts = {
+            name: self.rehearsal.fake(part) if part.is_floating_point() else part
+            for name, part in self.dummy_condition().parts.items()
+        }
+        return stack([Condition(parts)] * len(prompts))
+
+
+def meta_model(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> MetaModel:
     """As `models.load`, in seconds and without memory. Raises InputError in the same words."""
     name = str(name)
     folder = models.pipeline_folder(name)
+    rehearsal = Rehearsal()
     with models._quiet():
         index = models._index(name, folder)
         family = models._family(name, index)
@@ -53,29 +111,20 @@ def blueprint(name: str | pathlib.Path, resolution: int | None = None, dtype: to
             models._check_components(name, folder, index)
         inside = folder or _fetched(name)
         try:
-            parts, downloads = _parts(inside, index, dtype or torch.float32)
+            parts, downloads = _parts(inside, index, dtype or torch.float32, rehearsal)
             pipeline = _pipeline(index, parts)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"'{name}' could not be read, is it whole? ({models._first_line(error)})") from error
-    module, _, kind = family.made_by.partition(":")
-    made_by = getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
+    made_by = family.model_class()
+    base = MetaPrompted if issubclass(made_by, Prompted) else Meta
+    made_by = type(made_by.__name__, (base, made_by), {"rehearsal": rehearsal})
     model: Model = made_by.of_folder(pipeline, name, resolution, inside)
-    if isinstance(model, Prompted):
-        mode = next(model.network.parameters()).fake_mode
-        row = Condition(
-            {
-                key: mode.from_tensor(part) if part.is_floating_point() else part
-                for key, part in model.blank().parts.items()
-            }
-        )
-        model.blank = lambda: row  # type: ignore[method-assign]
-        model.encode = lambda prompts, grad=False: stack([row] * len(prompts))  # type: ignore[method-assign]
-    return Blueprint(model, 0 if folder else downloads)
+    return MetaModel(model, rehearsal, 0 if folder else downloads)
 
 
 def _fetched(name: str) -> pathlib.Path:
     """The JSON files of a hub id. Raises InputError where they cannot be had."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # needs the network, so only where it is used
 
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=list(FETCHED)))
@@ -84,32 +133,31 @@ def _fetched(name: str) -> pathlib.Path:
                          "check the network, or give a folder") from error  # fmt: skip
 
 
-def _parts(folder: pathlib.Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], int]:
+def _parts(
+    folder: pathlib.Path, index: dict[str, Any], dtype: torch.dtype, rehearsal: Rehearsal
+) -> tuple[dict[str, Any], int]:
     """Every component by name, and the bytes of their weights on the hub."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # schedulers and tables of ids are real
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     downloads = 0
     for name, made_by in index.items():
         if name.startswith("_") or not isinstance(made_by, list):
             continue
         library, kind = made_by
-        if kind is None:
-            found[name] = None
-            continue
         inside = folder / name
-        if (inside / "config.json").is_file():
+        if kind is None:
+            parts[name] = None
+        elif (inside / "config.json").is_file():
             config = json.loads((inside / "config.json").read_text(encoding="utf-8"))
             with torch.device("meta"):
                 part = _network(getattr(importlib.import_module(library), kind), config)
-            found[name] = faked(part.to(dtype), mode)
+            parts[name] = rehearsal.watch(faked(part.to(dtype), rehearsal.mode))
             downloads += _on_the_hub(inside, config, part)
         elif "Scheduler" in kind:
-            import diffusers
-
-            found[name] = getattr(diffusers, kind).from_pretrained(inside, local_files_only=True)
-        else:  # a tokenizer or processor, of which only the length of a prompt is asked
-            found[name] = Words(_text_length(inside))
-    return found, downloads
+            made = getattr(importlib.import_module("diffusers"), kind)
+            parts[name] = made.from_pretrained(inside, local_files_only=True)
+        else:  # a tokenizer or processor
+            parts[name] = Words(_text_length(inside))
+    return parts, downloads
 
 
 def _network(kind: Any, config: dict[str, Any]) -> Any:
@@ -118,38 +166,17 @@ def _network(kind: Any, config: dict[str, Any]) -> Any:
     return kind(kind.config_class.from_dict(config))
 
 
-def adapt(model: Model, spec: LoraSpec) -> None:
-    """`Model.adapt` of a blueprint: peft moves its layers about, which shapes bear and fake tensors do not."""
-    mode = next(model.network.parameters()).fake_mode
-    _replace(model.network, lambda p: torch.empty_like(p, device="meta"))
-    with torch.device("meta"):
-        model.adapt(spec)
-    faked(model.network, mode)
-
-
-def learner(model: Model, fields: dict[str, Any], scales: tuple[float, ...] | None = None) -> Model:
-    """A student of a blueprint with these config fields (`shrink.fields_for`), in float32."""
-    mode = next(model.network.parameters()).fake_mode
-    with torch.device("meta"):
-        network = type(model.network)(**fields)
-    return shrink.student_of(model, faked(network, mode), scales)
-
-
-def headed(model: ClassDDPM) -> ClassDDPM:
-    """A blueprint with the variance head that `variance_head.with_variance_head` would give it."""
-    mode = next(model.network.parameters()).fake_mode
-    fields = {k: v for k, v in model.network.config.items() if not k.startswith("_")}
-    with torch.device("meta"):
-        network = type(model.network)(**fields | {"out_channels": 2 * model.channels})
-    found = model.of(variance_head.pipeline_with(model, faked(network, mode)))
-    found.size = model.size
-    return found
-
-
 def faked(part: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """The module with its shapes on the meta device as fake tensors of the CPU, where attention has a fused kernel."""
-    _replace(part, lambda p: FakeTensor(mode, p, torch.device("cpu")))
+    _replace(part, lambda p: p if isinstance(p, FakeTensor) else FakeTensor(mode, p, torch.device("cpu")))
     return part
+
+
+def _on_meta(fake: Tensor) -> Tensor:
+    """A fake tensor's shape on the meta device, with the same storage, so that its bytes go on being counted as they
+    were."""
+    empty = torch.empty(0, dtype=fake.dtype, device="meta")
+    return empty.set_(fake.untyped_storage(), fake.storage_offset(), fake.shape, fake.stride())  # type: ignore[call-overload,no-any-return]
 
 
 def _replace(part: nn.Module, by: Callable[[Tensor], Tensor]) -> None:
@@ -179,16 +206,14 @@ def _on_the_hub(folder: pathlib.Path, config: dict[str, Any], part: Any) -> int:
 
 def _text_length(folder: pathlib.Path) -> int:
     file = folder / "tokenizer_config.json"
-    output = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return int(min(output.get("model_max_length", 512), 1_000_000))
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return int(min(config.get("model_max_length", 512), 1_000_000))
 
 
 def _pipeline(index: dict[str, Any], parts: dict[str, Any]) -> Any:
     """A pipeline of the index's class, with its settings."""
-    import diffusers
-
-    kind = getattr(diffusers, index["_class_name"])
-    known, _ = kind._get_signature_keys(kind)
+    made = getattr(importlib.import_module("diffusers"), index["_class_name"])
+    known, _ = made._get_signature_keys(made)
     settings = {k: v for k, v in index.items() if k in known and k not in parts and not k.startswith("_")}
     optional = {k: v for k, v in index.items() if k not in parts and not k.startswith("_") and not isinstance(v, list)}
-    return kind(**parts, **{**optional, **settings})
+    return made(**parts, **{**optional, **settings})
