@@ -11,31 +11,30 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments import align, distill, edit, erase, pretrain, sharpen
+from experiments import pretrain, study
+from experiments.align.arms import STUDY as ALIGN
+from experiments.distill.arms import STUDY as DISTILL
+from experiments.edit.arms import STUDY as EDIT
+from experiments.erase.arms import STUDY as ERASE
+from experiments.sharpen.arms import STUDY as SHARPEN
 from fieldsmith.errors import InputError, RunError, check_word
 
-STUDIES = {
-    "erase": (erase.ReproduceErase, erase.main),
-    "align": (align.ReproduceAlign, align.main),
-    "distill": (distill.ReproduceDistill, distill.main),
-    "sharpen": (sharpen.ReproduceSharpen, sharpen.main),
-    "edit": (edit.ReproduceEdit, edit.main),
-}
+STUDIES = {one.name: one for one in (ERASE, ALIGN, DISTILL, SHARPEN, EDIT)}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one study or recipe; the process's exit code, as fieldsmith's own."""
-    name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
+    name, *flags = (sys.argv[1:] if words is None else words) or ["--help"]
     if name in ("-h", "--help"):
         print(f"{__doc__}\n\nstudies: {', '.join(STUDIES)}\nrecipes: {', '.join(pretrain.RECIPES)}")
         return 0
     try:
         if name == "pretrain":
-            pretrain.main(rest)
+            pretrain.main(flags)
             return 0
         check_word(name, (*STUDIES, "pretrain"), "the studies")
-        kind, run = STUDIES[name]
-        run(tyro.cli(kind, args=rest, prog=f"python -m experiments {name}"))
+        chosen = STUDIES[name]
+        study.run(chosen, tyro.cli(chosen.config, args=flags, prog=f"python -m experiments {name}"))
     except (InputError, RunError) as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 3

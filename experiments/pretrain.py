@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 
+from experiments.study import check_numbers
 from experiments.zoo import class_unet, judged_ddpm, scenes_kontext, shapes_classifier, shapes_flux
 from fieldsmith.errors import InputError, check_word
 
@@ -41,16 +41,7 @@ def main(words: Sequence[str]) -> None:
     config = tyro.cli(
         type(default), default=default, args=flags, prog=f"python -m experiments pretrain {name}", description=about
     )
-    check(config)
+    check_numbers(config)
     if place.out is None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{name}")
     train(config, place.out, name)
-
-
-def check(config: Any) -> None:
-    """Raises InputError where a count is below 1 or a rate below 0."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        least = 1 if isinstance(value, int) and field.name != "seed" else 0
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
-            raise InputError(f"{field.name}={value} must be at least {least}")

@@ -25,10 +25,8 @@ from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
-from fieldsmith.methods.edit import loop as edit_loop
 from fieldsmith.methods.edit.config import EditConfig
-from fieldsmith.methods.edit.rollouts import Task
-from fieldsmith.methods.erase import loop as erase_loop
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen import loop as sharpen_loop
 from fieldsmith.methods.sharpen.config import SharpenConfig
@@ -42,6 +40,7 @@ from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from tests import trained
 
 WORDS = ("a", "red", "blue", "square", "circle")
 SMALL = {"layers": 1, "single_layers": 1, "heads": 1}
@@ -58,7 +57,7 @@ def erase(run: Run) -> tuple[Model, int]:
         rollout_guidance=2.0, dropout=0.0,
     )  # fmt: skip
     with model.count_nfe() as nfe:
-        erase_loop.erase(model, config, run)
+        trained.erase(model, config, run)
     return model, nfe.total
 
 
@@ -85,9 +84,9 @@ def edit(run: Run) -> tuple[Model, int]:
         asked.append(processes.rank())
         return Exact(config.against)(*shown)
 
-    task = Task(lambda n, seed: world.sessions(n, 2, seed, 0.5), judge, True)
+    inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.5), judge, Channel())
     with model.count_nfe() as nfe:
-        edit_loop.edit(model, config, task, Channel(), run)
+        trained.edit(model, config, inputs, run)
     assert bool(asked) == processes.is_main()  # a judge is asked by one process
     return model, nfe.total
 

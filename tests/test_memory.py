@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from fieldsmith.commands.memory import Memory
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,7 +17,6 @@ from fieldsmith import optimizers
 from fieldsmith.cli import main
 from fieldsmith.commands import edit as edit_command
 from fieldsmith.commands import erase as erase_command
-from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
@@ -291,7 +291,7 @@ def test_memory_stands_beside_the_settings_of_a_verb():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(InputError, match="'adam' is unknown; known: adamw"):
+    with pytest.raises(InputError, match="'adam' is unknown; did you mean 'adamw'"):
         optimizers.check("adam")
 
 

@@ -16,7 +16,8 @@ from experiments.oracles.pushforward import (
     smoothed_score_field,
     wide_linear,
 )
-from fieldsmith.diagnose.smoothness import (
+from fieldsmith.measure.hallucination import auroc, tpr_at
+from fieldsmith.measure.smoothness import (
     SharpestJacobian,
     TrajectoryVariance,
     consistency_gap,
@@ -27,7 +28,6 @@ from fieldsmith.diagnose.smoothness import (
     profile,
     window,
 )
-from fieldsmith.metrics.hallucination import auroc, tpr_at
 from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, trace, vjp
 from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.paths import Prediction, VariancePreserving, noised

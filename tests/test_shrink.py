@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from fieldsmith.diagnose.concepts import sampler
 from fieldsmith.errors import InputError
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
-from fieldsmith.metrics.intervals import share
+from fieldsmith.measure.intervals import share
 from fieldsmith.rewards.learned import log_probabilities, network
 from fieldsmith.run import plain, write_atomically
 from fieldsmith.worlds.shapes import Shapes, ShapesWorld

@@ -131,7 +131,10 @@ class Result:
 
 
 def _short(value: Any) -> str:
-    """'0.4 [0.3, 0.5]' of a number as metrics.json has it; '' of what is no single number."""
+    """'0.4 [0.3, 0.5]' of a number as metrics.json has it, of a list all its numbers; '' of anything else."""
+    if isinstance(value, list):
+        parts = [_short(part) for part in value]
+        return ", ".join(parts) if all(parts) else ""
     if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
         return ""
     if isinstance(value, dict):

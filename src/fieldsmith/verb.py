@@ -21,7 +21,7 @@ from fieldsmith import preflight
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
-from fieldsmith.models.core import LoraSpec, Model
+from fieldsmith.models.core import LoraSpec, Model, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, offload
 from fieldsmith.preflight import Check
 from fieldsmith.report.page import Page, Panel
@@ -100,6 +100,7 @@ class Verb:
     measure: Callable[[Any, Any, Job, Side], Any]  # a model, config, job, side -> what `report` compares; equal seeds
     report: Callable[[Page, Outcome], dict[str, Any]]  # fills the page; what goes into metrics.json
     source: str = "model"  # the config's field that names what is loaded
+    evaluated: str = "evaluate"  # the config's field that says how much is measured; 0: nothing
     frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
 
 
@@ -122,7 +123,10 @@ def run(
     if folder and folder.finished:
         console.print(f"this run is complete: {folder.folder / 'report.html'}")
         return Result.open(folder.folder)
-    model = model or load_model(verb, config)
+    if model is None:
+        model = load_model(verb, config)
+    else:
+        check_resolution(model, getattr(config, "resolution", None))
     job, trained = train(verb, model, config, inputs, folder, callback, quiet)
     shipped = job.ship(job.model, folder.folder) if folder else ""
     for sentence in job.advice(Fit(trained.steps, trained.seconds, trained.stopped)):
@@ -132,7 +136,7 @@ def run(
         **trained.cost, **job.facts(),
     }  # fmt: skip
     page = Page("")
-    if getattr(config, "evaluate", 1):
+    if getattr(config, verb.evaluated):
         console.print(f"{trained.steps} steps in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
         with job.model.uncounted():
             with job.reference() as base:
@@ -142,7 +146,7 @@ def run(
         metrics |= verb.report(page, Outcome(config, job, model, before, after, metrics, history, folder))
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
-        page.text("", "evaluate is 0: nothing was measured.")
+        page.text("", f"{verb.evaluated} is 0: nothing was measured.")
     result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
     if folder:
         page.command("Repeat it, load it", _repeat(verb, config, folder, shipped))
@@ -167,10 +171,13 @@ def train(
     Raises InputError before anything is trained or written, RunError where training breaks.
     """
     config.check()
+    if getattr(config, "threads", None):
+        torch.set_num_threads(config.threads)
     resumes = run is not None and run.resumes
     began_plain = not model.trains
     with contextlib.ExitStack() as stack:
         nfe = stack.enter_context(model.count_nfe())
+        job = None
         try:
             job = verb.prepare(model, config, inputs)
             if job.model is not model:  # a student or a guide has a count of its own
@@ -180,8 +187,11 @@ def train(
             if config.checkpointing:
                 checkpoint_activations(job.model)
         except BaseException:
+            # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:
-                model.remove_training()  # refused before anything was trained: the model can be used again
+                model.remove_training()
+            if job and job.model is not model:
+                job.model.remove_training()
             raise
         if run:
             run.begin()
@@ -202,10 +212,11 @@ def train(
 
         prepared = nfe.total
         stack.enter_context(job.around())
-        done = fit(job.parameters, losses, job.optimisation, run, stop)
+        nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
+        done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
         history = run.history() if run else []
         spent = int(history[-1]["nfe"]) if history else nfe.total
-    return job, Trained(done.steps, done.seconds, job.stopped or done.stopped, spent, job.cost(done, spent))
+    return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
 
 
 def attach(
@@ -258,7 +269,7 @@ def curves(page: Page, outcome: Outcome, panels: dict[str, tuple[str, ...]]) -> 
     done = outcome.metrics
     calls = int(sum(row.get("reward calls", 0) for row in outcome.history))
     judged = f", {calls:,} reward calls" if calls else ""
-    cost = f"{done['nfe']:,} network evaluations (a forward of one state is 1, its backward 2)"
+    cost = f"{done['nfe']:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
     if drawn:
         page.curves("The run", drawn, note=f"{done['steps']} steps, {done['seconds']:.0f} s, {cost}{judged}.")
 
@@ -280,4 +291,7 @@ def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
             f'pipe = DiffusionPipeline.from_pretrained("{getattr(config, verb.source)}")',
             f'pipe.load_lora_weights("{run.folder / "adapter"}")',
         ]
+    if shipped == "model":
+        model = run.folder / "model"
+        lines += ["", "# in Python, with diffusers alone", f'pipe = DiffusionPipeline.from_pretrained("{model}")']
     return lines

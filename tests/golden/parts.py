@@ -6,6 +6,7 @@ is `entry_of_results`, `every_preset` and tests/several.py.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import itertools
@@ -32,7 +33,7 @@ SHIPPED = ("adapter", "model", "guide")  # folders of a run directory
 
 def entry_of_results(verb: str) -> list[str]:
     """The words after `python -m` that make results/VERB's summary anew, in a folder that holds results/VERB/runs."""
-    return ["fieldsmith", "reproduce", verb]
+    return ["experiments", verb]
 
 
 # trainings of about five updates
@@ -325,7 +326,7 @@ def flags_of_help(text: str) -> dict[str, str]:
 def every_preset(verb: str) -> dict[str, dict[str, Any]]:
     """The settings under every preset at every scale, flat, as they are named on the command line."""
     config = importlib.import_module(f"fieldsmith.methods.{verb}.config")
-    memory = importlib.import_module("fieldsmith.commands.memory").DEFAULT  # flags that all verbs share
+    kind = getattr(config, f"{verb.capitalize()}Config")
     if verb == "erase":
         asked = {
             f"{name}, {method}": (name, method)
@@ -339,8 +340,13 @@ def every_preset(verb: str) -> dict[str, dict[str, Any]]:
         if verb == "align":
             scales = {name: ["laptop", "paper"] if name in config.PAPER else ["laptop"] for name in names}
         asked = {f"{name}, {scale}": (name, scale) for name in names for scale in scales[name]}
-    found = {what: {**vars(config.preset(*words)), **vars(memory)} for what, words in asked.items()}
-    return json.loads(json.dumps(found, default=str))
+
+    def settings(name: str, other: str) -> dict[str, Any]:
+        given = {"method": other} if verb == "erase" else {}
+        made = kind.preset_of(name, None if verb == "erase" else other, given)
+        return {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+
+    return json.loads(json.dumps({what: settings(*words) for what, words in asked.items()}, default=str))
 
 
 def presets(names: Sequence[str]) -> dict[str, Any]:

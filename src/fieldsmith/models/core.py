@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
+from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.parts import by_rows
 from fieldsmith.paths import Kind, Path, Prediction
 
@@ -71,6 +72,15 @@ class LoraSpec:
     seed: int = 0  # of the adapter's random half; the other half starts at zero
 
 
+def check_resolution(model: Model, resolution: int | None) -> None:
+    """Raises InputError where a config asks for another resolution than the model was loaded with."""
+    if resolution not in (None, model.resolution):
+        raise InputError(
+            f"resolution={resolution}: {model.name} was loaded at {model.resolution} pixels; leave it out, or load the "
+            f"model with resolution={resolution}"
+        )
+
+
 @dataclass(eq=False)
 class Nfe:
     """Network function evaluations: a forward of one state is 1, its backward 2 more."""
@@ -84,7 +94,11 @@ class Model:
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
     PART: ClassVar[str] = "transformer"  # the network's name in its pipeline, and so in the keys of its LoRA files
+    DEFAULT_SUBSET: ClassVar[str] = "attention"  # what trains where a config names no subset
+    ERASE_SUBSET: ClassVar[str] = "attention"  # and what erase trains then
+    UNREAD: ClassVar[str] = ""  # regular expression of names whose results nothing reads; LAST: the last block's index
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
+    resolution: int | None = None  # pixels a side of an image; None where images are not square
     clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path
     kind: Kind  # what the network predicts
@@ -114,16 +128,24 @@ class Model:
 
     # what a family must say
 
-    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one state."""
         raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        """One row a prompt. Raises InputError at what the model does not know."""
+        raise NotImplementedError
+
+    def dummy_condition(self) -> Condition:
+        """One row of what `encode` gives, in shape alone: for planning, where no text encoder has weights.
+
+        Raises InputError where that depends on more than words.
+        """
+        raise InputError(f"what prompts of family {self.family} become is not known without its weights; no plan")
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
-        raise NotImplementedError
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _encode_images(self, images: Tensor) -> Tensor:
+        """The network's prediction at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
         raise NotImplementedError
 
     def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
@@ -133,18 +155,21 @@ class Model:
         """
         raise NotImplementedError
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
-
     def grid(self, steps: int) -> Tensor:
+        """Times for `steps` steps in the pipeline's own spacing, from noise to clean data; (steps + 1,)."""
         raise NotImplementedError
 
-    def blank(self) -> Condition:
-        """One row of what `encode` gives, in shape alone: for planning, where no text encoder has weights.
+    # what it must say only where it differs
 
-        Raises InputError where that depends on more than words.
-        """
-        raise InputError(f"what prompts of family {self.family} become is not known without its weights; no plan")
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws of x_1, drawn as the pipeline draws them so that equal seeds give equal images."""
+        return torch.randn(n, *self.latent_shape, generator=generator).to(self.device)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return decoded(self.pipeline.vae, latents)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        return encoded(self.pipeline.vae, images)
 
     # what every family does alike
 
@@ -191,6 +216,10 @@ class Model:
         for counter in self._counters:
             counter.total += n
 
+    def make_network(self, fields: dict[str, Any]) -> Any:
+        """Another network of the same class, with these config fields and fresh weights of the global generator."""
+        return type(self.network)(**fields)
+
     # training
 
     @property
@@ -220,7 +249,8 @@ class Model:
 
     def _unread(self, name: str) -> bool:
         """Whether what a layer or parameter of that name makes is read by nothing, so that it could never learn."""
-        return False
+        last = len(getattr(self.network, "transformer_blocks", ())) - 1
+        return re.fullmatch(self.UNREAD.replace("LAST", str(last)), name) is not None
 
     def adapt(self, spec: LoraSpec) -> None:
         """Inject a LoRA that starts as zero; only its weights train from here on.

@@ -51,6 +51,7 @@ class Exact(Model):
 
     family = "exact"
     SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
+    DEFAULT_SUBSET = ERASE_SUBSET = "all-linear"
     DORMANT: ClassVar[str] = "inner"
 
     def __init__(self, mixture: Truth, path: Path, grid_times: Tensor, width: int = 128, seed: int = 0):
@@ -81,8 +82,9 @@ class Exact(Model):
     def _encode_images(self, images: Tensor) -> Tensor:
         return images
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(n, self.mixture.means.shape[1], generator=generator)
+    @property
+    def latent_shape(self) -> tuple[int]:
+        return (self.mixture.means.shape[1],)
 
     def grid(self, steps: int) -> Tensor:
         if steps != len(self.grid_times) - 1:

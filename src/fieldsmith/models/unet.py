@@ -59,6 +59,7 @@ class UNet(ClassDDPM):
         if any(side % least for side in size):
             raise InputError(f"resolution {size[0]} is not a multiple of {least} for {name}")
         super().__init__(pipeline, pipeline.unet, name, size, shape.num_class_embeds or 0, classes, scales)
+        self.resolution = size[0] * fold if size[0] == size[1] else None
         if self.learns_variance and self.variance not in ("learned", "learned_range"):
             raise InputError(
                 f"{name} has twice as many output as input channels but its scheduler's variance_type is "
@@ -75,8 +76,8 @@ class UNet(ClassDDPM):
     def _encode_images(self, images: Tensor) -> Tensor:
         return pixel_unshuffle(images * 2 - 1, self.fold)
 
-    def of(self, pipeline: Any) -> UNet:
-        return UNet(pipeline, self.name, None, self.classes if self.conditional else None, self.scales, self.fold)
+    def _options(self) -> dict[str, Any]:
+        return {"fold": self.fold}
 
     def _save_pipeline(self, folder: pathlib.Path) -> None:
         super()._save_pipeline(folder)

@@ -62,6 +62,15 @@ class Verdicts:
             seen &= self.colour == COLOURS.index(concept.colour)
         return seen
 
+    def names(self) -> list[str]:
+        """What the judge saw in each image, in words."""
+        pairs = zip(self.shape.tolist(), self.colour.tolist(), strict=True)
+        return ["nothing" if shape == NOTHING else f"{COLOURS[colour]} {SHAPES[shape]}" for shape, colour in pairs]
+
+    def labels(self) -> Tensor:
+        """One label an image, (n,): its composition, or the last label where it is invalid."""
+        return torch.where(self.valid, self.shape * len(COLOURS) + self.colour, len(SHAPES) * len(COLOURS))
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -154,6 +163,10 @@ class ShapesWorld:
         if size not in (16, 32):
             raise InputError(f"size={size}: the shapes world is drawn and judged at 16 or 32 pixels")
         self.size = size
+
+    def caption(self, concept: Concept) -> str:
+        """The plain prompt that asks for the concept."""
+        return caption(concept)
 
     def sample(self, n: int, seed: int, hold_out: bool = True) -> Shapes:
         """n captioned images; the held-out composition is absent unless hold_out=False."""

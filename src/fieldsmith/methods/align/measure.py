@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fieldsmith import processes
-from fieldsmith.diagnose.concepts import sampler
 from fieldsmith.errors import InputError
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.policy.losses import gaussian_kl
 from fieldsmith.methods.policy.schedule import Schedule, schedule

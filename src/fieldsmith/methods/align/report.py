@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fieldsmith.measure.distances import pixel_features
+from fieldsmith.measure.intervals import Interval, mean_interval
+from fieldsmith.measure.side_effects import compare
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.measure import Measured, asked, other_prompts
-from fieldsmith.metrics.distances import pixel_features
-from fieldsmith.metrics.intervals import Interval, mean_interval
-from fieldsmith.metrics.rest import compare
 from fieldsmith.report.page import Caption, Page, Pair
 from fieldsmith.training import step_generator
 from fieldsmith.verb import Outcome, curves

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from fieldsmith.diagnose.attacks import battery
-from fieldsmith.diagnose.concepts import (
-    Asked,
-    Sampler,
-    ask_groups,
-    detected,
-    erased_concepts,
-    groups,
-    paraphrases,
-    sampler,
-)
+from fieldsmith.measure.attacks import battery
+from fieldsmith.measure.detection import Asked, ask_groups, detected
+from fieldsmith.measure.drawing import Sampler, sampler
+from fieldsmith.measure.intervals import Interval
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.metrics.intervals import Interval
+from fieldsmith.methods.erase.step import Judged
 from fieldsmith.verb import Job, Side
 
 
@@ -46,24 +38,23 @@ class Measured:
 def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
     """Judged on the model's world where it has one; elsewhere images of targets and kept prompts."""
     draw = sampler(model, max(28, config.steps), config.rollout_guidance)  # every method is judged with one sampler
-    world = job.inputs.world
-    if world is None:
+    judged: Judged | None = job.inputs.judged
+    if judged is None:
         names = list(dict.fromkeys((*config.targets[:4], *config.keep[:8])))
         shown = {prompt: draw([prompt] * 4, config.seed) for prompt in names}
         return Measured({}, shown, draw(kept_prompts(config), config.seed))
-    targets = erased_concepts(config.targets)
-    seen = {target: _concept(draw, world, target, targets, config) for target in targets}
+    seen = {target: _concept(draw, judged, target, config) for target in judged.groups}
     if side == "after" and config.attacks and model.family == "flux" and config.method != "projection":
         for target, one in seen.items():
-            one.attacks.update(battery(model, world, target, config.seed))
+            one.attacks.update(battery(model, judged.world, target, judged.groups[target]["target"], config.seed))
     return Measured(seen)
 
 
-def _concept(draw: Sampler, world: Any, target: Any, others: Sequence[Any], config: EraseConfig) -> Concept:
-    n, seed = config.evaluate, config.seed
+def _concept(draw: Sampler, judged: Judged, target: Any, config: EraseConfig) -> Concept:
+    world, n, seed = judged.world, config.evaluate, config.seed
     return Concept(
-        ask_groups(draw, world, groups(target, others), n, seed),
-        detected(draw, world, target, paraphrases(target), n, seed + 9),
+        ask_groups(draw, world, judged.groups[target], n, seed),
+        detected(draw, world, target, judged.paraphrases[target], n, seed + 9),
         detected(draw, world, target, list(config.anchors), 2 * n, seed + 8),
     )
 

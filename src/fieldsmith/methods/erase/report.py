@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose.concepts import Erasure, erasure
+from fieldsmith.measure.detection import Erasure, erasure
+from fieldsmith.measure.distances import pixel_features
+from fieldsmith.measure.side_effects import compare
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.measure import Concept, kept_prompts
-from fieldsmith.metrics.distances import pixel_features
-from fieldsmith.metrics.rest import compare
 from fieldsmith.report.page import Caption, Page, Pair
 from fieldsmith.training import step_generator
 from fieldsmith.verb import Outcome, curves
@@ -139,7 +139,7 @@ def _pairs(e: Erasure, group: str, target: Any, most: int = 6, columns: int = 8)
         places = [i for i, asked in enumerate(old.asked) if asked == concept][:columns]
         marks = []
         for side in (old, new):
-            names, right, shows = side.names(), side.right(), side.seen.shows(target)
+            names, right, shows = side.seen.names(), side.right(), side.seen.shows(target)
             # after an erasure a target prompt is right where the target is gone and something is still there
             gone = side.seen.valid & ~shows
             good = gone if group == "target" and side is new else right

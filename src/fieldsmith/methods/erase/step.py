@@ -7,7 +7,7 @@ your own has the same form (docs/extend.md).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,10 +51,19 @@ Build = Callable[[Model, EraseConfig, "list[Pair]"], Method]
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A world whose judge is exact, and what it is asked about each erased concept."""
+
+    world: Any
+    groups: Mapping[Any, Mapping[str, Sequence[Any]]]  # concept -> target, neighbours, unrelated -> concepts
+    paraphrases: Mapping[Any, Sequence[str]]  # concept -> prompts in other words
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a run is given beside its settings: who judges its images, and a method of the user's own."""
 
-    world: Any = None  # a world of known truth (worlds/), or None
+    judged: Judged | None = None
     method: Build | None = None
 
 
@@ -66,7 +75,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     _check_model(model, config)
     pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
     model.encode(config.keep or [""])  # unknown words are refused now
-    config = config.replace(subset=model.subset(config.subset, "erase"))
+    config = config.replace(subset=config.subset or model.ERASE_SUBSET)
     if config.method in ("uce", "projection"):
         return _untrained(model, config, pairs, inputs)
 
