@@ -175,10 +175,10 @@ def train(
             job = verb.prepare(model, config, inputs)
             if job.model is not model:  # a student or a guide has a count of its own
                 nfe = stack.enter_context(job.model.count_nfe())
-            with job.model.uncounted():
-                preflight.require(job.checks(resumes), quiet)
             if config.checkpointing:
                 checkpoint_activations(job.model)
+            with job.model.uncounted():
+                preflight.require(job.checks(resumes), quiet)
         except BaseException:
             if began_plain:
                 model.remove_training()  # refused before anything was trained: the model can be used again
