@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fieldsmith.methods.align.schedule import schedule
 from torch import Tensor
 
 from fieldsmith.measure import editing
-from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.edit import credit
+from fieldsmith.methods.policy import losses as L
+from fieldsmith.methods.policy.schedule import schedule
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.samplers import Gaussian, flow_grid, gaussian_step
 
@@ -443,5 +443,8 @@ def test_tables_that_do_not_fit_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="shapes"):
             editing.SessionVerdicts(done, kept, clean)
-    with pytest.raises(ValueError, match="n=1"):
-        editing.scores(editing.SessionVerdicts(DONE[:1], KEPT[:1]))
+
+
+def test_one_session_has_values_without_intervals() -> None:
+    (first, *_) = editing.scores(editing.SessionVerdicts(DONE[:1], KEPT[:1])).consistency
+    assert first.value == pytest.approx(float(KEPT[0, 0])) and math.isnan(first.low) and math.isnan(first.high)

@@ -37,6 +37,7 @@ from fieldsmith.models.features import load_features
 from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
+from fieldsmith.sampling import sample as sample
 from fieldsmith.sessions import UserSessions
 from fieldsmith.verb import Callback
 from fieldsmith.worlds import catalogue, classes, own, scenes_judge
@@ -344,3 +345,6 @@ def settle(
     if other or preset or scale:
         raise InputError(f"config and {', '.join(other) or 'preset'} are both given; put everything into the config")
     return config.replace(**given), model if isinstance(model, Model) else None
+
+
+open_run = Result.open

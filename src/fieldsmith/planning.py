@@ -7,7 +7,6 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,8 +19,17 @@ from fieldsmith import api, rewards, training, verb
 from fieldsmith.commands.plan import Plan
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
-from fieldsmith.models.estimate_memory import EMA, MOMENTS, REFERENCE, TRAINABLE
-from fieldsmith.models.estimate_memory import components, modules, moments_of, size_of, tensors
+from fieldsmith.models.estimate_memory import (
+    EMA,
+    MOMENTS,
+    REFERENCE,
+    TRAINABLE,
+    components,
+    modules,
+    moments_of,
+    size_of,
+    tensors,
+)
 from fieldsmith.models.memory import checkpoint_activations
 from fieldsmith.models.meta_model import MetaModel, meta_model
 from fieldsmith.models.rehearsal import count_gradients

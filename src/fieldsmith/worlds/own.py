@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RewardError, RunError
-from fieldsmith.functions import check_signature, describe, load_function, name_of
+from fieldsmith.errors import InputError, RewardError
+from fieldsmith.functions import call, check_signature, load_function, name_of
 from fieldsmith.servers import Server, Unreadable
 from fieldsmith.worlds import pictures
 from fieldsmith.worlds.judged import UNREADABLE, Mutation, Verdicts, generator_of, readable
@@ -84,12 +84,7 @@ class ImageWorld:
 
     def _ask_function(self, images: Tensor) -> list[Verdict]:
         n = len(images)
-        try:
-            output = self._function(images.clone())
-        except (InputError, RunError):
-            raise
-        except (Exception, SystemExit) as error:  # whatever a user's function may raise
-            raise RewardError(f"{self._what} raised {describe(error)} for {n} images; fix the function") from error
+        output = call(self._function, self._what, f"{n} images", images.clone())
         try:
             answers = list(output)
         except Exception as error:
