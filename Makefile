@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # pip options for torch alone: where your pip's index has CUDA builds only, name PyTorch's CPU index here
 TORCH_INDEX ?=
+# tests run in this many processes, each with one thread
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # libgomp's threads spin while they wait, which makes a busy machine many times slower; set before torch is imported
@@ -23,11 +25,11 @@ demo: install
 test: install
 	@! $(BIN)/pip list 2>/dev/null | grep -iE '^(nvidia|triton|torchvision|torchaudio)' || \
 		command -v nvidia-smi >/dev/null 2>&1 || { echo 'CUDA or torchvision packages in a CPU environment: rm -rf $(VENV), then make install'; exit 1; }
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 check: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src experiments tests benchmarks
+	$(BIN)/ruff check src experiments tests benchmarks
 	$(BIN)/mypy
 
 bench: install

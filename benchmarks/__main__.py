@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import samplers, steps
+from experiments.study import render
 from fieldsmith.commands.plan_error import plan_error
-from fieldsmith.reproduce.claims import opening, table
 from fieldsmith.run import write_atomically
 
 OUT = pathlib.Path("results/bench")
@@ -80,22 +80,12 @@ def main() -> None:
 
 
 def page(claims: list[dict[str, Any]], taken: list[Any], drawn: list[Any], started: dict[str, float]) -> str:
-    lines = opening("make bench", claims, COMMAND)
-    lines[0] = "# What fieldsmith costs beside the networks that it asks"
-    lines[2] = f"Made by `{COMMAND}` on one thread, ratios of CPU time taken in one run; benchmarks/ says how."
-    lines += ["## A training step over its networks' bare calls", ""]
-    lines += table(
-        ("verb", "ratio", "ms a step", "network calls a step"),
-        [(r.verb, f"{r.ratio:.3f}", f"{r.step_milliseconds:.0f}", f"{r.calls:.0f}") for r in taken],
-    )
-    lines += ["## The diffusers pipeline's time over our sampler's, tiny networks", ""]
-    lines += table(
-        ("family", "ratio", "ms for 2 images in 8 steps, ours"),
-        [(r.family, f"{r.ratio:.2f}", f"{r.our_milliseconds:.0f}") for r in drawn],
-    )
-    lines += ["## Start-up", ""]
-    lines += table(("command", "s"), [(f"fieldsmith {words}", f"{s:.2f}") for words, s in started.items()])
-    return "\n".join(lines).rstrip() + "\n"  # fmt: skip
+    return render(
+        "bench.md.jinja", command=COMMAND, claims=claims,
+        steps=[(r.verb, f"{r.ratio:.3f}", f"{r.step_milliseconds:.0f}", f"{r.calls:.0f}") for r in taken],
+        samplers=[(r.family, f"{r.ratio:.2f}", f"{r.our_milliseconds:.0f}") for r in drawn],
+        starts=[(f"fieldsmith {words}", f"{seconds:.2f}") for words, seconds in started.items()],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fieldsmith import verb
 from fieldsmith.methods.align import loop as align_loop
 from fieldsmith.methods.align.config import preset as align_preset
-from fieldsmith.methods.edit import loop as edit_loop
-from fieldsmith.methods.edit.config import preset as edit_preset
-from fieldsmith.methods.edit.rollouts import Task
+from fieldsmith.methods.edit.config import EditConfig
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
+from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase import loop as erase_loop
 from fieldsmith.methods.erase.config import preset as erase_preset
 from fieldsmith.models.core import Condition, Model
@@ -137,7 +138,7 @@ def align_zeroth(model: Model, updates: int, **changes: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Sessions:
+class GreySessions:
     """Sessions of two turns from grey images."""
 
     images: Tensor
@@ -146,8 +147,8 @@ class Sessions:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, rows: Any) -> Sessions:
-        return Sessions(self.images[rows])
+    def __getitem__(self, rows: Any) -> GreySessions:
+        return GreySessions(self.images[rows])
 
     def prompts(self, turn: int) -> list[str]:
         return ["red"] * len(self)
@@ -168,10 +169,11 @@ def judge(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor
 
 def edit(model: Model, updates: int, **changes: Any) -> None:
     side = model.resolution  # type: ignore[attr-defined]
-    config = replace(edit_preset("mt-nft", "paper"), groups=1, rollouts=4, turns=2, steps=8, max_mean=1.0,
-                     min_spread=0.0, updates=1, budget=None, **changes)  # fmt: skip
-    task = Task(lambda n, seed: Sessions(torch.full((n, 3, side, side), 0.5)), judge, False)
-    edit_loop.edit(model, replace(config, epochs=updates), task, Channel())
+    config = EditConfig.preset_of("mt-nft", "paper", {}).replace(
+        groups=1, rollouts=4, turns=2, steps=8, max_mean=1.0, min_spread=0.0, updates=1, epochs=updates, **changes
+    )
+    inputs = EditInputs(lambda n, seed, turns: GreySessions(torch.full((n, 3, side, side), 0.5)), judge, Channel())
+    verb.train(EDIT, model, config, inputs)
 
 
 @dataclass(frozen=True)

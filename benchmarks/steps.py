@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fieldsmith import verb
 from fieldsmith.methods.align import loop as align_loop
 from fieldsmith.methods.align.config import preset as align_preset
 from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import preset as distill_preset
-from fieldsmith.methods.edit import loop as edit_loop
-from fieldsmith.methods.edit.config import preset as edit_preset
-from fieldsmith.methods.edit.rollouts import Task
+from fieldsmith.methods.edit.config import EditConfig
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
+from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase import loop as erase_loop
 from fieldsmith.methods.erase.config import preset as erase_preset
 from fieldsmith.methods.sharpen import loop as sharpen_loop
@@ -65,15 +66,15 @@ def align(steps: int) -> list[Model]:
 
 
 def edit(steps: int) -> list[Model]:
-    config = replace(edit_preset("fieldsmith", "laptop"), epochs=steps, groups=8, max_mean=1.0, budget=None)
+    config = EditConfig.preset_of("fieldsmith", "laptop", {}).replace(epochs=steps, groups=8, max_mean=1.0)
     model, world = load("zoo:scenes-kontext"), ScenesWorld(24)
 
     def judge(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Any:
         bright = after.mean((1, 2, 3))
         return type("Scored", (), {"following": bright, "consistency": 1 - bright})
 
-    task = Task(lambda n, seed: world.sessions(n, config.turns, seed, 0.7), judge, True)
-    edit_loop.edit(_watched(model), config, task, Channel())
+    inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.7), judge, Channel())
+    verb.train(EDIT, _watched(model), config, inputs)
     return [model]
 
 

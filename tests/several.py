@@ -18,16 +18,15 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
-from fieldsmith import processes
-from fieldsmith.methods.align import loop as align_loop
+from fieldsmith import processes, verb
 from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
-from fieldsmith.methods.edit import loop as edit_loop
 from fieldsmith.methods.edit.config import EditConfig
-from fieldsmith.methods.edit.rollouts import Task
-from fieldsmith.methods.erase import loop as erase_loop
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen import loop as sharpen_loop
 from fieldsmith.methods.sharpen.config import SharpenConfig
@@ -41,6 +40,7 @@ from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from tests import trained
 
 WORDS = ("a", "red", "blue", "square", "circle")
 SMALL = {"layers": 1, "single_layers": 1, "heads": 1}
@@ -50,17 +50,18 @@ def flux() -> Flux:
     return Flux(flux_pipeline(WORDS, **SMALL), "tiny")  # type: ignore[arg-type]
 
 
-def erase(run: Run) -> Model:
+def erase(run: Run) -> tuple[Model, int]:
     model = flux()
     config = EraseConfig(
         targets=("red circle",), anchors=("blue square",), steps=3, window=(0, 2), batch=3, budget=18, rank=2, chunk=4,
         rollout_guidance=2.0, dropout=0.0,
     )  # fmt: skip
-    erase_loop.erase(model, config, run)
-    return model
+    with model.count_nfe() as nfe:
+        trained.erase(model, config, run)
+    return model, nfe.total
 
 
-def align(run: Run, **settings: Any) -> Model:
+def align(run: Run, **settings: Any) -> tuple[Model, int]:
     """Groups of three rollouts, which two processes cannot share evenly."""
     model = flux()
     config = AlignConfig(
@@ -68,11 +69,11 @@ def align(run: Run, **settings: Any) -> Model:
         rank=2, chunk=4, **settings,
     )  # fmt: skip
     reward = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
-    align_loop.align(model, config, reward, run)
-    return model
+    _, done = verb.train(ALIGN, model, config, Inputs(reward), run)
+    return model, done.nfe
 
 
-def edit(run: Run) -> Model:
+def edit(run: Run) -> tuple[Model, int]:
     model = FluxKontext(kontext_pipeline(VOCABULARY, size=24, vae_channels=(8, 8, 8), latent_channels=4, text_length=10,
                                          **SMALL), "tiny")  # type: ignore[arg-type]  # fmt: skip
     config = EditConfig(epochs=2, groups=1, rollouts=3, turns=2, steps=2, updates=1, rank=2, chunk=2, max_mean=1.0,
@@ -83,12 +84,14 @@ def edit(run: Run) -> Model:
         asked.append(processes.rank())
         return Exact(config.against)(*shown)
 
-    edit_loop.edit(model, config, Task(lambda n, seed: world.sessions(n, 2, seed, 0.5), judge, True), Channel(), run)
+    inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.5), judge, Channel())
+    with model.count_nfe() as nfe:
+        trained.edit(model, config, inputs, run)
     assert bool(asked) == processes.is_main()  # a judge is asked by one process
-    return model
+    return model, nfe.total
 
 
-def distill(run: Run, **settings: Any) -> Model:
+def distill(run: Run, **settings: Any) -> tuple[Model, int]:
     teacher, student = (
         UNet(unet_pipeline(class_rows=3, widths=widths), "tiny", classes=("cat", "dog"))
         for widths in ((16, 32), (8, 16))
@@ -97,19 +100,22 @@ def distill(run: Run, **settings: Any) -> Model:
                          generator=torch.Generator().manual_seed(3))  # fmt: skip
     source = Source(states, torch.arange(16) % 2, ("cat", "dog"))
     config = DistillConfig(steps=2, batch=6, bank=0, curriculum="uniform", ema=0.0, **settings)
-    distill_loop.distill(teacher, student, source, config, run, quiet=True)
-    return student
+    with student.count_nfe() as nfe:
+        distill_loop.distill(teacher, student, source, config, run, quiet=True)
+    return student, nfe.total
 
 
-def sharpen(run: Run, **settings: Any) -> Model:
+def sharpen(run: Run, **settings: Any) -> tuple[Model, int]:
     model = UNet(unet_pipeline(learned_variance=True), "tiny")
     states = torch.randn(16, *model.noise(1, torch.Generator().manual_seed(0)).shape[1:],
                          generator=torch.Generator().manual_seed(3))  # fmt: skip
-    sharpen_loop.sharpen(model, states.clamp(-1, 1), SharpenConfig(steps=2, batch=5, ema=0.0, **settings), run, True)
-    return model
+    config = SharpenConfig(steps=2, batch=5, ema=0.0, **settings)
+    with model.count_nfe() as nfe:
+        sharpen_loop.sharpen(model, states.clamp(-1, 1), config, run, True)
+    return model, nfe.total
 
 
-VERBS: dict[str, Callable[[Run], Model]] = {
+VERBS: dict[str, Callable[[Run], tuple[Model, int]]] = {
     "erase": erase,
     "align, zeroth order": lambda run: align(run, estimator="reverse-noise", kl=0.1),
     "align, first order": lambda run: align(run, estimator="tweedie"),
@@ -132,13 +138,13 @@ def main(out: pathlib.Path, some: tuple[str, ...]) -> None:
     shared = pathlib.Path(os.environ.get("RUNS", tempfile.mkdtemp()))
     for name in some:
         run = Run(shared / name.replace(", ", "-"), name, {"name": name})
-        model = VERBS[name](run)
+        model, nfe = VERBS[name](run)
         spec = model.spec is not None
         state = model.adapter_state() if spec else {k: p.detach() for k, p in model.network.named_parameters()}
         found[name] = {
             "history": run.history(),
             "weights": {key: float(value.double().norm()) for key, value in state.items()},
-            "forwards": model.forwards,
+            "forwards": nfe,
         }
     if processes.is_main():
         out.write_text(json.dumps(found))

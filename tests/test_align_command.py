@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fieldsmith.commands.align import configure
+from fieldsmith.methods.align.loop import align
 from safetensors.torch import load_file
 
 from fieldsmith import training
 from fieldsmith.cli import main
-from fieldsmith.commands.align import configure
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.align.config import FIRST_ORDER, PAPER, RECIPES, check, preset
-from fieldsmith.methods.align.loop import align
 from fieldsmith.models import load
 from fieldsmith.rewards import Reward
 from fieldsmith.rewards import load as load_reward

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align import guidance as G
-from fieldsmith.methods.align import losses as L
-from fieldsmith.methods.align.rollouts import Plan, Rollout, roll, soft_returns
-from fieldsmith.methods.align.schedule import (
+from fieldsmith.methods.align.losses import balance_loss, rsm_loss
+from fieldsmith.methods.policy import losses as L
+from fieldsmith.methods.policy.advantages import advantages
+from fieldsmith.methods.policy.rollouts import Plan, Rollout, roll, soft_returns
+from fieldsmith.methods.policy.schedule import (
     STRENGTHS,
     UNIFORM,
     Schedule,
@@ -128,7 +130,7 @@ def test_t10_golden_strengths_of_sd15(line):
         s.sigma, s.Omega, s.omega, effective_strength(strength("ratio", s), s, s.omega),
         effective_strength(strength("discount", s), s, s.omega),
         effective_strength(strength("pcpo", uniform), uniform, uniform.omega),
-        1000 / (s.kappa**2 * squared.weight),  # C2: 1000 |f - f_old|^2 in units of C1 |s - s_old|^2
+        1000 / (s.kappa**2 * squared.C1),  # C2: 1000 |f - f_old|^2 in units of C1 |s - s_old|^2
         effective_strength(strength("base-snr", s), s, s.omega),
     )  # fmt: skip
     assert [printed(column[k], digits) for column, digits in zip(ours, row, strict=True)] == [True] * 8
@@ -200,9 +202,7 @@ def test_residual_nabla_db_is_the_released_loss():
     f, reference, g = generator(3, 5, seed=1), generator(3, 5, seed=2), generator(3, 5, seed=3)
     given = strength("squared", s)
     kappa = L.over(s.kappa[k], f)
-    ours = L.rsm_loss(
-        kappa * f, kappa * reference, kappa * f, L.over(s.omega[k], g) * g, given.weight[k], given.pull[k]
-    )
+    ours = rsm_loss(kappa * f, kappa * reference, kappa * f, L.over(s.omega[k], g) * g, given.C1[k], given.gamma[k])
     residual = L.over(s.push[k] / s.sigma[k] ** 2, f) * (f - reference)
     a_p = SD15.alphas_cumprod[torch.tensor([961, 761, 161])]
     truth = (residual - L.over(a_p, g) * g).square().mean(1) / 2
@@ -354,7 +354,7 @@ def test_o1_is_a_constant_and_no_estimator_of_it_is_biased(path, t):
     for law in (world, tilted):
         torch.testing.assert_close(G.tweedie(lambda x: x @ b, law.field(path), x, t, "full"), truth)
     s = any_schedule(path)
-    pull = strength("jacobian", s, PRIOR).pull
+    pull = strength("jacobian", s, PRIOR).gamma
     torch.testing.assert_close(pull[s.t < 1], jacobian(s.t[s.t < 1], path))
     # in units of x_0 it is v at every time, t = 1 of a flow too, where J and kappa vanish together
     torch.testing.assert_close(pull * s.gain / s.kappa, left(s.t, path))
@@ -412,7 +412,7 @@ def test_t3_the_terminal_gradient_times_j_is_exact_at_the_optimum(path, k):
     """From p*(x_0 | x_t) it is Psi*, from p_ref(x_0 | x_t) too much by 1 + lam v (section 8.2)."""
     s = any_schedule(path)
     t, x = s.times[k], generator(1, 3, seed=16)
-    truth, pull = psi(x, t, path, gaussian(), optimum())[0], strength("jacobian", s, PRIOR).pull[k]
+    truth, pull = psi(x, t, path, gaussian(), optimum())[0], strength("jacobian", s, PRIOR).gamma[k]
     for law, factor in ((optimum(), 1.0), (gaussian(), 1 + LAM * left(t, path))):
         drawn = G.clean_gradient(quadratic, law.given(x[0], t, path).sample(20_000, seeded(17))) * pull
         error = drawn.std(0) / math.sqrt(len(drawn))
@@ -454,7 +454,7 @@ def test_t3_on_a_double_well_it_misses_the_move_between_the_wells(t, error):
     (truth,) = torch.autograd.grad(found["value"].sum(), x)
     means = FLOW.alpha(t) / FLOW.sigma(t) ** 2 * (found["star"] - found["ref"])
     torch.testing.assert_close(truth, means.detach(), atol=1e-6, rtol=1e-6)  # T1 on O5
-    estimate = strength("jacobian", schedule(FLOW, f64(1.0, t, 0.0), "velocity", "ddim", 1.0), found["prior"]).pull[1]
+    estimate = strength("jacobian", schedule(FLOW, f64(1.0, t, 0.0), "velocity", "ddim", 1.0), found["prior"]).gamma[1]
     law = found["law"].detach()
     assert float(((law @ (truth - estimate) ** 2) / (law @ truth**2)).sqrt()) == pytest.approx(error, abs=2e-3)
     if t == 0.3:  # between the wells, where a small move decides, the pull should be more than twice as strong
@@ -470,7 +470,7 @@ def estimates(K: int, kind: str, offset: float = 0.0, groups: int = 40_000) -> T
     noise = generator(groups * K, 2, seed=K)
     group = torch.arange(groups).repeat_interleave(K)
     step = torch.full((groups * K,), 4)
-    advantage = G.advantages(offset + noise[:, 0], group, kind)
+    advantage = advantages(offset + noise[:, 0], group, kind)
     per_row = G.reverse_noise(advantage, noise, step, s) / (s.omega[4] / s.sigma[4])
     return per_row.reshape(groups, K, 2).mean(1)
 
@@ -504,8 +504,8 @@ def test_t4_without_a_baseline_the_rewards_level_is_noise():
 def test_advantages_are_centred_by_group_and_blind_to_the_rewards_level(groups, level, kind):
     group = torch.tensor(groups)
     returns = generator(len(groups), seed=len(groups))
-    found = G.advantages(returns, group, kind)
-    torch.testing.assert_close(G.advantages(returns + level, group, kind), found, atol=1e-7, rtol=1e-7)
+    found = advantages(returns, group, kind)
+    torch.testing.assert_close(advantages(returns + level, group, kind), found, atol=1e-7, rtol=1e-7)
     for one in group.unique():
         torch.testing.assert_close(found[group == one].sum(), at(0.0), atol=1e-9, rtol=0)
         if (group == one).sum() == 1:
@@ -516,7 +516,7 @@ def test_normalised_advantages_divide_by_the_deviation_of_the_group_itself():
     returns, group = f64(1.0, 2.0, 6.0, 5.0, 5.0), torch.tensor([7, 7, 7, 2, 2])
     deviation = math.sqrt((4 + 1 + 9) / 3)
     truth = f64(-2.0, -1.0, 3.0, 0.0, 0.0) / f64(*[deviation + 1e-4] * 3, 1.0, 1.0)
-    torch.testing.assert_close(G.advantages(returns, group, "std"), truth)
+    torch.testing.assert_close(advantages(returns, group, "std"), truth)
 
 
 def chain(points: Tensor, copies: int, gap: int, field: Mixture, index: int = 389, seed: int = 0) -> Rollout:
@@ -562,19 +562,19 @@ def test_t5_soft_returns_are_the_value_of_the_next_state_at_the_optimum():
         s, found = toy(gap), chain(points, 500, gap, tilted, seed=5)
         log_rho, first = log_ratio_to_reference(found, s), found.rows.step == 0
         soft = soft_returns(found, linear(found.x_0), log_rho)[first]
-        after, here, noise = found.rows.after[first], found.rows.prompt[first], found.rows.noise[first]
+        after, here, noise = found.rows.x_next[first], found.rows.prompt[first], found.rows.noise[first]
         law, law_star = triangle().marginal(s.times[1], TOY), tilted.marginal(s.times[1], TOY)
         value = law_star.log_prob(after) - law.log_prob(after)
-        left_over[gap] = float(G.advantages(soft - value, here, "mean").std())
+        left_over[gap] = float(advantages(soft - value, here, "mean").std())
         truth = psi(points, s.times[0], TOY, triangle(), tilted)
 
         def estimate(returns: Tensor, here=here, noise=noise, s=s) -> Tensor:
-            advantage = G.advantages(returns, here, "leave-one-out")
+            advantage = advantages(returns, here, "leave-one-out")
             return G.reverse_noise(advantage, noise, torch.zeros_like(here), s).reshape(4, 500, 2).mean(1)
 
         assert relative(estimate(soft), truth) < 0.25
         assert float(estimate(soft - log_rho[first]).norm() / truth.norm()) < 0.2
-    plain = float(G.advantages(linear(found.x_0), here, "mean").std())
+    plain = float(advantages(linear(found.x_0), here, "mean").std())
     assert plain > 0.8 and left_over[10] < 0.3 and left_over[1] < 0.1
 
 
@@ -612,11 +612,11 @@ def test_t5_on_a_gaussian_the_soft_return_is_the_chains_own_value_exactly():
     chain_ = gaussian_chain(b)
     found, log_rho, value = chain_["found"], chain_["log_rho"], chain_["value"]
     rows = found.rows
-    here, ahead = value(rows.x, rows.step), value(rows.after, rows.step + 1)
+    here, ahead = value(rows.x, rows.step), value(rows.x_next, rows.step + 1)
     soft = soft_returns(found, found.x_0 @ b, log_rho)
     torch.testing.assert_close(soft, ahead)
     torch.testing.assert_close(soft - log_rho, here)
-    balance = L.balance_loss(here, ahead, log_rho)
+    balance = balance_loss(here, ahead, log_rho)
     torch.testing.assert_close(balance, torch.zeros_like(balance), atol=1e-18, rtol=0)
 
 
@@ -632,7 +632,7 @@ def test_t6_plain_rewards_keep_a_floor_that_soft_returns_do_not():
         here, noise = found.rows.prompt[first], found.rows.noise[first]
         soft = soft_returns(found, linear(found.x_0), log_ratio_to_reference(found, s))[first]
         for name, returns in (("plain", linear(found.x_0)), ("soft", soft)):
-            advantage = G.advantages(returns, here, "leave-one-out")
+            advantage = advantages(returns, here, "leave-one-out")
             estimate = G.reverse_noise(advantage, noise, torch.zeros_like(here), s).reshape(3, copies, 2).mean(1)
             rmse[name].append((estimate - truth[i : i + 3]).square().mean(1).sqrt())
     plain, soft = (float(torch.cat(rmse[name]).mean()) for name in ("plain", "soft"))
@@ -680,7 +680,7 @@ def test_t7_a_policy_gradient_is_reward_score_matching_at_any_weights(path, rewa
         weight = alpha * (s.Omega**2 / (2 * s.sigma**2))[step]
         torch.testing.assert_close(weight, alpha * strength("ratio", s).weight[step])
         outputs = [kappa * part for part in (f, rows["reference"], rows["old"])]
-        return 4 * L.rsm_loss(*outputs, psi_hat, weight, torch.full_like(r, 1 / alpha), r / alpha)
+        return 4 * rsm_loss(*outputs, psi_hat, weight, torch.full_like(r, 1 / alpha), r / alpha)
 
     def pieces(f: Tensor) -> Tensor:
         w = s.w[step]
@@ -738,7 +738,7 @@ def test_t8_held_rows_are_those_without_a_gradient(log_rho, advantage, clip, dev
     if abs(advantage) < 1e-3:
         advantage = 0.0
     rho, A, sigma = f64(log_rho), f64(advantage), f64(deviation)
-    held = bool(L.held(rho, A, trust, clip, sigma))
+    held = bool(L.clipped(rho, A, trust, clip, sigma))
     slope = float(gradient(lambda r: L.policy_loss(r, A, torch.ones(1), trust, clip, sigma), rho))
     assert held == (slope == 0) or advantage == 0
     if advantage == 0:
@@ -776,7 +776,7 @@ def test_t13_the_fair_threshold_is_one_displacement_at_every_step():
         each = torch.full((500,), sigma, dtype=torch.float64)
         log_rho = L.log_ratio(shift, torch.zeros_like(shift), displacement / sigma, 1 / each)  # f in units of the mean
         for trust, rows in held.items():
-            rows.append(L.held(log_rho, advantage, trust, 0.1, each))
+            rows.append(L.clipped(log_rho, advantage, trust, 0.1, each))
     fair, plain = held.values()
     assert fair[0].any() and torch.equal(fair[0], fair[1]) and torch.equal(fair[0], fair[2])
     assert plain[0].sum() > plain[1].sum() > plain[2].sum()
@@ -793,8 +793,8 @@ def test_thresholds_are_in_nats_and_doubling_the_resolution_doubles_the_log_rati
         L.gaussian_kl(f.repeat(1, 1, 2, 1), old.repeat(1, 1, 2, 1), w), 2 * L.gaussian_kl(f, old, w)
     )
     score, psi_hat = (part.repeat(1, 1, 1, 2) for part in (f, noise))  # the loss is over the numbers in a row
-    wide = L.rsm_loss(score, score * 0, score, psi_hat, w, w)
-    torch.testing.assert_close(wide, L.rsm_loss(f, f * 0, f, noise, w, w))
+    wide = rsm_loss(score, score * 0, score, psi_hat, w, w)
+    torch.testing.assert_close(wide, rsm_loss(f, f * 0, f, noise, w, w))
 
 
 def test_rows_do_not_see_each_other():
@@ -808,7 +808,7 @@ def test_rows_do_not_see_each_other():
         log_rho = L.log_ratio(f, old, noise, s.w[step])
         given_ = strength("ratio", s)
         losses = [L.policy_loss(log_rho, A[at], s.w[step], trust, 0.1, s.sigma[step]) for trust in TRUSTS]
-        losses.append(L.rsm_loss(f, ref, old, noise, given_.weight[step], given_.pull[step], 0.3))
+        losses.append(rsm_loss(f, ref, old, noise, given_.C1[step], given_.gamma[step], 0.3))
         losses.append(L.nft_loss(f, old, ref, A[at].sigmoid(), 0.5, s.gain[step].abs()))
         return [*losses, L.awm_loss(f, old, ref, A[at], 0.1), L.gaussian_kl(f, ref, s.w[step])]
 

@@ -7,15 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fieldsmith import verb
 from fieldsmith.errors import InputError, RunError
-from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import collect, log_ratio_slope
-from fieldsmith.methods.align.config import AlignConfig, check, preset
-from fieldsmith.methods.align.loop import align
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.policy import losses as L
 from fieldsmith.models import load
+from fieldsmith.models.core import Model
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import VariancePreserving
+from fieldsmith.read import read_prompts
 from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, gaussian_step
 from fieldsmith.worlds.mixtures import isotropic
@@ -23,6 +27,14 @@ from fieldsmith.worlds.mixtures import isotropic
 PATH = VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float64)).cumprod(0))
 STEPS = 5
 LINEAR = Reward("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
+
+
+def preset(name: str, scale: str = "laptop") -> AlignConfig:
+    return AlignConfig.preset_of(name, scale, {})
+
+
+def align(model: Model, config: AlignConfig, reward: Reward) -> None:
+    verb.train(ALIGN, model, config, Inputs(reward))
 
 
 def toy(seed: int = 0) -> Exact:
@@ -42,19 +54,19 @@ def settings(name: str, **changes: object) -> AlignConfig:
 def test_the_reverse_slope_is_that_of_the_two_densities():
     """grad_x log pi / pi_ref at a fixed next state, against central differences: the means move with x too."""
     model = toy()
-    setting = Setting.of(model, settings("residual-nabla-db-full"), LINEAR)
-    rows = collect(setting, None, 0, {}).rollout.rows
+    setting = AlignContext.of(model, settings("residual-nabla-db-full"), LINEAR)
+    rows = collect(setting, 0, {}).rollout.transitions
     slope = log_ratio_slope(setting, rows)
 
     def log_ratio(x: torch.Tensor) -> torch.Tensor:
         found = torch.empty(len(x))
         for k in rows.step.unique().tolist():
             at = rows.step == k
-            t, t_next = setting.s.times[k].float(), setting.s.times[k + 1].float()
+            t, t_next = setting.schedule.times[k].float(), setting.schedule.times[k + 1].float()
             own = gaussian_step("ddim", setting.predict(x[at], t, rows.prompt[at]), t_next, 1.0, t)
             with model.reference():
                 base = gaussian_step("ddim", setting.predict(x[at], t, rows.prompt[at]), t_next, 1.0, t)
-            found[at] = own.log_prob(rows.after[at]) - base.log_prob(rows.after[at])
+            found[at] = own.log_prob(rows.x_next[at]) - base.log_prob(rows.x_next[at])
         return found
 
     with torch.no_grad():
@@ -91,9 +103,9 @@ def test_at_the_optimum_the_reverse_slope_is_minus_the_guidance():
     model.unfreeze("all")
     with torch.no_grad():
         model.network.on.fill_(1.0)
-    setting = Setting.of(model, replace(settings("residual-nabla-db-full"), steps=50), LINEAR)
-    rows = collect(setting, None, 0, {}).rollout.rows
-    truth = model.network.guidance(setting.s.times[rows.step].float())
+    setting = AlignContext.of(model, replace(settings("residual-nabla-db-full"), steps=50), LINEAR)
+    rows = collect(setting, 0, {}).rollout.transitions
+    truth = model.network.guidance(setting.schedule.times[rows.step].float())
     early = rows.step < 30  # a step later on changes the variance by as much as is left
     torch.testing.assert_close(log_ratio_slope(setting, rows)[early], -truth[early], rtol=0.15, atol=2e-3)
 
@@ -102,21 +114,21 @@ def test_the_prior_of_the_gaussian_terminal_gradient_is_that_within_prompts():
     model = load("zoo:shapes-flux-small")
     far = ("a red circle", "a blue star", "a green cross", "a yellow ring")
     config = replace(preset("gaussian-terminal"), prompts=far)
-    many = Setting.of(model, config, LINEAR).prior
-    alone = [Setting.of(model, replace(config, prompts=(prompt,)), LINEAR).prior for prompt in far]
+    many = AlignContext.of(model, config, LINEAR).prior
+    alone = [AlignContext.of(model, replace(config, prompts=(prompt,)), LINEAR).prior for prompt in far]
     assert many == pytest.approx(sum(alone) / 4, rel=0.25)
 
 
 def test_clip_bounds_nats_of_the_whole_at_every_size():
-    """With `numbers` the released clip: rho of a mean, whose threshold is clip nats of the sum, weight one inside."""
+    """With `dim` the released clip: rho of a mean, whose threshold is clip nats of the sum, weight one inside."""
     log_rho = torch.linspace(-9.0, 9.0, 13, requires_grad=True)
     for sign in (1.0, -1.0):
         advantage = torch.full((13,), sign)
-        loss = L.policy_loss(log_rho, advantage, torch.ones(13), "clip", 6.6, torch.ones(13), numbers=65_536)
+        loss = L.policy_loss(log_rho, advantage, torch.ones(13), "clip", 6.6, torch.ones(13), dim=65_536)
         (slope,) = torch.autograd.grad(loss.sum(), log_rho)
         free = sign * log_rho.detach() < 6.6
         torch.testing.assert_close(slope, -sign * free.float(), rtol=1e-3, atol=1e-3)
-        held = L.held(log_rho.detach(), advantage, "clip", 6.6, torch.ones(13), numbers=65_536)
+        held = L.clipped(log_rho.detach(), advantage, "clip", 6.6, torch.ones(13), dim=65_536)
         assert torch.equal(held, ~free)
 
 
@@ -137,7 +149,7 @@ def test_clip_bounds_nats_of_the_whole_at_every_size():
 def test_settings_that_cannot_work_are_refused(changes, says):
     base = preset(changes["preset"])
     with pytest.raises(InputError, match=says):
-        check(replace(base, **changes))
+        replace(base, **changes).check()
 
 
 def test_branches_without_a_drawn_step_are_refused_and_the_model_stays_free():
@@ -157,5 +169,18 @@ def test_scales_that_were_never_published_are_refused():
 
 def test_a_pathwise_reward_that_breaks_is_named():
     broken = Reward("broken", True, lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
-    with pytest.raises(RunError, match="'broken' returned nan for image 1 of 64, prompt 'a red circle'"):
+    with pytest.raises(RunError, match="'broken' gave NaN or infinity"):
         align(load("zoo:shapes-flux-small"), replace(preset("draft"), prompts=("a red circle",)), broken)
+
+
+def test_prompt_files_and_long_prompts(tmp_path):
+    long = "a very long prompt " * 40
+    assert read_prompts((long,)) == (long,)
+    file = tmp_path / "words.txt"
+    file.write_text("\ufeff a red star \r\n\r\na blue ring\n", encoding="utf-8")
+    assert read_prompts((str(file),)) == ("a red star", "a blue ring")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_prompts((str(tmp_path / "absent.txt"),))
+    file.write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_prompts((str(file),))

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fieldsmith.methods.align import guidance as G
-from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.collect import choose, collect, thinned
-from fieldsmith.methods.align.config import AlignConfig, preset
-from fieldsmith.methods.align.rollouts import Idle, Plan, Rollout, Rows, roll, soft_returns
-from fieldsmith.methods.align.schedule import Schedule, schedule
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.policy import losses as L
+from fieldsmith.methods.policy.rollouts import OdeStates, Plan, Rollout, Transitions, roll, soft_returns
+from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.rewards import Reward
@@ -98,11 +98,11 @@ def test_rows_endpoints_and_forwards_are_those_of_the_plan(path, kind, children)
         states = torch.tensor([*children, *[1] * (K - len(children))]).cumprod(0)
         rows["tree"] = int(states[s.noisy].sum())
     the_plan = plan(kind, s, children)
-    assert len(found.rows) == roots * rows[kind]
+    assert len(found.transitions) == roots * rows[kind]
     assert len(found.x_0) == len(found.prompt) == len(found.lineage) == roots * the_plan.endpoints()
-    assert field.forwards == roots * the_plan.forwards()
-    for f in fields(found.rows):
-        assert len(getattr(found.rows, f.name)) == len(found.rows)
+    assert field.forwards == roots * the_plan.nfe()
+    for f in fields(found.transitions):
+        assert len(getattr(found.transitions, f.name)) == len(found.transitions)
 
 
 def test_forwards_of_the_papers_profiles():
@@ -116,9 +116,9 @@ def test_forwards_of_the_papers_profiles():
         ours = plan("branches", s, children)
         assert ours.endpoints() == rows
         # the released root stops a step early; ours goes on to the end, for the anchor
-        assert ours.forwards() == theirs - rows + 1
+        assert ours.nfe() == theirs - rows + 1
     sd15 = Plan("branches", torch.tensor([4 if k % 10 == 0 else 0 for k in range(50)]), torch.ones(50).bool())
-    assert (sd15.endpoints(), sd15.forwards()) == (20, 650 - 20)
+    assert (sd15.endpoints(), sd15.nfe()) == (20, 650 - 20)
 
 
 # what a row is
@@ -129,17 +129,17 @@ def test_forwards_of_the_papers_profiles():
 def test_rows_are_transitions_of_the_sampler(path, kind, children):
     s, found = steps_of(path), go(path, kind, children)
     sde, level = ("flow-sde", 0.7) if path is FLOW else ("ddim", 1.0)
-    rows = found.rows
+    rows = found.transitions
     for k in range(K):
         at = rows.step == k
         output = Counting(path)(rows.x[at], s.times[k], rows.prompt[at])
         torch.testing.assert_close(output.value, rows.output_old[at])
         if kind == "ode":
-            torch.testing.assert_close(rows.after[at], euler(output, s.times[k + 1]))
+            torch.testing.assert_close(rows.x_next[at], euler(output, s.times[k + 1]))
             assert not rows.noise[at].any()
         else:
             step = gaussian_step(sde, output, s.times[k + 1], level, s.times[1])
-            torch.testing.assert_close(rows.after[at], step.mean + s.sigma[k] * rows.noise[at])
+            torch.testing.assert_close(rows.x_next[at], step.mean + s.sigma[k] * rows.noise[at])
     if kind != "ode":
         assert rows.noise.unique(dim=0).shape == rows.noise.shape  # every row has its own draw
 
@@ -150,7 +150,7 @@ def test_no_noise_is_drawn_on_a_certain_step(kind, children):
     s, found = steps_of(TOY), go(TOY, kind, children)
     assert not s.noisy[-1]
     if kind != "ode":
-        assert bool(s.noisy[found.rows.step].all())
+        assert bool(s.noisy[found.transitions.step].all())
         assert not (found.lineage[:, -1] >= 0).any()
 
 
@@ -158,15 +158,15 @@ def test_no_noise_is_drawn_on_a_certain_step(kind, children):
 @pytest.mark.parametrize("kind, children", [("sde", ()), ("tree", (2, 1, 3)), ("ode", ())])
 def test_an_endpoints_lineage_follows_its_states(path, kind, children):
     s, found = steps_of(path), go(path, kind, children)
-    rows, last = found.rows, K - 1 if kind == "ode" else int(s.noisy.nonzero().max())
+    rows, last = found.transitions, K - 1 if kind == "ode" else int(s.noisy.nonzero().max())
     for k in range(last + 1):
         at = found.lineage[:, k]
         assert bool((rows.step[at] == k).all())
         assert torch.equal(rows.prompt[at], found.prompt)
         if k < last:
-            assert torch.equal(rows.after[at], rows.x[found.lineage[:, k + 1]])
+            assert torch.equal(rows.x_next[at], rows.x[found.lineage[:, k + 1]])
             assert torch.equal(rows.root[at], rows.root[found.lineage[:, k + 1]])
-    after = rows.after[found.lineage[:, last]]
+    after = rows.x_next[found.lineage[:, last]]
     if last < K - 1:
         after = euler(Counting(path)(after, s.times[K - 1], found.prompt), s.times[K])
     torch.testing.assert_close(found.x_0, after)
@@ -176,31 +176,31 @@ def test_an_endpoints_lineage_follows_its_states(path, kind, children):
 def test_branches_are_one_drawn_step_off_the_roots_ode(path):
     children = (2, 0, 3, 0, 1)
     s, found, ode = steps_of(path), go(path, "branches", children), go(path, "ode")
-    rows = found.rows
+    rows = found.transitions
     assert torch.equal((found.lineage >= 0).sum(1), torch.ones(len(found.x_0)))
     row = found.lineage.max(1).values
     assert torch.equal(row.sort().values, torch.arange(len(rows)))  # each endpoint has a row of its own
-    torch.testing.assert_close(rows.x, ode.rows.x[rows.step * 3 + rows.root])  # the ODE's rows are (step, root)
+    torch.testing.assert_close(rows.x, ode.transitions.x[rows.step * 3 + rows.root])  # the ODE's rows are (step, root)
     for end, r in enumerate(row.tolist()):
-        x = rows.after[r : r + 1]
+        x = rows.x_next[r : r + 1]
         for k in range(int(rows.step[r]) + 1, K):
             x = euler(Counting(path)(x, s.times[k], rows.prompt[r : r + 1]), s.times[k + 1])
         torch.testing.assert_close(found.x_0[end : end + 1], x)
         assert found.prompt[end] == rows.prompt[r]
 
 
-def test_idle_states_are_the_roots_where_nothing_branches():
+def test_ode_states_are_the_roots_where_nothing_branches():
     found, ode = go(FLOW, "branches", (2, 0, 3, 0, 1)), go(FLOW, "ode")
-    idle: Idle = found.idle
-    assert idle.step.tolist() == [1, 1, 1, 3, 3, 3]  # not the last step
-    torch.testing.assert_close(idle.x, ode.rows.x[idle.step * 3 + torch.arange(3).repeat(2)])
-    assert torch.equal(idle.prompt, torch.tensor([0, 1, 0, 0, 1, 0]))
-    assert not len(go(FLOW, "sde").idle.step)
+    still: OdeStates = found.ode_states
+    assert still.step.tolist() == [1, 1, 1, 3, 3, 3]  # not the last step
+    torch.testing.assert_close(still.x, ode.transitions.x[still.step * 3 + torch.arange(3).repeat(2)])
+    assert torch.equal(still.prompt, torch.tensor([0, 1, 0, 0, 1, 0]))
+    assert not len(go(FLOW, "sde").ode_states.step)
 
 
 def test_siblings_of_a_tree_share_their_state_and_no_more():
     found = go(FLOW, "tree", (2, 1, 3), roots=1)
-    rows = found.rows
+    rows = found.transitions
     assert torch.bincount(rows.step).tolist() == [2, 2, 6, 6, 6, 6]
     states = [rows.x[rows.step == k].unique(dim=0).shape[0] for k in range(K)]
     assert states == [1, 2, 2, 6, 6, 6]
@@ -210,11 +210,11 @@ def test_siblings_of_a_tree_share_their_state_and_no_more():
 def test_steps_that_are_not_drawn_follow_the_ode():
     drawn = torch.tensor([False, True, True, False, False, False])
     s, found = steps_of(FLOW), go(FLOW, "sde", drawn=drawn)
-    rows = found.rows
+    rows = found.transitions
     assert rows.step.tolist() == [1, 1, 1, 2, 2, 2]
     x, prompt = generator(3, 2, seed=2), torch.arange(3) % 2
     torch.testing.assert_close(rows.x[:3], euler(Counting(FLOW)(x, s.times[0], prompt), s.times[1]))
-    x = rows.after[3:]
+    x = rows.x_next[3:]
     for k in (3, 4, 5):
         x = euler(Counting(FLOW)(x, s.times[k], prompt), s.times[k + 1])
     torch.testing.assert_close(found.x_0, x)
@@ -224,17 +224,17 @@ def test_steps_that_are_not_drawn_follow_the_ode():
 def test_an_ode_keeps_the_states_that_its_plan_asks_for():
     drawn = torch.tensor([False, True, False, False, False, True])
     found, whole = go(FLOW, "ode", drawn=drawn), go(FLOW, "ode", drawn=torch.ones(K).bool())
-    assert found.rows.step.tolist() == [1, 1, 1, 5, 5, 5]
+    assert found.transitions.step.tolist() == [1, 1, 1, 5, 5, 5]
     torch.testing.assert_close(found.x_0, whole.x_0)
     nothing = go(FLOW, "ode", drawn=torch.zeros(K).bool())
-    assert len(nothing.rows) == 0 and torch.equal(nothing.x_0, found.x_0)
+    assert len(nothing.transitions) == 0 and torch.equal(nothing.x_0, found.x_0)
 
 
 @SHAPED
 def test_a_seed_is_a_rollout(kind, children):
     first, again, other = (go(FLOW, kind, children, seed=seed) for seed in (5, 5, 6))
-    for f in fields(Rows):
-        assert torch.equal(getattr(first.rows, f.name), getattr(again.rows, f.name))
+    for f in fields(Transitions):
+        assert torch.equal(getattr(first.transitions, f.name), getattr(again.transitions, f.name))
     assert torch.equal(first.x_0, again.x_0)
     assert torch.equal(first.x_0, other.x_0) == (kind == "ode")
 
@@ -242,17 +242,17 @@ def test_a_seed_is_a_rollout(kind, children):
 @SHAPED
 def test_rows_wait_where_they_are_told_to(kind, children):
     found = go(FLOW, kind, children, store="cpu")
-    tensors = [getattr(found.rows, f.name) for f in fields(Rows)] + [found.x_0, found.idle.x]
+    tensors = [getattr(found.transitions, f.name) for f in fields(Transitions)] + [found.x_0, found.ode_states.x]
     assert {part.device.type for part in tensors} == {"cpu"}
     assert not any(part.requires_grad for part in tensors)
     if torch.cuda.is_available():
-        assert found.rows.to("cuda").x.device.type == "cuda"
+        assert found.transitions.to("cuda").x.device.type == "cuda"
 
 
 def test_rows_can_be_picked():
-    rows = go(FLOW, "sde").rows
+    rows = go(FLOW, "sde").transitions
     at = torch.tensor([7, 2, 2])
-    for f in fields(Rows):
+    for f in fields(Transitions):
         assert torch.equal(getattr(rows[at], f.name), getattr(rows, f.name)[at])
 
 
@@ -266,7 +266,7 @@ def test_values_of_endpoints_are_averaged_over_those_that_a_row_leads_to(path, k
     values = generator(len(found.x_0), 3, seed=8)
     for given_ in (values, values[:, 0]):
         ours = found.mean_over_endpoints(given_)
-        for row in range(len(found.rows)):
+        for row in range(len(found.transitions)):
             leaves = (found.lineage == row).any(1)
             assert leaves.any()
             torch.testing.assert_close(ours[row], given_[leaves].mean(0))
@@ -282,19 +282,19 @@ def test_the_first_rows_of_a_tree_are_means_over_their_leaves():
 @pytest.mark.parametrize("kind, children", [("sde", ()), ("tree", (2, 1, 3))])
 def test_soft_returns_take_off_the_later_log_ratios_and_not_the_rows_own(path, kind, children):
     found = go(path, kind, children)
-    rewards, log_rho = generator(len(found.x_0), seed=9), generator(len(found.rows), seed=10)
+    rewards, log_rho = generator(len(found.x_0), seed=9), generator(len(found.transitions), seed=10)
     ours = soft_returns(found, rewards, log_rho)
-    for row in range(len(found.rows)):
+    for row in range(len(found.transitions)):
         truth = []
         for end in (found.lineage == row).any(1).nonzero().squeeze(1).tolist():
-            later = [r for r in found.lineage[end, int(found.rows.step[row]) + 1 :].tolist() if r >= 0]
+            later = [r for r in found.lineage[end, int(found.transitions.step[row]) + 1 :].tolist() if r >= 0]
             truth.append(rewards[end] - log_rho[later].sum())
         torch.testing.assert_close(ours[row], torch.stack(truth).mean())
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=K).filter(any))
 def test_t13_reallocating_branches_leaves_every_active_step_the_same_weight(children):
-    rows = go(FLOW, "branches", tuple(children)).rows
+    rows = go(FLOW, "branches", tuple(children)).transitions
     total = torch.zeros(K).index_add(0, rows.step, rows.weight)
     active = total[total > 0]
     torch.testing.assert_close(active, active.mean().expand_as(active))
@@ -305,7 +305,7 @@ def test_t13_reallocating_branches_leaves_every_active_step_the_same_weight(chil
 
 @pytest.mark.parametrize("kind, children", [("sde", ()), ("ode", ()), ("tree", (2, 1, 3))])
 def test_weights_are_equal_by_step_for_every_shape(kind, children):
-    rows = go(FLOW, kind, children).rows
+    rows = go(FLOW, kind, children).transitions
     total = torch.zeros(K).index_add(0, rows.step, rows.weight)
     torch.testing.assert_close(total, total.mean().expand_as(total))
 
@@ -319,7 +319,7 @@ def test_thinning_keeps_the_last_step_and_one_of_each_block_without_repeats(keep
     ends, many = 4, 50
     lineage = torch.arange(ends * many).reshape(many, ends).T.clone()
     step = torch.arange(many).repeat_interleave(ends)
-    rows = Rows(*[torch.zeros(ends * many, 1)] * 4, step, step * 0, step * 0, torch.ones(ends * many))
+    rows = Transitions(*[torch.zeros(ends * many, 1)] * 4, step, step * 0, step * 0, torch.ones(ends * many))
     found = Rollout(rows, torch.zeros(ends, 1), torch.zeros(ends).long(), lineage, None)
     kept = thinned(found, keep, seeded(seed))
     for end in range(ends):
@@ -332,7 +332,7 @@ def test_thinning_keeps_the_last_step_and_one_of_each_block_without_repeats(keep
 
 def test_thinning_draws_every_step_of_a_block():
     found = go(FLOW, "sde", roots=2)
-    seen = {int(k) for seed in range(40) for k in found.rows.step[thinned(found, 3, seeded(seed))]}
+    seen = {int(k) for seed in range(40) for k in found.transitions.step[thinned(found, 3, seeded(seed))]}
     assert seen == set(range(K))
 
 
@@ -344,27 +344,27 @@ def world(path, steps: int = K) -> Exact:
     return Exact(triangle(), path, grid)
 
 
-def setting(path, reward=LINEAR, **settings) -> Setting:
+def setting(path, reward=LINEAR, **settings) -> AlignContext:
     given_ = {"prompts": ("",), "steps": K, "prompts_per_epoch": 1, "rollouts": 3, "temperature": 0.5, **settings}
-    return Setting.of(world(path), AlignConfig(**given_), reward)
+    return AlignContext.of(world(path), AlignConfig(**given_), reward)
 
 
 def test_plans_of_settings():
     flow, vp = setting(FLOW).plan, setting(TOY).plan
-    assert flow.drawn.tolist() == [True] * K and vp.drawn.tolist() == [True] * (K - 1) + [False]
+    assert flow.is_stochastic.tolist() == [True] * K and vp.is_stochastic.tolist() == [True] * (K - 1) + [False]
     plan_ = setting(FLOW, window=(1, 3)).plan
-    assert plan_.drawn.tolist() == [False, True, True, True, False, False]
-    assert setting(FLOW, rollout="branches", branches=(4,)).plan.children.tolist() == [4] * K
-    assert setting(TOY, rollout="branches", branches=(4,)).plan.children.tolist() == [4] * (K - 1) + [0]
-    assert setting(FLOW, rollout="branches", branches=(2, 0, 3)).plan.children.tolist() == [2, 0, 3, 0, 0, 0]
-    assert setting(FLOW, rollout="tree", branches=(2, 1, 3)).plan.children.tolist() == [2, 1, 3, 1, 1, 1]
-    assert setting(TOY, rollout="tree", branches=(2,)).plan.children.tolist() == [2] * (K - 1) + [1]
+    assert plan_.is_stochastic.tolist() == [False, True, True, True, False, False]
+    assert setting(FLOW, rollout="branches", branches=(4,)).plan.num_branches.tolist() == [4] * K
+    assert setting(TOY, rollout="branches", branches=(4,)).plan.num_branches.tolist() == [4] * (K - 1) + [0]
+    assert setting(FLOW, rollout="branches", branches=(2, 0, 3)).plan.num_branches.tolist() == [2, 0, 3, 0, 0, 0]
+    assert setting(FLOW, rollout="tree", branches=(2, 1, 3)).plan.num_branches.tolist() == [2, 1, 3, 1, 1, 1]
+    assert setting(TOY, rollout="tree", branches=(2,)).plan.num_branches.tolist() == [2] * (K - 1) + [1]
     narrow = setting(FLOW, rollout="branches", branches=(4,), window=(2, 3)).plan
-    assert narrow.children.tolist() == [0, 0, 4, 4, 0, 0]
-    assert setting(FLOW, rollout="ode", estimator="nft").plan.drawn.tolist() == [False] * K
-    assert setting(FLOW, rollout="ode", estimator="terminal").plan.drawn.tolist() == [True] * K
+    assert narrow.num_branches.tolist() == [0, 0, 4, 4, 0, 0]
+    assert setting(FLOW, rollout="ode", estimator="nft").plan.is_stochastic.tolist() == [False] * K
+    assert setting(FLOW, rollout="ode", estimator="terminal").plan.is_stochastic.tolist() == [True] * K
     early = setting(FLOW, rollout="ode", estimator="terminal", window=(0, 1)).plan
-    assert early.drawn.tolist() == [True] * 2 + [False] * (K - 2)
+    assert early.is_stochastic.tolist() == [True] * 2 + [False] * (K - 2)
 
 
 # collections
@@ -386,11 +386,11 @@ def test_a_collection_is_judged_once_an_endpoint_and_differentiated_once_a_traje
         return 3 - x[:, 0] / 2
 
     one = setting(TOY, Reward("counted", True, reward), estimator="terminal", rollouts=7, train_steps=2)
-    one.model.forwards = 0
-    batch = collect(one, None, 0, {})
+    with one.model.count_nfe() as nfe:
+        batch = collect(one, 0, {})
     assert calls == [(7, False), (7, True)]
-    assert one.model.forwards == 7 * one.plan.forwards()
-    assert len(batch.rollout.rows) == 7 * 2
+    assert nfe.total == 7 * one.plan.nfe()
+    assert len(batch.rollout.transitions) == 7 * 2
     assert not batch.guidance.requires_grad
 
 
@@ -398,11 +398,11 @@ def test_a_collection_is_judged_once_an_endpoint_and_differentiated_once_a_traje
 def test_the_lean_adjoint_is_the_gradient_through_the_reference_chain(path):
     """a_{k+1} = d r(x_K) / d x_{k+1} with the noises held, for DDIM's certain last step too."""
     one = setting(path, estimator="adjoint", sde="ddim", state="current", rollouts=5)
-    batch = collect(one, None, 0, {})
-    rows, s, lineage = batch.rollout.rows, one.s, batch.rollout.lineage
+    batch = collect(one, 0, {})
+    rows, s, lineage = batch.rollout.transitions, one.schedule, batch.rollout.lineage
     for k in range(int(s.noisy.nonzero().max()) + 1):
         row = lineage[:, k]
-        x = rows.after[row].clone().requires_grad_(True)
+        x = rows.x_next[row].clone().requires_grad_(True)
         y = x
         for later in range(k + 1, K):
             t = s.times[later].to(y)
@@ -419,7 +419,7 @@ def test_next_state_guidance_carries_omega_and_current_state_guidance_does_not()
         collect(setting(TOY, estimator="terminal", state=state, rollouts=4), None, 0, {})
         for state in ("current", "next")
     )
-    rows = now.rollout.rows
+    rows = now.rollout.transitions
     torch.testing.assert_close(now.guidance, torch.tensor([-1.0, 0.0]).expand(len(rows), 2))
     omega = steps_of(TOY).omega[rows.step]
     torch.testing.assert_close(ahead.guidance, L.over(omega, now.guidance) * now.guidance)
@@ -428,11 +428,11 @@ def test_next_state_guidance_carries_omega_and_current_state_guidance_does_not()
 def test_tweedie_guidance_is_taken_where_the_settings_say():
     for state in ("current", "next"):
         one = setting(FLOW, estimator="tweedie", state=state, rollouts=4, sde="ddim")
-        batch = collect(one, None, 0, {})
-        rows, s = batch.rollout.rows, one.s
+        batch = collect(one, 0, {})
+        rows, s = batch.rollout.transitions, one.schedule
         for k in range(K):
             at = rows.step == k
-            x, t = (rows.x[at], s.times[k]) if state == "current" else (rows.after[at], s.times[k + 1])
+            x, t = (rows.x[at], s.times[k]) if state == "current" else (rows.x_next[at], s.times[k + 1])
             truth = G.tweedie(lambda x: 2 * (3 - x[:, 0] / 2), one.place(rows.prompt[at]), x, t.to(x), "full")
             truth = truth * (1 if state == "current" else float(s.omega[k]))
             torch.testing.assert_close(batch.guidance[at], truth)
@@ -442,8 +442,8 @@ def test_advantages_compare_siblings_of_one_state_or_all_rows_of_a_prompt():
     shape = {"rollout": "branches", "branches": (3, 0, 2), "rollouts": 2, "advantage": "mean"}
     for group_by in ("root", "prompt"):
         one = setting(FLOW, group_by=group_by, **shape)
-        batch = collect(one, None, 0, {})
-        rows = batch.rollout.rows
+        batch = collect(one, 0, {})
+        rows = batch.rollout.transitions
         returns = batch.rollout.mean_over_endpoints(batch.rewards) / 0.5
         truth = torch.empty(len(rows))
         for k in (0, 2):
@@ -457,7 +457,7 @@ def test_advantages_compare_siblings_of_one_state_or_all_rows_of_a_prompt():
 
 def test_shared_noise_is_one_start_a_prompt():
     one = setting(FLOW, shared_noise=True, prompts=("a", "b"), prompts_per_epoch=2, rollouts=3)
-    rows = collect(one, None, 0, {}).rollout.rows
+    rows = collect(one, 0, {}).rollout.transitions
     first = rows.x[rows.step == 0]
     assert first.unique(dim=0).shape[0] == 2 and bool((first[:3] == first[0]).all())
 
@@ -465,12 +465,12 @@ def test_shared_noise_is_one_start_a_prompt():
 @pytest.mark.parametrize("name", ["nft", "awm"])
 def test_renoised_rows_lie_on_the_path_at_the_samplers_own_times(name):
     one = setting(FLOW, estimator=name, rollout="ode", rollouts=5, renoise=4)
-    batch = collect(one, None, 0, {})
-    rows, s = batch.rollout.rows, one.s
+    batch = collect(one, 0, {})
+    rows, s = batch.rollout.transitions, one.schedule
     assert len(rows) == 5 * 4 == len(batch.advantage)
     t = s.times[rows.step].to(rows.x)
-    torch.testing.assert_close(rows.x, noised(FLOW, rows.after, rows.noise, t))
-    torch.testing.assert_close(rows.after, batch.rollout.x_0.repeat_interleave(4, 0))
+    torch.testing.assert_close(rows.x, noised(FLOW, rows.x_next, rows.noise, t))
+    torch.testing.assert_close(rows.x_next, batch.rollout.x_0.repeat_interleave(4, 0))
     assert all(len(set(some.tolist())) == 4 for some in rows.step.reshape(5, 4))  # of one endpoint, no time twice
     torch.testing.assert_close(rows.output_old, one.output(rows.x, rows.step, rows.prompt))
     assert bool((batch.advantage.reshape(5, 4) == batch.advantage.reshape(5, 4)[:, :1]).all())
@@ -494,14 +494,14 @@ def test_t13_the_rewards_scale_over_the_temperature_is_all_that_counts():
 def test_critics_learn_the_reward_over_the_temperature_whatever_the_advantage(settings):
     """DAG's flow ends at r / alpha: a normalised advantage, which does without alpha, must not take it away."""
     one = setting(FLOW, advantage="std", **settings)
-    batch = collect(one, None, 0, {})
+    batch = collect(one, 0, {})
     torch.testing.assert_close(batch.returns, batch.rollout.mean_over_endpoints(batch.rewards) / 0.5)
 
 
 def test_soft_collections_are_soft_returns_of_the_reference():
     """At the start policy and reference agree, so that r_tilde is r; then the last layer moves."""
     one = setting(FLOW, advantage="raw", soft=True, rollouts=4, advantage_clip=1e9)
-    batch = collect(one, None, 0, {})
+    batch = collect(one, 0, {})
     normalised = collect(replace(one, config=replace(one.config, advantage="std")), None, 0, {})
     torch.testing.assert_close(normalised.returns, batch.returns)  # log-ratios are in nats, so that r must be too
     plain = batch.rollout.mean_over_endpoints(batch.rewards) / 0.5
@@ -509,8 +509,8 @@ def test_soft_collections_are_soft_returns_of_the_reference():
     one.model.unfreeze("all")
     with torch.no_grad():
         one.model.network.last.bias += 0.3
-    batch = collect(one, None, 0, {})
-    rows, s = batch.rollout.rows, one.s
+    batch = collect(one, 0, {})
+    rows, s = batch.rollout.transitions, one.schedule
     shift = torch.full_like(rows.output_old, 0.3)  # f - f_ref
     log_rho = (
         L.log_ratio(rows.output_old, rows.output_old - shift, rows.noise, s.w[rows.step])
@@ -522,11 +522,13 @@ def test_soft_collections_are_soft_returns_of_the_reference():
 
 @pytest.mark.parametrize("name", ["reinforce", "tempflow-grpo", "branch-grpo", "rsm-branch-sd35", "flow-grpo"])
 def test_recipes_cost_what_their_plans_say(name):
-    config = replace(preset(name), prompts=("",), steps=10, prompts_per_epoch=1, rollouts=2)
-    one = Setting.of(world(FLOW, 10), config, LINEAR)
-    one.model.forwards = 0
+    config = replace(
+        AlignConfig.preset_of(name, "laptop", {}), prompts=("",), steps=10, prompts_per_epoch=1, rollouts=2
+    )
+    one = AlignContext.of(world(FLOW, 10), config, LINEAR)
     log: dict[str, float] = {}
-    collect(one, None, 0, log)
-    reference = 2 * int(one.plan.drawn.sum()) if config.soft else 0
-    assert one.model.forwards == 2 * one.plan.forwards() + reference
+    with one.model.count_nfe() as nfe:
+        collect(one, 0, log)
+    reference = 2 * int(one.plan.is_stochastic.sum()) if config.soft else 0
+    assert nfe.total == 2 * one.plan.nfe() + reference
     assert log["reward calls"] == 2 * one.plan.endpoints()

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fieldsmith.methods.align import losses as L
+from fieldsmith import verb
 from fieldsmith.methods.align.collect import Batch, collect
-from fieldsmith.methods.align.config import RECIPES, REGRESSIONS, preset
-from fieldsmith.methods.align.loop import Method, align
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.align.config import RECIPES, REGRESSIONS, AlignConfig
+from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.align.objectives import transition_losses
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.policy import losses as L
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow, VariancePreserving
 from fieldsmith.rewards import Reward
@@ -50,6 +53,10 @@ class Affine(nn.Module):
         return torch.einsum("nab,nb->na", self.A[k], x) + self.c[k]
 
 
+def preset(name: str) -> AlignConfig:
+    return AlignConfig.preset_of(name, "laptop", {})
+
+
 def gaussian() -> Mixture:
     return isotropic(MEAN[None], math.sqrt(PRIOR))
 
@@ -59,8 +66,8 @@ def optimum(reward: Reward) -> Mixture:
     return gaussian().tilted(linear, quadratic).mixture
 
 
-def start(path, reward: Reward, name: str, **settings) -> Method:
-    """A method whose network is an untrained affine correction."""
+def start(path, reward: Reward, name: str, **settings) -> AlignContext:
+    """A context whose network is an untrained affine correction."""
     grid = flow_grid(K) if path is FLOW else ddim_grid(TOY, K)
     model = Exact(gaussian(), path, grid)
     model.network = Affine(grid[:-1], 2)
@@ -68,15 +75,15 @@ def start(path, reward: Reward, name: str, **settings) -> Method:
         preset(name), prompts=("",), steps=K, prompts_per_epoch=1, temperature=1.0, chunk=1_000_000, full=True,
         subset="all", train_steps=None, proximal=0.0, **{"rollouts": 2000, **settings},
     )  # fmt: skip
-    setting = replace(Setting.of(model, config, reward), prior=PRIOR)
+    setting = replace(AlignContext.of(model, config, reward), prior=PRIOR)
     model.unfreeze("all")
-    return Method(setting)
+    return setting
 
 
 @torch.no_grad()
-def fit(method: Method, batch: Batch, wanted: Tensor, keep: float) -> None:
+def fit(context: AlignContext, batch: Batch, wanted: Tensor, keep: float) -> None:
     """Least squares of the outputs' wished shifts (n, d) on (x, 1) at every step; `keep` of the old answer stays."""
-    rows, network = batch.rollout.rows, method.model.network
+    rows, network = batch.rollout.transitions, context.model.network
     for k in rows.step.unique().tolist():
         at = rows.step == k
         x = torch.cat((rows.x[at], torch.ones(int(at.sum()), 1)), 1).double()
@@ -85,17 +92,22 @@ def fit(method: Method, batch: Batch, wanted: Tensor, keep: float) -> None:
         network.c[k] = keep * network.c[k] + (1 - keep) * found[:, 2]
 
 
-def regress(method: Method, rounds: int, keep: float = 0.5) -> Batch:
+def regress(context: AlignContext, rounds: int, keep: float = 0.5) -> Batch:
     """To the fixed point: collect under the current policy, fit, repeat."""
-    s, pull = method.setting.s, method.strength.pull
+    s, gamma = context.schedule, context.strength.gamma
     for epoch in range(rounds):
-        batch = collect(method.setting, None, epoch, {})
-        step = batch.rollout.rows.step
-        fit(method, batch, L.over((pull / s.kappa)[step], batch.guidance) * batch.guidance, keep * (epoch < rounds - 1))
+        batch = collect(context, epoch, {})
+        step = batch.rollout.transitions.step
+        fit(
+            context,
+            batch,
+            L.over((gamma / s.kappa)[step], batch.guidance) * batch.guidance,
+            keep * (epoch < rounds - 1),
+        )
     return batch
 
 
-def chain(model: Exact, setting: Setting) -> list[tuple[Tensor, Tensor, float]]:
+def chain(model: Exact, setting: AlignContext) -> list[tuple[Tensor, Tensor, float]]:
     """The sampler of an affine field: x' = M x + o + sigma eps, (M, o, sigma) by step."""
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     condition, grid, steps = model.encode([""] * 3), model.grid_times, []
@@ -136,9 +148,9 @@ def best(reference: list[tuple[Tensor, Tensor, float]], reward: Reward) -> tuple
     return moments(steps)
 
 
-def reference(method: Method) -> list[tuple[Tensor, Tensor, float]]:
-    with method.model.reference():
-        return chain(method.model, method.setting)
+def reference(context: AlignContext) -> list[tuple[Tensor, Tensor, float]]:
+    with context.model.reference():
+        return chain(context.model, context)
 
 
 def assert_moments(ours: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], tolerance: float) -> None:
@@ -146,9 +158,9 @@ def assert_moments(ours: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], to
         torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
 
 
-def tilted_field(method: Method, reward: Reward) -> tuple[Tensor, Tensor]:
+def tilted_field(context: AlignContext, reward: Reward) -> tuple[Tensor, Tensor]:
     """Moments that the exact field of p* reaches on the same grid."""
-    setting = method.setting
+    setting = context
     return moments(chain(Exact(optimum(reward), setting.model.path, setting.model.grid_times), setting))
 
 
@@ -156,19 +168,19 @@ def tilted_field(method: Method, reward: Reward) -> tuple[Tensor, Tensor]:
 @REWARDS
 def test_t12_gaussian_terminal_converges_to_the_tilted_law(path, reward):
     """To what the field of p* makes on this grid, whose mean is p*'s; its variance is too small by the grid alone."""
-    method = start(path, reward, "gaussian-terminal")
-    assert method.setting.sde == "ddim"
-    regress(method, 8)
-    ours, before, law = moments(chain(method.model, method.setting)), moments(reference(method)), optimum(reward)
-    assert_moments(ours, tilted_field(method, reward), 0.015)
+    context = start(path, reward, "gaussian-terminal")
+    assert context.sde == "ddim"
+    regress(context, 8)
+    ours, before, law = moments(chain(context.model, context)), moments(reference(context)), optimum(reward)
+    assert_moments(ours, tilted_field(context, reward), 0.015)
     assert float((ours[0] - law.mean).norm()) < 0.05 * float((before[0] - law.mean).norm())
 
 
 def test_t12_gaussian_terminal_needs_the_memoryless_step():
     """Other noise keeps the marginals but not x_0 given x_t: a bias of a fifth of p*'s variance at any step size."""
-    method = start(FLOW, O2, "gaussian-terminal", sde="flow-sde")
-    regress(method, 8)
-    ours, truth = moments(chain(method.model, method.setting)), tilted_field(method, O2)
+    context = start(FLOW, O2, "gaussian-terminal", sde="flow-sde")
+    regress(context, 8)
+    ours, truth = moments(chain(context.model, context)), tilted_field(context, O2)
     assert float((ours[1] - truth[1]).diagonal().abs().min()) > 0.04
 
 
@@ -177,37 +189,37 @@ def test_t12_gaussian_terminal_needs_the_memoryless_step():
 @pytest.mark.parametrize("sde", ["auto", "ddim"])
 def test_t12_adjoint_matching_converges_to_the_best_policy_of_the_chain(path, reward, sde):
     """However coarse the grid: at its fixed point the lean adjoint is the discrete value's own gradient."""
-    method = start(path, reward, "adjoint-matching", sde=sde)
-    regress(method, 8)
+    context = start(path, reward, "adjoint-matching", sde=sde)
+    regress(context, 8)
     tolerance = 1e-4 if reward is O1 else 0.02  # a linear reward's adjoint does not vary
-    assert_moments(moments(chain(method.model, method.setting)), best(reference(method), reward), tolerance)
+    assert_moments(moments(chain(context.model, context)), best(reference(context), reward), tolerance)
 
 
 @PATHS
 @REWARDS
 def test_t12_reinforce_with_soft_returns_converges_to_the_best_policy_of_the_chain(path, reward):
     """At rest, the mean of the advantage times the noise is what the step's KL pulls back: f - f_ref = E[A eps] / w."""
-    method = start(path, reward, "reinforce", advantage="leave-one-out", advantage_clip=1e9)
-    s = method.setting.s
+    context = start(path, reward, "reinforce", advantage="leave-one-out", advantage_clip=1e9)
+    s = context.schedule
     for epoch in range(16):
-        batch = collect(method.setting, None, epoch, {})
-        rows = batch.rollout.rows
-        fit(method, batch, L.over(batch.advantage / s.w[rows.step], rows.noise) * rows.noise, 0.7)
-    assert_moments(moments(chain(method.model, method.setting)), best(reference(method), reward), 0.04)
+        batch = collect(context, epoch, {})
+        rows = batch.rollout.transitions
+        fit(context, batch, L.over(batch.advantage / s.w[rows.step], rows.noise) * rows.noise, 0.7)
+    assert_moments(moments(chain(context.model, context)), best(reference(context), reward), 0.04)
 
 
 def test_t12_one_step_guidance_converges_to_its_own_weaker_fixed_point():
     """T2's bias when it feeds on itself: Psi = -k (mu - c) J with k = lam (1 - k v)^2, where k* = lam / (1 + lam v)."""
-    method = start(TOY, O2, "sqdf", state="current", strength="ratio", lookahead=0, rollouts=200)
-    regress(method, 14)
-    s = method.setting.s
+    context = start(TOY, O2, "sqdf", state="current", strength="ratio", lookahead=0, rollouts=200)
+    regress(context, 14)
+    s = context.schedule
     alpha, sigma = TOY.alpha(s.t), TOY.sigma(s.t)
     J = alpha * PRIOR / (alpha**2 * PRIOR + sigma**2)
     u = LAM * J * sigma**2 / alpha  # lam v
     k = LAM * ((1 + 2 * u - (1 + 4 * u).sqrt()) / (2 * u**2))
     torch.testing.assert_close(k, LAM * (1 - k * u / LAM) ** 2)
     drawn = s.noisy
-    slope = (method.model.network.A.detach()[:, 0, 0] * s.kappa)[drawn]
+    slope = (context.model.network.A.detach()[:, 0, 0] * s.kappa)[drawn]
     torch.testing.assert_close(slope, (-k * J**2)[drawn], rtol=2e-3, atol=1e-4)
     assert bool((k < LAM / (1 + u)).all())
 
@@ -223,18 +235,18 @@ REGRESSING = [
 @pytest.mark.parametrize("name", REGRESSING)
 def test_the_loops_loss_is_at_rest_where_the_regression_is_solved(path, name):
     """Of every first-order recipe: a KL beside the regression, which holds it already, would count it twice."""
-    method = start(path, O2, name, rollouts=500)
-    method.setting.model.network.c.data += 0.1  # away from the reference, so that it counts
-    weights = list(method.model.trainable().values())
+    context = start(path, O2, name, rollouts=500)
+    context.model.network.c.data += 0.1  # away from the reference, so that it counts
+    weights = list(context.model.trainable().values())
 
     def slope(batch: Batch) -> float:
-        loss = method.loss(batch)[0] * batch.rollout.rows.weight
+        loss = transition_losses(context, batch)[0] * batch.rollout.transitions.weight
         return float(sum(g.abs().sum() for g in torch.autograd.grad(loss.mean(), weights)))
 
-    batch = collect(method.setting, None, 0, {})
+    batch = collect(context, 0, {})
     before = slope(batch)
-    s, step = method.setting.s, batch.rollout.rows.step
-    fit(method, batch, L.over((method.strength.pull / s.kappa)[step], batch.guidance) * batch.guidance, 0.0)
+    s, step = context.schedule, batch.rollout.transitions.step
+    fit(context, batch, L.over((context.strength.gamma / s.kappa)[step], batch.guidance) * batch.guidance, 0.0)
     assert slope(batch) < 1e-3 * before
 
 
@@ -251,14 +263,14 @@ def mixture(**settings):
 
 def measured(model: Exact) -> dict[str, float | list[float]]:
     """Reward and mode fractions of 4,000 ancestral samples, and the KL of their paths to the triangle's own."""
-    setting = Setting.of(model, replace(preset("ddpo"), **mixture()), REWARD)
+    setting = AlignContext.of(model, replace(preset("ddpo"), **mixture()), REWARD)
     found = setting.roll(model.noise(4000, seeded(9)), torch.zeros(4000).long(), seeded(10))
     rows, x = found.rows, found.x_0.double()
-    times = setting.s.times[rows.step]
+    times = setting.schedule.times[rows.step]
     base = torch.cat(
         [triangle().eps(rows.x[at].double(), times[at], TOY) for at in torch.arange(len(times)).split(20_000)]
     )
-    kl = L.gaussian_kl(rows.output_old.double(), base, setting.s.w[rows.step]).sum() / 4000
+    kl = L.gaussian_kl(rows.output_old.double(), base, setting.schedule.w[rows.step]).sum() / 4000
     return {"reward": float(REWARD.function(x, []).mean()), "modes": triangle().fractions(x).tolist(), "kl": float(kl)}
 
 
@@ -278,7 +290,7 @@ def best_field() -> dict:
 
 def trained(name: str, **settings) -> dict:
     model = Exact(triangle(), TOY, GRID)
-    align(model, replace(preset(name), **mixture(**settings)), REWARD)
+    verb.train(ALIGN, model, replace(preset(name), **mixture(**settings)), Inputs(REWARD))
     return measured(model)
 
 

@@ -1,4 +1,4 @@
-"""`fieldsmith audit`: estimators against closed forms (RSM notes, 8.3), break points by simulation, the command."""
+"""`fieldsmith diagnose audit`: estimators against closed forms (RSM notes, 8.3), break points by simulation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from fieldsmith.cli import main
-from fieldsmith.commands.audit import AuditConfig, check
+from fieldsmith.diagnose.config import AuditConfig
 from fieldsmith.errors import InputError
-from fieldsmith.methods.align import losses as L
 from fieldsmith.methods.align.advice import along_steps, breaks, decided, outlook, outlooks, outside, recommend
 from fieldsmith.methods.align.audit import Moment, Row, Truths, compare, measure, ratio
-from fieldsmith.methods.align.config import RECIPES, AlignConfig, preset
+from fieldsmith.methods.align.config import RECIPES, AlignConfig
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.probes import estimates, follow, pathwise, reference, zeroth
-from fieldsmith.methods.align.schedule import schedule
-from fieldsmith.methods.align.setting import Setting
+from fieldsmith.methods.policy import losses as L
+from fieldsmith.methods.policy.schedule import schedule
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward
@@ -43,10 +43,12 @@ def quadratic(x: Tensor, _: Any) -> Tensor:
     return -(x - C.to(x)).square().sum(1) / 2
 
 
-def setting(function: Any, steps: int = 8, differentiable: bool = True, mixture: Mixture = GAUSSIAN, **more) -> Setting:
+def setting(
+    function: Any, steps: int = 8, differentiable: bool = True, mixture: Mixture = GAUSSIAN, **more
+) -> AlignContext:
     """Memoryless steps (DDIM at eta 1) on an exact world, the reference policy."""
     config = AlignConfig(prompts=("a point",), steps=steps, sde="ddim", strength="jacobian", **more)
-    return Setting.of(Exact(mixture, FLOW, flow_grid(steps)), config, Reward("its own", differentiable, function))
+    return AlignContext.of(Exact(mixture, FLOW, flow_grid(steps)), config, Reward("its own", differentiable, function))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -62,7 +64,7 @@ def J(t: float) -> float:
 
 
 @cache
-def fine() -> Setting:
+def fine() -> AlignContext:
     return setting(linear, steps=60)
 
 
@@ -73,10 +75,12 @@ def fine() -> Setting:
 def test_every_estimator_is_unbiased_on_a_gaussian_with_a_linear_reward(k):
     s = fine()
     x = follow(s, s.model.noise(1, seeded()), 0, torch.zeros(1, dtype=torch.long), seeded(1))[k]
-    truth = J(float(s.s.times[k])) * A
+    truth = J(float(s.schedule.times[k])) * A
     found, _, _ = estimates(s, x, k, torch.zeros(1, dtype=torch.long), 3000, seeded(2))
-    after = float(s.s.times[k + 1])
-    certain = float(s.s.omega[k]) * S0 / ((1 - after) ** 2 * S0**2 + after**2) ** 0.5 * A  # what the ODE makes of it
+    after = float(s.schedule.times[k + 1])
+    certain = (
+        float(s.schedule.omega[k]) * S0 / ((1 - after) ** 2 * S0**2 + after**2) ** 0.5 * A
+    )  # what the ODE makes of it
     for name, estimate in found.items():
         if "identity" in name or "linear" in name or "terminal x omega" in name:
             continue  # other scales, the same direction
@@ -86,7 +90,7 @@ def test_every_estimator_is_unbiased_on_a_gaussian_with_a_linear_reward(k):
         shrunk = 0.75 if "mean" in name else 1
         slack = 4 * float(error) + 0.1 * float(truth.norm())  # the chain has 60 steps
         assert (mean - shrunk * (certain if "ODE" in name else truth)).norm() < slack, name
-    next_state = float(s.s.omega[k]) * J(after) * A
+    next_state = float(s.schedule.omega[k]) * J(after) * A
     assert torch.allclose(found["tweedie, next"].values.mean(0).flatten().double(), next_state, rtol=1e-4)
     for name in ("tweedie, identity", "terminal x linear, ODE", "terminal x omega"):
         assert torch.cosine_similarity(found[name].values.mean(0).flatten().double(), A, dim=0) > 0.9999
@@ -105,8 +109,8 @@ def test_the_two_references_agree_and_are_exact_on_an_affine_chain():
     ends = follow(s, base, k + 1, one(base), seeded(3), twins=False)
     quiet = [follow(s, base[i : i + 1], k + 1, one(base[:1]), seeded(3))[-1][0] for i in range(4)]
     slope = torch.stack([(quiet[i] - quiet[0]) @ A.float() for i in (1, 2, 3)])
-    exact = float(s.s.omega[k]) * slope
-    assert ends.shape == (len(s.s) - k, 4, 3)
+    exact = float(s.schedule.omega[k]) * slope
+    assert ends.shape == (len(s.schedule) - k, 4, 3)
     assert torch.allclose(path, exact, atol=1e-4)
     assert (zero - exact).norm() < 0.05 * exact.norm()
 
@@ -116,7 +120,7 @@ def test_the_two_references_agree_and_are_exact_on_an_affine_chain():
 
 def test_tweedie_is_off_from_the_soft_value_by_the_posteriors_variance():
     s, k, lam = setting(quadratic, steps=20), 8, 1.0
-    t = s.s.times[k]
+    t = s.schedule.times[k]
     x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
     plain = GAUSSIAN.tilted(lam * C, lam * torch.eye(3, dtype=torch.float64), strength=1e-5).mixture
     soft = GAUSSIAN.tilted(lam * C, lam * torch.eye(3, dtype=torch.float64)).mixture
@@ -168,7 +172,7 @@ def test_zeroth_order_and_pathwise_references_give_the_same_audit():
 
 
 def test_the_variance_of_siblings_falls_as_one_over_k_and_the_group_mean_shrinks():
-    s = fine().s
+    s = fine().schedule
     noise = torch.randn(60_000, 3, generator=seeded())
     rewards = noise @ A.float() + 0.5 * torch.randn(60_000, generator=seeded(1))
     truth = float(s.omega[20] / s.sigma[20]) * A
@@ -236,7 +240,7 @@ def test_break_points_hold_in_simulation(trust, clip):
             log_rho = w * L.dot(move, noise)
         sigma = s.sigma[k].expand(len(noise))
         sign = torch.randn(len(noise), generator=g, dtype=torch.float64).sign()  # knows nothing of the noise
-        held = L.held(log_rho, sign, trust, clip, sigma).double().mean()
+        held = L.clipped(log_rho, sign, trust, clip, sigma).double().mean()
         assert float(held) == pytest.approx(0.25, abs=0.01)
     assert torch.allclose(outside(at, s, trust, clip), torch.full_like(at, 0.5), atol=1e-6)
     assert bool((outside(at * 1.1, s, trust, clip) > 0.5).all())
@@ -252,7 +256,7 @@ def test_the_fair_hinge_breaks_at_one_displacement_of_x_and_the_hinge_at_one_of_
 
 def test_strengths_of_recipes():
     s = schedule(FLOW, flow_grid(10, 3.0), "velocity", "flow-sde", 0.7)
-    h = {name: outlook(name, preset(name), s, 1.0) for name in RECIPES}
+    h = {name: outlook(name, AlignConfig.preset_of(name, "laptop", {}), s, 1.0) for name in RECIPES}
     assert h["pcpo-diffusion"] is None
     assert torch.allclose(h["flow-grpo"].h, (s.w * s.sigma).abs() / 2)
     assert torch.allclose(h["tempflow-grpo"].h[:9], (2.25 * s.sigma * (s.w * s.sigma).abs() / 2)[:9])
@@ -276,7 +280,10 @@ def perfect(s: Any, truth2: float = 1.0, rows: Any = None) -> list[Moment]:
 
 def test_a_perfect_estimator_loses_by_its_strengths_alone():
     s = schedule(FLOW, flow_grid(10, 3.0), "velocity", "flow-sde", 0.7)
-    found = {one.name: one for one in outlooks({n: preset(n) for n in RECIPES}, s, 1.0, perfect(s))}
+    found = {
+        one.name: one
+        for one in outlooks({n: AlignConfig.preset_of(n, "laptop", {}) for n in RECIPES}, s, 1.0, perfect(s))
+    }
     flow = found["flow-grpo"]
     assert flow.of_estimator == pytest.approx(1) and flow.hurts == "strength per step"
     a, b = s.w.abs() * flow.h / s.omega, s.sigma / s.omega
@@ -288,7 +295,7 @@ def test_a_perfect_estimator_loses_by_its_strengths_alone():
 
 def test_the_recommendation_follows_the_numbers():
     s = schedule(FLOW, flow_grid(10, 3.0), "velocity", "flow-sde", 0.7)
-    presets = {n: preset(n) for n in RECIPES}
+    presets = {n: AlignConfig.preset_of(n, "laptop", {}) for n in RECIPES}
     noisy = Row(0.0, 0.1, 1.0, 0.1, 1.0, 500.0, 161)
     skewed = Row(0.8, 0.01, 0.3, 0.01, 1.0, 0.0, 1)
     off = ("tweedie", "tweedie, identity", "adjoint", "lookahead", "tweedie, next")
@@ -338,6 +345,7 @@ TINY = ["--model", "zoo:shapes-flux-small", "--times", "2", "--states", "3", "--
 
 def test_a_model_of_the_users_own_is_audited_at_published_thresholds_where_there_are_some(tmp_path, flux_folder):
     words = [
+        "diagnose",
         "audit",
         "--model",
         str(flux_folder),
@@ -356,21 +364,24 @@ def test_a_model_of_the_users_own_is_audited_at_published_thresholds_where_there
 
 def test_the_command_on_a_model_and_a_differentiable_reward(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["audit", *TINY, "--out", str(out)]) == 0
+    assert main(["diagnose", "audit", *TINY, "--out", str(out)]) == 0
     assert {f.name for f in out.iterdir()} == {"config.toml", "metrics.json", "report.html"}
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["method"] == "audit" and metrics["reference"] == "pathwise" and metrics["forward_equivalents"] > 0
+    assert metrics["instrument"] == "audit" and metrics["reference"] == "pathwise"
+    assert metrics["forward_equivalents"] > 0
     assert [m["step"] for m in metrics["times"]] == [0, 3]
     assert {"tweedie", "adjoint", "16 siblings, ODE"} <= set(metrics["times"][1]["variances"])
     assert metrics["recommendation"].split()[1].strip(".") in RECIPES
     page = (out / "report.html").read_text()
     assert metrics["recommendation"][:30] in page.replace("&#39;", "'") and "<svg" in page
     assert "Use " in " ".join(capsys.readouterr().err.split())
-    assert main(["audit", *TINY, "--out", str(out)]) == 0 and "is complete" in " ".join(capsys.readouterr().err.split())
+    assert main(["diagnose", "audit", *TINY, "--out", str(out)]) == 0 and "is complete" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_black_box_has_zeroth_order_rows_only(tmp_path):
-    assert main(["audit", *TINY, "--reward", "right", "--out", str(tmp_path / "run")]) == 0
+    assert main(["diagnose", "audit", *TINY, "--reward", "right", "--out", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["reference"] == "zeroth order"
     assert all("siblings" in name for m in metrics["times"] for name in m["variances"])
@@ -379,11 +390,11 @@ def test_a_black_box_has_zeroth_order_rows_only(tmp_path):
 
 def test_an_exact_world_is_held_against_its_closed_form(tmp_path):
     words = ["--model", "world:triangle", "--reward", "linear", "--steps", "12", "--states", "4", "--samples", "16"]
-    assert main(["audit", *words, "--out", str(tmp_path / "a")]) == 0
+    assert main(["diagnose", "audit", *words, "--out", str(tmp_path / "a")]) == 0
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert metrics["reference"] == "closed form" and not metrics["times"][0]["certain"]  # t = 1 says nothing of x_0
     assert metrics["times"][2]["estimators"]["tweedie"]["bias"] < 0.01 and metrics["times"][2]["soft"] > 0
-    assert main(["audit", *words, "--reference", "zeroth-order", "--out", str(tmp_path / "b")]) == 0
+    assert main(["diagnose", "audit", *words, "--reference", "zeroth-order", "--out", str(tmp_path / "b")]) == 0
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["reference"] == "zeroth order"
 
 
@@ -401,7 +412,7 @@ def test_an_exact_world_is_held_against_its_closed_form(tmp_path):
         (["--sde", "ddim-uniform"], "sde 'ddim-uniform' does not fit"),
         (["--prompts", "a rde star"], "'rde'.*did you mean 'red'"),
         (["--state", "3"], "'--state'.*did you mean '--states'"),
-        (["--reward", "test_audit:same", *TINY[2:]], "gave the same value .0.5. to all 192 images"),
+        (["--reward", "python:test_audit:same", *TINY[2:]], "gave the same value .0.5. to all 192 images"),
     ],
     ids=lambda part: " ".join(part[:2]) if isinstance(part, list) else "",
 )
@@ -410,7 +421,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monk
 
     monkeypatch.syspath_prepend(str(__import__("pathlib").Path(__file__).parent))
     model = [] if "--model" in words else TINY[:2]
-    assert main(["audit", *model, *words, "--out", str(tmp_path / "run")]) == 2
+    assert main(["diagnose", "audit", *model, *words, "--out", str(tmp_path / "run")]) == 2
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(says, sentence), sentence
     assert not (tmp_path / "run").exists()
@@ -421,7 +432,7 @@ def same(images: Tensor, prompts: Any) -> Tensor:
 
 
 def test_no_out_and_small_chunks_are_refused(capsys):
-    assert main(["audit"]) == 2
+    assert main(["diagnose", "audit"]) == 2
     assert "no out folder given; add --out" in capsys.readouterr().err
     with pytest.raises(InputError, match="chunk=2 must be at least 8"):
-        check(AuditConfig(chunk=2))
+        AuditConfig(chunk=2).check()

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.metrics.classifier import train_classifier
+from fieldsmith.measure.classifier import train_classifier
 from fieldsmith.worlds import classes
 from fieldsmith.worlds.classes import Classes, digits, folder, load, shapes
 from fieldsmith.worlds.shapes import ShapesWorld, parse

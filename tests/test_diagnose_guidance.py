@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fieldsmith.cli import main
-from fieldsmith.diagnose.guidance import (
+from fieldsmith.errors import InputError
+from fieldsmith.measure.guidance import (
     Guidance,
     ask,
     liveness,
@@ -21,7 +22,6 @@ from fieldsmith.diagnose.guidance import (
     noised_tuples,
     path_tuples,
 )
-from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.models.branches import Branches
 from fieldsmith.models.tiny import unet_pipeline
@@ -213,7 +213,8 @@ def tiny() -> UNet:
 
 def test_noised_states_are_stratified_and_carry_their_labels(tiny):
     images, labels = torch.rand(7, 1, 8, 8, generator=seeded()), torch.arange(7)
-    tuples = noised_tuples(tiny, images, labels, 50, seeded())
+    with tiny.count_nfe() as nfe:
+        tuples = noised_tuples(tiny, images, labels, 50, seeded())
     index = (tuples.t * 1000).round().long() - 1
     assert (index // 20).tolist() == list(range(50)) and tuples.x_t.shape == (50, 1, 8, 8) and len(tuples) == 50
     label = tuples.condition.parts["label"]
@@ -221,7 +222,7 @@ def test_noised_states_are_stratified_and_carry_their_labels(tiny):
     early = noised_tuples(tiny, images, [DIGITS[i] for i in range(7)], 2000, seeded())
     first = early.x_t[0] - tiny.encode_images(images)[early.condition.parts["label"][0]]
     assert float(first.abs().max()) < 0.1  # t = 1/1000: the image that its label names
-    assert tiny.forwards == 0
+    assert nfe.total == 0
 
 
 def test_flow_states_lie_inside_the_path(flux_folder):
@@ -230,24 +231,27 @@ def test_flow_states_lie_inside_the_path(flux_folder):
     assert ((tuples.t * 10).floor().long()).tolist() == list(range(10)) and float(tuples.t.min()) > 0
     with pytest.raises(InputError, match="knows no classes"):
         noised_tuples(model, torch.rand(2, 3, 32, 32), torch.arange(2), 10, seeded())
-    output = ask(model, path_tuples(model, ["red circle"], 3, 2.0, seeded(), 5), batch=2)
-    assert output.gap.shape == (5, 16, 32) and model.forwards == 0
+    with model.count_nfe() as nfe:
+        output = ask(model, path_tuples(model, ["red circle"], 3, 2.0, seeded(), 5), batch=2)
+    assert output.gap.shape == (5, 16, 32) and nfe.total == 0
 
 
 def test_path_states_follow_the_models_guided_steps(tiny):
-    tuples = path_tuples(tiny, ["3", "5"], 4, 2.0, seeded(), 10, batch=2)
+    with tiny.count_nfe() as nfe:
+        tuples = path_tuples(tiny, ["3", "5"], 4, 2.0, seeded(), 10, batch=2)
     grid = tiny.grid(4)
     assert torch.equal(tuples.t, grid[:-1].repeat(3)[:10])
     assert tuples.condition.parts["label"].tolist() == [3] * 4 + [5] * 4 + [3] * 2
     assert torch.equal(tuples.x_t[[0, 4, 8]], tiny.noise(3, seeded()))
-    assert tiny.forwards == 0
+    assert nfe.total == 0
 
 
 def test_asking_in_batches_changes_nothing_and_costs_no_training(tiny):
     tuples = path_tuples(tiny, DIGITS, 5, 1.0, seeded(), 20)
-    whole, parts = ask(tiny, tuples), ask(tiny, tuples, batch=7)
+    with tiny.count_nfe() as nfe:
+        whole, parts = ask(tiny, tuples), ask(tiny, tuples, batch=7)
     assert torch.allclose(whole.conditional, parts.conditional, atol=1e-5) and not whole.gap.requires_grad
-    assert torch.allclose(whole.unconditional, parts.unconditional, atol=1e-5) and tiny.forwards == 0
+    assert torch.allclose(whole.unconditional, parts.unconditional, atol=1e-5) and nfe.total == 0
     assert measure(whole, whole, tuples.t).verdict == "healthy"
 
 
@@ -270,7 +274,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_the_command_measures_both_kinds_of_states_and_writes_a_page(tmp_path, pair, capsys):
-    words = ["diagnose", "--guidance", "--model", pair[0], "--teacher", pair[1], "--data", "digits", *SMALL]
+    words = ["diagnose", "guidance", "--model", pair[0], "--teacher", pair[1], "--data", "digits", *SMALL]
     out = tmp_path / "run"
     assert main([*words, "--out", str(out)]) == 0
     assert {f.name for f in out.iterdir()} == {"config.toml", "metrics.json", "report.html"}
@@ -288,7 +292,7 @@ def test_the_command_measures_both_kinds_of_states_and_writes_a_page(tmp_path, p
 
 
 def test_a_teacher_against_itself_is_healthy_and_text_models_are_measured_on_their_path(tmp_path, pair, flux_folder):
-    words = ["diagnose", "--guidance", *SMALL]
+    words = ["diagnose", "guidance", *SMALL]
     same = ["--model", pair[1], "--teacher", pair[1], "--data", "digits", "--out", str(tmp_path / "a")]
     assert main([*words, *same]) == 0
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
@@ -302,7 +306,6 @@ def test_a_teacher_against_itself_is_healthy_and_text_models_are_measured_on_the
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"--guidance": None}, "no instrument named; add either --guidance"),
         ({"--teacher": None}, "no teacher given; add --teacher"),
         ({"--model": None}, "no model given; add --model"),
         ({"--data": None}, "no data given.*add --data digits"),
@@ -327,12 +330,12 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, pair, capsys
         "no-null": {"class_rows": 10}, "plain": {"classes": None}, "three": {"classes": ("cat", "dog", "owl")},
         "large": {"size": 16}, "x_0": {"prediction_type": "sample"}, "schedule": {"beta_schedule": "squaredcos_cap_v2"},
     }  # fmt: skip
-    settings: dict[str, str | None] = {"--guidance": "", "--model": pair[0], "--teacher": pair[1], "--data": "digits"}
+    settings: dict[str, str | None] = {"--model": pair[0], "--teacher": pair[1], "--data": "digits"}
     for flag, value in change.items():
         settings[flag] = saved(tmp_path / "odd", **made[value]) if value in made else value
     words = [word for flag, value in settings.items() if value is not None for word in (flag, value) if word]
     small = [] if "--tuples" in change else SMALL
-    assert main(["diagnose", *words, *small, "--out", str(tmp_path / "run")]) == 2
+    assert main(["diagnose", "guidance", *words, *small, "--out", str(tmp_path / "run")]) == 2
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(says, sentence), sentence
     assert not re.search(r"[.!] [A-Z]|Traceback", sentence), sentence
@@ -340,7 +343,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, pair, capsys
 
 
 def test_models_that_read_text_refuse_data_and_need_prompts(tmp_path, flux_folder, capsys):
-    words = ["diagnose", "--guidance", "--model", str(flux_folder), "--teacher", str(flux_folder), *SMALL]
+    words = ["diagnose", "guidance", "--model", str(flux_folder), "--teacher", str(flux_folder), *SMALL]
     assert main([*words, "--out", str(tmp_path / "run")]) == 2 and "--prompts" in capsys.readouterr().err
     assert main([*words, "--data", "digits", "--out", str(tmp_path / "run")]) == 2
     assert "leave out --data" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline
 from torch import Tensor
 
-from fieldsmith.diagnose.concepts import sampler
 from fieldsmith.errors import InputError
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model

@@ -8,13 +8,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from PIL import Image
 
+import fieldsmith
 from fieldsmith.cli import main
-from fieldsmith.commands.edit import configure
+from fieldsmith.commands.verbs import settings
+from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.report.grid import picture
+from fieldsmith.result import Result
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 
 SHORT = ["--scale", "laptop", "--epochs", "1", "--groups", "2", "--rollouts", "2", "--turns", "2", "--steps", "2"]
@@ -96,7 +100,7 @@ def test_a_run_on_its_own_sessions_ships_an_adapter(model, tmp_path, capsys):
         assert [len(found[when][key]) for key in ("following", "gap", "overall", "consistency")] == [2] * 4
         assert len(found[when]["drift"]) == 1 and found[when]["marginal"][0]["n"] == 6
     # P G T (K + R + 3 R) and the identity branch's three for each edit; R is at most the sampler's steps
-    assert found["forward_equivalents"] == 2 * 2 * 2 * (2 + 2 + 3 * 2) + 3 * 8
+    assert found["nfe"] == 2 * 2 * 2 * (2 + 2 + 3 * 2) + 3 * 8
     html = (out / "report.html").read_text()
     assert "data:image/png" in html and "load_lora_weights" in html and "exposure gap" in html
     base, tuned = load(model), load(model)
@@ -118,6 +122,38 @@ def test_a_session_file_with_a_judge_behind_http(model, sessions, server, tmp_pa
     assert "score of following" in (out / "report.html").read_text()
 
 
+def brightness(before, after, instructions):
+    """A judge of one's own."""
+    assert len(before) == len(after) == len(instructions)
+    return after.mean((1, 2, 3)).tolist(), 1 - (after - before).abs().mean((1, 2, 3)).numpy()
+
+
+TINY = {"scale": "laptop", "epochs": 1, "groups": 2, "rollouts": 2, "turns": 2, "steps": 2, "evaluate_steps": 2}
+
+
+def test_sessions_and_judge_of_ones_own_from_python(model, sessions, tmp_path):
+    """One held-out session has values without intervals."""
+    images = [Image.open(sessions.parent / f"{i}.png") for i in range(3)]
+    own = [(image, ["change nothing", "remove the red circle"]) for image in images]
+    result = fieldsmith.edit(load(model, 24), own, brightness, max_mean=1.0, evaluate=1, out=tmp_path / "run", **TINY)
+    (before, _), (after, _) = (result.metrics[side]["score of following"] for side in ("before", "after"))
+    assert before["n"] == after["n"] == 1 and after["low"] is None
+    assert "reward calls" in (tmp_path / "run" / "report.html").read_text()
+    assert result.config.judge == "function:brightness" and result.config.sessions == "given:3"
+    assert [name for name, _ in result.table()] == ["score of following", "score of consistency"]
+    assert len(result.show().axes) == 2 * len(result.pairs) == 2
+    again = Result.open(tmp_path / "run")
+    assert again.metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_evaluate_0_trains_and_saves_alone(model, tmp_path):
+    settings = {name: value for name, value in TINY.items() if name != "scale"}
+    config = EditConfig(model=model, evaluate=0, max_mean=1.0, out=tmp_path / "run", **settings)
+    result = fieldsmith.edit(judge=lambda *shown: brightness(*shown), config=config)
+    assert result.metrics["steps"] == 4 and not {"before", "after"} & set(result.metrics)
+    assert (tmp_path / "run" / "adapter").is_dir() and not result.pairs
+
+
 def test_sample_runs_a_session_from_an_image(model, sessions, tmp_path):
     grid = tmp_path / "grid.png"
     words = ["--image", str(sessions.parent / "0.png"), "--prompts", "change nothing", "remove the red circle"]
@@ -133,13 +169,15 @@ def test_sample_runs_a_session_from_an_image(model, sessions, tmp_path):
         (["--rollouts", "1"], "use at least 2"),
         (["--turns", "0"], "turns=0 must be at least 1"),
         (["--turns", "9"], "1 to 8 turns"),
-        (["--judge", "me"], "use exact, or remote:"),
+        (["--judge", "me"], "use exact, remote:"),
+        (["--judge", "nowhere.py:judge"], "file 'nowhere.py' does not exist"),
         (["--preset", "mt-nf"], "did you mean 'mt-nft'"),
         (["--objective", "none", "--identity", "0", "--steady", "0"], "trains nothing"),
         (["--credit", "turn", "--scoring", "last"], "needs every turn's score"),
-        (["--dependency", "1.5"], "is no share"),
+        (["--dependency", "1.5"], "dependency=1.5 must be at most 1"),
         (["--old", "slow", "--objective", "grpo"], "is NFT's"),
         (["--sessions", "nowhere.jsonl"], "add --judge remote:"),
+        (["--sessions", "nowhere.jsonl", "--judge", "SERVER"], "'nowhere.jsonl' does not exist"),
         (["--model", "zoo:shapes-flux"], "names no world of sessions"),
         (["--identity-prompt", "leave it"], "is not in the vocabulary"),
         (["--preset", "supervised", "--sessions", "SESSIONS", "--judge", "SERVER"], "session files lack"),
@@ -164,10 +202,10 @@ def test_a_model_that_takes_no_images_is_refused(sessions, server, tmp_path, cap
 
 
 def test_a_config_file_repeats_a_run(model, tmp_path):
-    first = configure(["--model", model, "--preset", "mt-grpo", "--lr", "0.01"])
+    first = settings("edit", ["--model", model, "--preset", "mt-grpo", "--lr", "0.01"])
     assert (first.objective, first.lr, first.preset) == ("grpo", 0.01, "mt-grpo")
     assert main(["edit", "--model", model, "--preset", "mt-grpo", "--out", str(tmp_path / "a"), *SHORT]) == 0
     again = ["edit", "--config", str(tmp_path / "a/config.toml"), "--out", str(tmp_path / "b")]
     assert main(again) == 0
     a, b = (metrics_of(tmp_path / name) for name in "ab")
-    assert a["after"] == b["after"] and a["forward_equivalents"] == b["forward_equivalents"]
+    assert a["after"] == b["after"] and a["nfe"] == b["nfe"]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fieldsmith.methods.align import losses as L
-from fieldsmith.methods.align.schedule import schedule
+from fieldsmith.measure import editing
 from fieldsmith.methods.edit import credit
-from fieldsmith.metrics import editing
+from fieldsmith.methods.policy import losses as L
+from fieldsmith.methods.policy.schedule import schedule
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.samplers import Gaussian, flow_grid, gaussian_step
 
@@ -378,7 +378,7 @@ def test_measures_by_hand() -> None:
     torch.testing.assert_close(editing.overall(DONE, KEPT), overall)
     clean = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 1, 0]]).bool()
     torch.testing.assert_close(editing.exposure_gap(DONE, clean), torch.tensor([0.0, 0.25, 0.0]))
-    prefix = editing.Sessions(DONE, KEPT).prefix
+    prefix = editing.SessionVerdicts(DONE, KEPT).prefix
     assert prefix.tolist() == [[True, True, True], [True, True, False], [True, False, False], [False, False, False]]
     never = editing.conditional(torch.zeros(3, 2).bool())
     assert float(never[0]) == 0 and never[1].isnan()
@@ -398,7 +398,7 @@ def test_published_ratios_of_edival() -> None:
 
 
 def test_scores_are_the_measures_with_intervals_around_them() -> None:
-    sessions = editing.Sessions(DONE.repeat(10, 1), KEPT.repeat(10, 1))
+    sessions = editing.SessionVerdicts(DONE.repeat(10, 1), KEPT.repeat(10, 1))
     found = editing.scores(sessions)
     assert found.teacher_forced == () and found.gap == ()
     for turn, (following, overall) in enumerate(zip(found.following, found.overall, strict=True)):
@@ -428,7 +428,7 @@ def test_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
             "consistency": (0.8, 0.8), "overall": (math.sqrt(0.65 * 0.8), math.sqrt(both * 0.8)),
             "teacher_forced": (0.755, 0.755), "gap": (0.105, 0.105),
         }  # fmt: skip
-        for name, turns in vars(editing.scores(editing.Sessions(done, kept, clean), seed)).items():
+        for name, turns in vars(editing.scores(editing.SessionVerdicts(done, kept, clean), seed)).items():
             for one, value in zip(turns, truth[name], strict=True):
                 held.setdefault(name, []).append(one.low <= value <= one.high)
     assert set(held) == set(truth)
@@ -442,6 +442,9 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         (DONE.float(), KEPT, None), (DONE, KEPT[:3], None), (DONE[0], KEPT[0], None), (DONE, KEPT, DONE[:, :2]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="shapes"):
-            editing.Sessions(done, kept, clean)
-    with pytest.raises(ValueError, match="n=1"):
-        editing.scores(editing.Sessions(DONE[:1], KEPT[:1]))
+            editing.SessionVerdicts(done, kept, clean)
+
+
+def test_one_session_has_values_without_intervals() -> None:
+    (first, *_) = editing.scores(editing.SessionVerdicts(DONE[:1], KEPT[:1])).consistency
+    assert first.value == pytest.approx(float(KEPT[0, 0])) and math.isnan(first.low) and math.isnan(first.high)

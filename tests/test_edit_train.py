@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,19 +14,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RunError
-from fieldsmith.methods.edit import loop, rollouts
-from fieldsmith.methods.edit.config import EditConfig, check
-from fieldsmith.methods.edit.rollouts import Collection, Setting, Task, collect
+from fieldsmith import training
+from fieldsmith.errors import InputError, RewardError, RunError
+from fieldsmith.methods.edit import batch, rollouts
+from fieldsmith.methods.edit.config import EditConfig
+from fieldsmith.methods.edit.rollouts import Collection, EditContext, Inputs, World, collect
+from fieldsmith.methods.edit.step import NO_VARIANCE
 from fieldsmith.models.editing import edit as edited
 from fieldsmith.models.editing import encode_unique, quantised
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
-from fieldsmith.rewards.sessions import Exact
+from fieldsmith.rewards.sessions import Exact, load
 from fieldsmith.run import Run
-from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld, Sessions
+from fieldsmith.verb import Trained
+from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds.scenes import NOTHING, VOCABULARY, SceneSessions, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from tests import trained as train
 
 WORLD = ScenesWorld(24)
 TINY = {"vae_channels": (8, 8, 8), "latent_channels": 4, "layers": 1, "single_layers": 1, "heads": 1, "text_length": 10}
@@ -51,12 +57,11 @@ def bright(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tenso
     return Scored(after.mean((1, 2, 3)), 1 - (after - first).abs().mean((1, 2, 3)))
 
 
-def task_of(config: EditConfig, judge: rollouts.Judge = bright) -> Task:
-    return Task(lambda n, seed: WORLD.sessions(n, config.turns, seed, config.dependency), judge, True)
-
-
-def channel_of(config: EditConfig) -> Channel:
-    return Channel(config.contrast, config.blur, config.noise)
+def inputs_of(config: EditConfig, judge: rollouts.Judge = bright) -> Inputs:
+    """Of the scenes' world."""
+    plan = World(scenes_judge.judge, partial(scenes_judge.likeness, WORLD), NOTHING)
+    channel = Channel(config.contrast, config.blur, config.noise)
+    return Inputs(lambda n, seed, turns: WORLD.sessions(n, turns, seed, config.dependency), judge, channel, plan)
 
 
 def weights(model: FluxKontext) -> Weights:
@@ -67,11 +72,9 @@ def same(ours: Weights, theirs: Weights) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def trained(
-    config: EditConfig, judge: rollouts.Judge = bright, run: Run | None = None
-) -> tuple[FluxKontext, loop.Result]:
+def trained(config: EditConfig, judge: rollouts.Judge = bright, run: Run | None = None) -> tuple[FluxKontext, Trained]:
     model = editor()
-    return model, loop.edit(model, config, task_of(config, judge), channel_of(config), run)
+    return model, train.edit(model, config, inputs_of(config, judge), run)
 
 
 def weights_of(config: EditConfig, judge: rollouts.Judge = bright) -> Weights:
@@ -113,7 +116,7 @@ def test_every_recipe_moves_the_adapter_and_repeats_to_the_bit(name: str) -> Non
     config = replace(SHORT, **OBJECTIVES[name])
     model, result = trained(config)
     assert (result.steps, result.stopped) == (config.updates * 2, "steps")
-    assert result.forward_equivalents == model.forwards > 0
+    assert result.nfe > 0
     found = weights(model)
     assert moved(found) and same(found, weights_of(config))
     if name in ("nft", "grpo", "supervised"):
@@ -161,9 +164,9 @@ class Spy:
     """A judge that keeps what it was shown, and scores edits by their place."""
 
     def __init__(self) -> None:
-        self.shown: list[tuple[Sessions, int, Tensor, Tensor, Tensor]] = []
+        self.shown: list[tuple[SceneSessions, int, Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, sessions: Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Scored:
+    def __call__(self, sessions: SceneSessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Scored:
         self.shown.append((sessions, turn, before, after, first))
         n = torch.arange(len(after))
         return Scored(n / 100 + turn / 10, 1 - n / 100 - turn / 10)
@@ -186,8 +189,8 @@ def watched(config: EditConfig, monkeypatch: pytest.MonkeyPatch) -> Watched:
         return given.encode_images(images)
 
     monkeypatch.setattr(rollouts, "states_of", states_of)
-    setting = Setting.of(model, config, task_of(config, spy), channel_of(config))
-    return Watched(model, spy, sources, collect(setting, 3))
+    context = EditContext.of(model, config, inputs_of(config, spy))
+    return Watched(model, spy, sources, collect(context, 3))
 
 
 THREE = replace(SHORT, groups=3, rollouts=2, turns=3)
@@ -249,14 +252,14 @@ def test_grpo_rows_are_the_steps_of_their_own_edit(monkeypatch: pytest.MonkeyPat
     """A row's words and source lead the network to what it said when the row was drawn."""
     config = replace(THREE, objective="grpo", steps=4, chunk=4)
     seen = watched(config, monkeypatch)
-    rows = seen.found.rows
+    rows = seen.found.transitions
     assert rows is not None and len(rows) == 18 * 3  # the last step of CPS is certain
     assert torch.bincount(rows.prompt, minlength=18).tolist() == [3] * 18
-    setting = Setting.of(seen.model, config, task_of(config), Channel())
+    context = EditContext.of(seen.model, config, inputs_of(config))
     with torch.no_grad():
         at = rows.prompt
-        output = setting.output(rows.x, rows.step, seen.found.condition(at), seen.found.source[at])
-        astray = setting.output(rows.x, rows.step, seen.found.condition(at), seen.found.source[at.roll(3)])
+        output = context.output(rows.x, rows.step, seen.found.condition(at), seen.found.source[at])
+        astray = context.output(rows.x, rows.step, seen.found.condition(at), seen.found.source[at.roll(3)])
     torch.testing.assert_close(output, rows.output_old, atol=1e-5, rtol=0)
     assert (astray - rows.output_old).abs().max() > 1e-3
 
@@ -264,8 +267,8 @@ def test_grpo_rows_are_the_steps_of_their_own_edit(monkeypatch: pytest.MonkeyPat
 def test_the_exact_judge_reads_a_collection() -> None:
     for against in ("first", "previous"):
         config = replace(THREE, against=against)  # type: ignore[arg-type]
-        setting = Setting.of(editor(), config, task_of(config, Exact(config.against)), Channel())
-        found = collect(setting, 0)
+        context = EditContext.of(editor(), config, inputs_of(config, Exact(config.against)))
+        found = collect(context, 0)
         for part in (found.following, found.consistency):
             assert part.shape == (3, 2, 3) and part.min() >= 0 and part.max() <= 1
 
@@ -284,33 +287,38 @@ TWELVE = replace(SHORT, epochs=12)
 def breaking(at: int, error: BaseException) -> Callable[..., Collection]:
     """A collection that breaks off at an epoch."""
 
-    def broken(setting: Setting, epoch: int) -> Collection:
+    def broken(context: EditContext, epoch: int) -> Collection:
         if epoch == at:
             raise error
-        return collect(setting, epoch)
+        return collect(context, epoch)
 
     return broken
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemError("killed")], ids=["interrupted", "killed"])
+@pytest.mark.parametrize("killed", [False, True], ids=["interrupted", "killed"])
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_was_cut_off_ends_with_the_weights_of_a_whole_one(
-    name: str, error: BaseException, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, killed: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(TWELVE, **RESUMED[name])
     run = Run(tmp_path / "whole", "edit", config)
     whole, result = trained(config, run=run)
-    monkeypatch.setattr(loop, "collect", breaking(11, error))
-    with pytest.raises(type(error)):
-        trained(config, run=Run(tmp_path / "cut", "edit", config))
-    monkeypatch.setattr(loop, "collect", collect)
-    done = 11 if isinstance(error, KeyboardInterrupt) else 10
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "collect", breaking(11, KeyboardInterrupt()))
+        if killed:  # before it could save: the log is longer than the checkpoint
+            save = training._save
+            patch.setattr(
+                training, "_save", lambda run, done, *rest: done < 11 * config.updates and save(run, done, *rest)
+            )
+        with pytest.raises(KeyboardInterrupt):
+            trained(config, run=Run(tmp_path / "cut", "edit", config))
+    done = 10 if killed else 11
     (kept,) = (tmp_path / "cut" / "checkpoints").iterdir()
     assert kept.name == f"step-{done * config.updates:08d}"
     again = Run(tmp_path / "cut", "edit", config)
     resumed, ours = trained(config, run=again)
     assert same(weights(resumed), weights(whole))
-    assert (ours.steps, ours.forward_equivalents) == (result.steps, result.forward_equivalents)
+    assert (ours.steps, ours.nfe) == (result.steps, result.nfe)
     assert again.history() == run.history()
 
 
@@ -318,7 +326,7 @@ def test_the_old_policy_is_restored(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     """A run that took the present policy for the old one would end elsewhere."""
     config = replace(TWELVE, old="slow", lr=1e-2)
     run = Run(tmp_path / "run", "edit", config)
-    monkeypatch.setattr(loop, "collect", breaking(10, SystemError("killed")))
+    monkeypatch.setattr(batch, "collect", breaking(10, SystemError("killed")))
     with pytest.raises(SystemError):
         trained(config, run=run)
     from safetensors.torch import load_file
@@ -333,7 +341,7 @@ def test_the_old_policy_is_restored(tmp_path: Any, monkeypatch: pytest.MonkeyPat
 
 
 def cost(config: EditConfig, **more: Any) -> int:
-    return trained(replace(config, **more))[1].forward_equivalents
+    return trained(replace(config, **more))[1].nfe
 
 
 def test_forward_equivalents_are_counted_by_the_network_call() -> None:
@@ -363,7 +371,7 @@ def test_edits_that_teach_nothing_are_not_paid_for_twice() -> None:
         return Scored(score, torch.full_like(score, 0.5))
 
     config = replace(SHORT, epochs=1)
-    assert trained(config, half)[1].forward_equivalents == EDITS * (2 + 2) + EDITS // 2 * 3 * 2
+    assert trained(config, half)[1].nfe == EDITS * (2 + 2) + EDITS // 2 * 3 * 2
 
 
 def test_a_budget_ends_the_run_after_the_collection_that_reaches_it() -> None:
@@ -371,7 +379,7 @@ def test_a_budget_ends_the_run_after_the_collection_that_reaches_it() -> None:
     config = replace(SHORT, epochs=9)
     for budget, epochs in ((1, 1), (each, 1), (each + 1, 2), (3 * each, 3)):
         _, result = trained(replace(config, budget=budget))
-        assert (result.steps, result.forward_equivalents, result.stopped) == (epochs, epochs * each, "budget")
+        assert (result.steps, result.nfe, result.stopped) == (epochs, epochs * each, "budget")
     _, result = trained(replace(config, updates=2, budget=each + 1))
     assert (result.steps, result.stopped) == (4, "budget")  # never between the updates on one collection
 
@@ -391,9 +399,9 @@ def test_a_judge_that_says_the_same_of_all_is_refused_before_training(
     config = replace(SHORT, objective=objective, turns=turns)
     model, run = editor(), Run(tmp_path / "run", "edit", config)
     with pytest.raises(InputError, match=r"groups with a signal is 0, .*raise rollouts"):
-        loop.edit(model, config, task_of(config, constant), Channel(), run)
+        train.edit(model, config, inputs_of(config, constant), run)
     assert not run.folder.exists() and model.spec is None and not model.trainable()
-    loop.edit(model, config, task_of(config), Channel())  # it can be used again
+    train.edit(model, config, inputs_of(config))  # it can be used again
     assert same(weights(model), weights_of(config))
 
 
@@ -419,61 +427,100 @@ class Changing:
 
 
 def calls(epochs: int, config: EditConfig) -> int:
-    """Of the judge, in as many epochs and the preflight."""
-    return (epochs + 1) * config.turns
+    """Of the judge, in as many epochs; the preflight's collection is the first epoch's."""
+    return epochs * config.turns
 
 
 @pytest.mark.parametrize("objective", ["nft", "grpo"])
 def test_a_judge_that_goes_silent_stops_the_run_with_advice(objective: Any) -> None:
     config = replace(SHORT, objective=objective, epochs=30, patience=3)
     model, result = trained(config, Changing(calls(2, config), constant))
-    assert (result.steps, result.stopped) == (2 + 3, loop.NO_VARIANCE)
+    assert (result.steps, result.stopped) == (2 + 3, NO_VARIANCE)
     assert same(weights(model), weights_of(replace(config, epochs=2)))  # nothing is learned from silence
 
 
 def test_silence_is_forgiven_where_a_signal_comes_back() -> None:
     config = replace(SHORT, epochs=6, patience=2)
     silent = {2, 4, 5}  # epochs
-    asked = iter(epoch in silent for epoch in (0, *range(6)) for _ in range(config.turns))
+    asked = iter(epoch in silent for epoch in range(6) for _ in range(config.turns))
     model, result = trained(config, lambda *shown: (constant if next(asked) else bright)(*shown))
-    assert (result.steps, result.stopped) == (6, loop.NO_VARIANCE) and moved(weights(model))
+    assert (result.steps, result.stopped) == (6, NO_VARIANCE) and moved(weights(model))
 
 
 def dead(*shown: Any) -> Scored:
     raise RunError("the judge does not answer")
 
 
-def not_a_number(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Scored:
-    score = torch.full((len(after),), 0.5)
-    bad = score.clone()
-    bad[-1] = torch.nan
-    return Scored(score, bad)
+def broken(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
+    raise KeyError("following")
 
 
-def too_few(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Scored:
-    return Scored(torch.rand(len(after) - 1), torch.rand(len(after)))
+def not_a_number(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
+    return [0.5] * len(after), [0.5] * (len(after) - 1) + [float("nan")]
 
 
-BAD = [(dead, "does not answer"), (not_a_number, "NaN or infinity for consistency"), (too_few, "must give one each")]
+def too_few(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
+    return torch.rand(len(after) - 1), torch.rand(len(after))
 
 
-@pytest.mark.parametrize(("judge", "text"), BAD)
-def test_a_judge_that_fails_at_once_leaves_the_model_as_it_was(judge: Any, text: str, tmp_path: Any) -> None:
+BAD = [
+    (dead, RunError, "does not answer"),
+    (load(broken), RewardError, r"judge 'broken' raised KeyError: 'following' .*fix the function"),
+    (load(not_a_number), RewardError, r"judge 'not_a_number' \(consistency\) returned nan for image 4 of 4"),
+    (load(too_few), RewardError, r"judge 'too_few' \(following\) returned .* of shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("judge", "error", "text"), BAD)
+def test_a_judge_that_fails_at_once_leaves_the_model_as_it_was(
+    judge: Any, error: Any, text: str, tmp_path: Any
+) -> None:
     model, run = editor(), Run(tmp_path / "run", "edit", SHORT)
-    with pytest.raises(RunError, match=text):
-        loop.edit(model, SHORT, task_of(SHORT, judge), Channel(), run)
+    with pytest.raises(error, match=text):
+        train.edit(model, SHORT, inputs_of(SHORT, judge), run)
     assert not run.folder.exists() and model.spec is None
 
 
-@pytest.mark.parametrize(("judge", "text"), BAD[:2])
-def test_a_judge_that_fails_later_leaves_a_checkpoint_to_go_on_from(judge: Any, text: str, tmp_path: Any) -> None:
-    config = replace(SHORT, epochs=13)
-    with pytest.raises(RunError, match=text):
-        trained(config, Changing(calls(11, config) + 1, judge), Run(tmp_path / "run", "edit", config))
+@pytest.mark.parametrize(("judge", "error", "text"), BAD[:3])
+def test_a_judge_that_fails_later_leaves_a_checkpoint_to_go_on_from(
+    judge: Any, error: Any, text: str, tmp_path: Any
+) -> None:
+    """What goes on judges what is left and nothing else: neither runs nor judges in its preflight."""
+    config = replace(SHORT, epochs=4)
+    with pytest.raises(error, match=text):
+        trained(config, Changing(calls(2, config), judge), Run(tmp_path / "run", "edit", config))
     (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert kept.name == "step-00000011"
-    model, result = trained(config, bright, Run(tmp_path / "run", "edit", config))
-    assert result.steps == 13 and same(weights(model), weights_of(config))
+    assert kept.name == "step-00000002"
+    rest = Changing(calls(2, config), dead)
+    model, result = trained(config, rest, Run(tmp_path / "run", "edit", config))
+    whole = Changing(calls(4, config), dead)
+    assert result.steps == 4 and same(weights(model), weights_of(config, whole))
+    assert rest.left == whole.left == 0  # every collection is judged once, the preflight's too
+
+
+def test_a_judge_may_change_the_images_that_it_is_shown() -> None:
+    def greedy(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
+        scores = after.mean((1, 2, 3)), 1 - (after - before).abs().mean((1, 2, 3))
+        before.zero_()
+        after.zero_()
+        return scores
+
+    def modest(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
+        return greedy(before.clone(), after.clone(), instructions)
+
+    assert same(weights_of(SHORT, load(greedy)), weights_of(SHORT, load(modest)))
+
+
+def test_images_that_are_not_finite_are_the_models_fault() -> None:
+    model = Flat(kontext_pipeline(VOCABULARY, size=24, **TINY), "tiny")  # type: ignore[arg-type]
+    config = replace(SHORT, epochs=3)
+
+    def poison(done: int, log: dict[str, float]) -> None:
+        for p in model.trainable().values():
+            p.data.mul_(torch.nan if done == 2 else 1)
+
+    with pytest.raises(RunError, match=r"hold NaN or infinity at step 2 with lr=0\.001: .*weights have diverged"):
+        train.edit(model, config, inputs_of(config), callback=poison)
 
 
 # bad input
@@ -496,21 +543,21 @@ def test_turns_beyond_memory_are_refused_with_how_many_fit(monkeypatch: pytest.M
 def test_a_model_that_draws_from_words_alone_is_refused() -> None:
     flux = Flux(flux_pipeline(VOCABULARY, text_length=10), "tiny")
     with pytest.raises(InputError, match=r"tiny \(family flux\) draws from words alone"):
-        loop.edit(flux, SHORT, task_of(SHORT), Channel())
+        train.edit(flux, SHORT, inputs_of(SHORT))
 
 
 def test_sessions_without_planned_images_cannot_supervise() -> None:
-    task = replace(task_of(SHORT), planned=False)
+    inputs = replace(inputs_of(SHORT), world=None)
     for settings in ({"objective": "supervised"}, {"sources": "clean"}):
         with pytest.raises(InputError, match="need planned images"):
-            loop.edit(editor(), replace(SHORT, **settings), task, Channel())  # type: ignore[arg-type]
-    loop.edit(editor(), SHORT, task, Channel())
+            train.edit(editor(), replace(SHORT, **settings), inputs)  # type: ignore[arg-type]
+    train.edit(editor(), SHORT, inputs)
 
 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"turns": 0}, "turns=0"), ({"rollouts": 1}, "use at least 2"), ({"evaluate": 1}, "evaluate=1"),
+        ({"turns": 0}, "turns=0"), ({"rollouts": 1}, "use at least 2"), ({"evaluate": -1}, "evaluate=-1"),
         ({"steps": 1}, "steps=1"), ({"identity": -1.0}, "identity=-1.0"),
         ({"lr": 0.0}, "lr=0.0"), ({"floor": float("nan")}, "floor=nan"), ({"noise": -0.1}, "noise=-0.1"),
         ({"blur": 1.1}, "blur=1.1"), ({"budget": 0}, "budget=0"), ({"ema": 1.0}, "ema=1.0"),
@@ -524,7 +571,7 @@ def test_sessions_without_planned_images_cannot_supervise() -> None:
 )  # fmt: skip
 def test_settings_that_cannot_learn_are_refused(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
-        check(replace(EditConfig(), **settings))
+        replace(EditConfig(), **settings).check()
 
 
 @pytest.mark.parametrize("settings", [{"steps": 3, "window": (2, 2)}, {"noise_level": 0.0}], ids=["window", "noise"])
@@ -539,7 +586,7 @@ def test_grpo_without_a_step_that_has_a_density_is_refused(settings: dict[str, A
 class Flat(FluxKontext):
     """Each token is a grey cell, its channels' mean: the random autoencoder's images are of equal brightness."""
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         cells = (0.5 + 0.5 * latents.mean(-1)).clamp(0, 1).reshape(-1, 1, 3, 3)
         return cells.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
 
@@ -570,7 +617,7 @@ LEARNING = EditConfig(
 def test_what_the_judge_likes_is_learned(objective: Any, judge: Any, sign: int) -> None:
     model = Flat(kontext_pipeline(VOCABULARY, size=24, **TINY), "tiny")  # type: ignore[arg-type]
     config = replace(LEARNING, objective=objective)
-    loop.edit(model, config, task_of(config, judge), Channel())
+    train.edit(model, config, inputs_of(config, judge))
     after = brightness(model)
     with model.reference():
         before = brightness(model)

@@ -215,15 +215,50 @@ def with_scheduler(tmp_path: pathlib.Path, scheduler: Any) -> SD15:
     return model
 
 
+def test_schedulers_of_another_parametrisation_are_refused(tmp_path: pathlib.Path) -> None:
+    flow = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    for number, scheduler in enumerate(
+        (flow, diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EDMEulerScheduler())
+    ):
+        with pytest.raises(InputError, match=f"is a {type(scheduler).__name__} for .* put back a DDIMScheduler"):
+            with_scheduler(tmp_path / str(number), scheduler)
+    for name in ("flux", "sd3"):
+        pipe = FAMILIES[name].make()
+        pipe.scheduler = diffusers.DDIMScheduler()
+        pipe.save_pretrained(tmp_path / name)
+        with pytest.raises(InputError, match="'epsilon' predictions, but its network predicts a flow's velocity"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_other_solvers_of_a_flow_are_read_as_euler(
+    folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    pipe = FAMILIES[name].make()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.save_pretrained(tmp_path / "own")
+    grid = load(tmp_path / "own").grid(4)
+    for other in (
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    ):
+        pipe.scheduler = other
+        pipe.save_pretrained(tmp_path / "other")
+        assert torch.equal(load(tmp_path / "other").grid(4), grid)
+        assert f"ships a {type(other).__name__}; fieldsmith takes Euler's steps" in caplog.messages[-1]
+
+
 SHIPPED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 @pytest.mark.parametrize("kind", ["PNDM", "DDIM", "DPMSolverMultistep", "EulerDiscrete"])
-def test_other_schedulers_are_read_as_ddim(tmp_path: pathlib.Path, kind: str) -> None:
+def test_other_schedulers_are_read_as_ddim(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     steps = 7
     ends = {"set_alpha_to_one": False} if kind in ("PNDM", "DDIM") else {"timestep_spacing": "linspace"}
     saved = getattr(diffusers, f"{kind}Scheduler")(**SHIPPED, **ends)
     model = with_scheduler(tmp_path, saved)
+    said = [] if kind == "DDIM" else [f"ships a {kind}Scheduler; fieldsmith takes DDIM's steps on its betas instead."]
+    assert [line.partition(" ")[2] for line in caplog.messages] == said
     assert model.grid(steps)[-1] == (0.001 if "set_alpha_to_one" in ends else 0.0)
     images = ours(model, PROMPTS, steps)
     model.save(tmp_path / "again", merged=True)

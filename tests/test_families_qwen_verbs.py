@@ -11,16 +11,15 @@ from conftest import WORDS
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.methods.edit import loop as edit_loop
 from fieldsmith.methods.edit.config import EditConfig
-from fieldsmith.methods.edit.rollouts import Task
+from fieldsmith.methods.edit.rollouts import Inputs
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import erase
 from fieldsmith.models import load
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from tests.trained import edit, erase
 
 MAKERS: dict[str, Any] = {
     "flux2-klein": flux2_klein_pipeline,
@@ -49,9 +48,9 @@ def test_edit_trains_on_its_own_sessions(tmp_path: pathlib.Path, family: str, ob
         following, consistency = after.mean((1, 2, 3)), 1 - (after - first).abs().mean((1, 2, 3))
         return type("Scored", (), {"following": following, "consistency": consistency})
 
-    task = Task(lambda n, seed: world.sessions(n, config.turns, seed, config.dependency), bright, True)
-    result = edit_loop.edit(model, config, task, Channel(config.contrast, config.blur, config.noise))
-    assert result.steps == 1 and result.forward_equivalents > 0
+    inputs = Inputs(lambda n, seed, turns: world.sessions(n, turns, seed, config.dependency), bright, Channel())
+    result = edit(model, config, inputs)
+    assert result.steps == 1 and result.nfe > 0
     assert any(bool(p.any()) for name, p in model.trainable().items() if "lora_B" in name)
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import WORDS
 from diffusers import PNDMScheduler
+from fieldsmith.methods.align.loop import align
 from parity import apart, ours, seeded
 from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import preset
-from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import Projected, erase
+from fieldsmith.methods.erase.step import Projected
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.shrink import shrink
@@ -26,6 +26,7 @@ from fieldsmith.models.text_layers import attention_maps, text_inputs, word_posi
 from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.rewards import Reward
+from tests.trained import erase
 
 QUICK = EraseConfig(
     targets=("red circle",), anchors=("blue circle",), steps=6, window=(1, 3), budget=6, rollout_guidance=2.0,

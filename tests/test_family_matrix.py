@@ -16,6 +16,7 @@ import diffusers
 import pytest
 import torch
 from conftest import WORDS
+from fieldsmith.methods.align.loop import align
 from torch import Tensor
 
 from fieldsmith.cli import main
@@ -23,15 +24,12 @@ from fieldsmith.commands import arguments
 from fieldsmith.commands.families import markdown
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import AlignConfig
-from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.loop import distill
 from fieldsmith.methods.edit.config import EditConfig
-from fieldsmith.methods.edit.loop import edit
-from fieldsmith.methods.edit.rollouts import Task
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import erase
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import export, shrink
@@ -53,6 +51,7 @@ from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
+from tests.trained import edit, erase
 
 SMALL: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4}
 NAMES = ("cat", "dog")
@@ -139,7 +138,7 @@ def edited(model: Model, family: Family, full: bool) -> None:
         identity_prompt="a red square",
     )  # fmt: skip
     images = pictures(model, 4)
-    edit(model, config, Task(lambda n, seed: Turns(images[:n]), judge, False), Channel(1.0, 0.0, 0.0))
+    edit(model, config, EditInputs(lambda n, seed, turns: Turns(images[:n]), judge, Channel()))
 
 
 def distilled(model: Model, family: Family, full: bool) -> None:

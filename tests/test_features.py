@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from fieldsmith.errors import InputError
-from fieldsmith.metrics.distances import extractor_name, frechet_distance
+from fieldsmith.measure.distances import extractor_name, frechet_distance
 from fieldsmith.models.features import load_features
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}

@@ -129,9 +129,9 @@ def test_without_a_source_it_is_flux(model: FluxKontext, tmp_path: pathlib.Path)
 def test_true_guidance_is_the_pipelines(model: FluxKontext) -> None:
     images = pictures(3, 24)
     condition = model.with_images(model.encode(PROMPTS), images)
-    model.forwards = 0
-    guided = ours(model, condition, guidance=3.0)
-    assert model.forwards == 3 * 4 * 2  # a state counts 1, whatever its tokens
+    with model.count_nfe() as nfe:
+        guided = ours(model, condition, guidance=3.0)
+    assert nfe.total == 3 * 4 * 2  # a state counts 1, whatever its tokens
     same(guided, theirs(model, PROMPTS, images, true_cfg_scale=3.0, negative_prompt=[""] * 3))
     assert (guided - ours(model, condition)).abs().max() > 1e-3
 
@@ -197,9 +197,9 @@ def test_gradient_through_predict_is_the_networks(model: FluxKontext) -> None:
     x, t = model.noise(2, seeded()), torch.tensor([0.2, 0.9])
     condition = model.with_images(model.encode(PROMPTS[:2]), pictures(2, 24))
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    model.forwards = 0
-    model.predict(one, t, condition).velocity.square().sum().backward()
-    assert model.forwards == 2 * 3
+    with model.count_nfe() as nfe:
+        model.predict(one, t, condition).velocity.square().sum().backward()
+    assert nfe.total == 2 * 3
     _, source, ids, source_ids = model.pipeline.prepare_latents(
         pictures(2, 24) * 2 - 1, 2, 8, 24, 24, torch.float32, model.device, latents=x
     )

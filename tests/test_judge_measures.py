@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from fieldsmith.metrics.intervals import Interval
-from fieldsmith.metrics.judges import JudgeMeasures, coarse, lenient, measure_judge, recommend
+from fieldsmith.measure.intervals import Interval
+from fieldsmith.measure.judges import JudgeMeasures, coarse, lenient, measure_judge, recommend
 
 
 def draws(seed: int = 0) -> torch.Generator:

@@ -16,21 +16,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from experiments.oracles.chess import ChessWorld, classes, faults, fen_of
 from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.worlds import judged
 from fieldsmith.worlds.cards import CARDS, CardsWorld
-from fieldsmith.worlds.chess import ChessWorld, classes, faults, fen_of
 from fieldsmith.worlds.columns import PATTERNS, ColumnsWorld
-from fieldsmith.worlds.judged import FolderWorld, load
+from fieldsmith.worlds.judged import FolderWorld, JudgedWorld, load
 
 WORLDS = [("columns", 64), ("columns", 32), ("cards", 128), ("cards", 32), ("chess", 256), ("chess", 64)]
-MUTATIONS = [(name, size, mutation) for name, size in WORLDS for mutation in load(name, size).mutations]
+
+
+def make(name: str, size: int) -> JudgedWorld:
+    return ChessWorld(size) if name == "chess" else load(name, size)
+
+
+MUTATIONS = [(name, size, mutation) for name, size in WORLDS for mutation in make(name, size).mutations]
 
 
 @pytest.fixture(scope="module")
 def world() -> Callable[[str, int], Any]:
     made: dict[tuple[str, int], Any] = {}
-    return lambda name, size: made.setdefault((name, size), load(name, size))
+    return lambda name, size: made.setdefault((name, size), make(name, size))
 
 
 def few(size: int) -> int:
@@ -84,7 +90,7 @@ def test_draws_repeat_and_leave_global_randomness_alone(world, name, size):
     state = torch.random.get_rng_state()
     first = it.sample(20, 3)
     it.judge(first)
-    assert torch.equal(first, load(name, size).sample(20, 3))
+    assert torch.equal(first, make(name, size).sample(20, 3))
     assert not torch.equal(first, it.sample(20, 4))
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -386,16 +392,17 @@ def test_a_judge_that_is_not_there_is_bad_input(folder, monkeypatch):
 def test_what_cannot_be_loaded_is_refused_with_the_mend(folder):
     for arguments, output in (
         (("column",), "did you mean 'columns'"),
-        (("nowhere/at/all",), "known worlds: columns, cards, chess"),
+        (("nowhere/at/all",), "known worlds: columns, cards;"),
         ((str(folder),), "needs a judge"),
         (("cards", None, "a:b"), "has a judge of its own"),
         (("columns", 48), "64 or 32"),
         (("cards", 33), "128, 64 or 32"),
-        (("chess", 32), "64, 128 or 256"),
     ):
         with pytest.raises(InputError, match=output):
             load(*arguments)
     (folder / "bad.png").write_bytes(b"none")
     with pytest.raises(InputError, match=r"bad.png' cannot be read"):
         mine(folder, "red")
-    assert [load(name).size for name in ("columns", "cards", "chess")] == [64, 128, 256]
+    with pytest.raises(InputError, match="64, 128 or 256"):
+        ChessWorld(32)
+    assert [load(name).size for name in ("columns", "cards")] == [64, 128]

@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from fieldsmith.commands.memory import Memory
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,7 +17,6 @@ from fieldsmith import optimizers
 from fieldsmith.cli import main
 from fieldsmith.commands import edit as edit_command
 from fieldsmith.commands import erase as erase_command
-from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
@@ -239,8 +239,7 @@ def test_an_8_bit_run_resumes_exactly(bitsandbytes, tmp_path):
         run.begin()
         losses = lambda step, generator, log: iter([(p.square().sum() + q.square().sum())])  # noqa: E731
         stop = (lambda done, log: "limit" if done == limit else None) if limit else None
-        with optimizers.using("adamw8bit"):
-            fit({"p": p, "q": q}, losses, Optimisation(steps, 0.05, checkpoint_every=2), run, stop)
+        fit({"p": p, "q": q}, losses, Optimisation(steps, 0.05, checkpoint_every=2, optimizer="adamw8bit"), run, stop)
         return p.detach().clone(), q.detach().clone()
 
     whole = train(tmp_path / "whole", 6)
@@ -248,10 +247,9 @@ def test_an_8_bit_run_resumes_exactly(bitsandbytes, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole, train(tmp_path / "parts", 6), strict=True))
 
 
-def test_the_optimizer_in_use_is_the_one_named_and_only_for_a_while(bitsandbytes):
+def test_the_optimizer_is_the_one_named(bitsandbytes):
     p = [torch.zeros(2, requires_grad=True)]
-    with optimizers.using("adamw8bit"):
-        assert isinstance(optimizers.adamw(p, 0.1, 0.0), bitsandbytes)
+    assert isinstance(optimizers.adamw(p, 0.1, 0.0, "adamw8bit"), bitsandbytes)
     assert type(optimizers.adamw(p, 0.1, 0.0)) is torch.optim.AdamW
 
 
@@ -293,8 +291,8 @@ def test_memory_stands_beside_the_settings_of_a_verb():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(InputError, match="'adam' is unknown; known: adamw"), optimizers.using("adam"):
-        pass
+    with pytest.raises(InputError, match="'adam' is unknown; did you mean 'adamw'"):
+        optimizers.check("adam")
 
 
 def test_a_mixed_network_saves_what_it_loads(tmp_path):

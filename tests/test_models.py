@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +27,10 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
-from fieldsmith.models.core import LoraSpec, Model, stack
+from fieldsmith.models.core import LoraSpec, Model, check_resolution, stack
+from fieldsmith.models.families import FAMILIES
 from fieldsmith.models.flux import Flux
+from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.tiny import flux_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.samplers import ddim_step, rollout
@@ -240,7 +244,8 @@ def test_gradient_through_predict_is_the_networks() -> None:
     model = tiny_flux()
     x, t, condition = model.noise(2, seeded()), torch.tensor([0.2, 0.9]), model.encode(PROMPTS[:2])
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    model.predict(one, t, condition).velocity.square().sum().backward()
+    with model.count_nfe() as nfe:
+        model.predict(one, t, condition).velocity.square().sum().backward()
     output = model.network(
         hidden_states=two, timestep=t, pooled_projections=condition.parts["pooled"], img_ids=model.image_ids,
         encoder_hidden_states=condition.parts["embeds"], txt_ids=torch.zeros(8, 3),
@@ -248,7 +253,20 @@ def test_gradient_through_predict_is_the_networks() -> None:
     output.square().sum().backward()
     assert one.grad is not None and two.grad is not None
     torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-6)
-    assert model.forwards == 2 * 3
+    assert nfe.total == 2 * 3
+
+
+def test_counters_nest_and_what_is_uncounted_leaves_them_alone() -> None:
+    model = tiny_flux()
+    x, t, condition = model.noise(2, seeded()), torch.tensor([0.2, 0.9]), model.encode(PROMPTS[:2])
+    with torch.no_grad(), model.count_nfe() as outer:
+        with model.count_nfe() as inner:
+            model.predict(x, t, condition)
+        with model.uncounted(), model.count_nfe() as own:
+            model.predict(x, t, condition, guidance=2.0)
+        model.predict(x, t, condition)
+    model.predict(x, t, condition)
+    assert (outer.total, inner.total, own.total) == (4, 2, 4)
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -569,3 +587,53 @@ def test_loading_is_quiet(flux_folder: pathlib.Path, capfd: pytest.CaptureFixtur
         load(flux_folder)
     out, err = capfd.readouterr()
     assert not out and not err
+
+
+# what a folder holds
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}], ids=["whole", "sharded"])
+def test_a_folder_of_one_variant_is_read(tmp_path: pathlib.Path, shards: dict[str, Any]) -> None:
+    pipeline = tiny_flux().pipeline
+    pipeline.to(torch.float16).save_pretrained(tmp_path, variant="fp16", **shards)
+    model = load(tmp_path)
+    weight = model.network.x_embedder.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight.half(), pipeline.transformer.x_embedder.weight)
+
+
+def test_full_weights_come_before_a_variant(flux_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "both"
+    shutil.copytree(flux_folder, folder)
+    for file in list(folder.glob("*/*.safetensors")):  # a variant of zeros beside every component's own
+        zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(file).items()}
+        save_file(zeros, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    assert torch.equal(load(folder).network.x_embedder.weight, load(flux_folder).network.x_embedder.weight)
+    (file,) = (folder / "vae").glob("*model.safetensors")
+    file.unlink()  # now the autoencoder has its variant alone
+    assert not load(folder).pipeline.vae.decoder.conv_in.weight.any()
+    (other,) = (folder / "text_encoder").glob("*model.safetensors")
+    other.rename(other.with_suffix(".bf16.safetensors"))
+    (folder / "text_encoder" / "model.fp16.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no variant of its weights that is whole \(.*text_encoder: bf16"):
+        load(folder)
+
+
+def test_another_resolution_than_the_loaded_one_is_refused() -> None:
+    for model, own in ((tiny_flux(), 32), (tiny_unet(), 16)):
+        check_resolution(model, None)
+        check_resolution(model, own)
+        with pytest.raises(InputError, match=f"resolution=64: tiny was loaded at {own} pixels; leave it out"):
+            check_resolution(model, 64)
+
+
+def test_the_subsets_that_train_by_default_are_the_familys_own() -> None:
+    for family in FAMILIES:
+        kind = family.model_class()
+        assert {kind.DEFAULT_SUBSET, kind.ERASE_SUBSET} <= kind.SUBSETS.keys()
+    assert SD15.ERASE_SUBSET == "qk_cross" and Flux.ERASE_SUBSET == "qk_dual"
+
+
+def test_importing_every_family_prints_nothing() -> None:
+    names = ", ".join(f"fieldsmith.models.{family.made_by.partition(':')[0]}" for family in FAMILIES)
+    done = subprocess.run([sys.executable, "-c", f"import {names}"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -8,31 +8,31 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fieldsmith.commands.memory import Memory
+from fieldsmith.methods.align.loop import align
+from fieldsmith.methods.edit.loop import edit
+from fieldsmith.methods.erase.loop import erase
+from fieldsmith.models.blueprint import adapt, blueprint
+from fieldsmith.models.footprint import Component, Live, Update, asked, components, footprint
 
 from fieldsmith.cli import main
 from fieldsmith.commands import costs, plan, plan_error
-from fieldsmith.commands.memory import Memory
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import RECIPES, AlignConfig
 from fieldsmith.methods.align.config import preset as align_preset
-from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.config import preset as distill_preset
 from fieldsmith.methods.distill.loop import distill
 from fieldsmith.methods.edit.config import preset as edit_preset
-from fieldsmith.methods.edit.loop import edit
 from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.loop import erase
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import load
-from fieldsmith.models.blueprint import adapt, blueprint
 from fieldsmith.models.core import LoraSpec
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.footprint import Component, Live, Update, asked, components, footprint
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
@@ -145,7 +145,7 @@ def test_a_blueprint_is_the_model_without_its_weights(name):
     assert components(drawn.model) == components(real) and drawn.downloads == 0
     assert drawn.model.noise(1, torch.Generator()).shape == real.noise(1, torch.Generator()).shape
     shapes = {key: part.shape for key, part in real.encode([""]).parts.items()}
-    assert {key: part.shape for key, part in drawn.model.blank().parts.items()} == shapes
+    assert {key: part.shape for key, part in drawn.model.dummy_condition().parts.items()} == shapes
     what = asked(drawn.model, 2)
     image = drawn.model.decode(what.x)
     assert image.shape == real.decode(torch.zeros(what.x.shape)).shape

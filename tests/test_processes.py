@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import several
 import torch
+from fieldsmith.commands.erase import configure
 
 from fieldsmith import processes
 from fieldsmith.cli import main
-from fieldsmith.commands.erase import configure
 from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import loop
 from fieldsmith.models import load

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.worlds import scenes as S
-from fieldsmith.worlds.scenes import CELLS, OPERATIONS, Plan, Scene, ScenesWorld, Sessions, Thing, Turn
+from fieldsmith.worlds.scenes import CELLS, OPERATIONS, Plan, Scene, SceneSessions, ScenesWorld, Thing, Turn
 from fieldsmith.worlds.scenes_judge import Channel, EditVerdicts, judge
 
 WORLD = ScenesWorld(24)
@@ -292,20 +292,22 @@ SESSIONS = WORLD.sessions(300, 3, 21, 0.4, still=0.05)
 Scenes = list[Scene]
 
 
-def having(*operations: str, turn: int = 1, sessions: Sessions = SESSIONS) -> Sessions:
+def having(*operations: str, turn: int = 1, sessions: SceneSessions = SESSIONS) -> SceneSessions:
     rows = [i for i, plan in enumerate(sessions.plans) if plan.turns[turn - 1].operation in operations]
     assert len(rows) > 10
     return sessions[rows]
 
 
-def read(sessions: Sessions, drawn: Scenes | Tensor, turn: int = 1) -> EditVerdicts:
+def read(sessions: SceneSessions, drawn: Scenes | Tensor, turn: int = 1) -> EditVerdicts:
     """Verdicts where all went to plan before this turn."""
     images = drawn if isinstance(drawn, Tensor) else WORLD.render(drawn)
     before, first = quantised(sessions.clean(turn - 1)), quantised(sessions.clean(0))
     return judge(sessions, turn, before, quantised(images), first)
 
 
-def made(sessions: Sessions, change: Callable[[Plan, Turn], Scene | None], turn: int = 1) -> tuple[Sessions, Scenes]:
+def made(
+    sessions: SceneSessions, change: Callable[[Plan, Turn], Scene | None], turn: int = 1
+) -> tuple[SceneSessions, Scenes]:
     """Sessions for which `change` gives a scene, and those scenes."""
     found = [change(plan, plan.turns[turn - 1]) for plan in sessions.plans]
     rows = [i for i, scene in enumerate(found) if scene]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.pushforward import (
+from experiments.oracles.pushforward import (
     gap_mass,
     last_steps,
     posterior_covariance,
@@ -16,7 +16,8 @@ from fieldsmith.diagnose.pushforward import (
     smoothed_score_field,
     wide_linear,
 )
-from fieldsmith.diagnose.smoothness import (
+from fieldsmith.measure.hallucination import auroc, tpr_at
+from fieldsmith.measure.smoothness import (
     SharpestJacobian,
     TrajectoryVariance,
     consistency_gap,
@@ -27,7 +28,6 @@ from fieldsmith.diagnose.smoothness import (
     profile,
     window,
 )
-from fieldsmith.metrics.hallucination import auroc, tpr_at
 from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, trace, vjp
 from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.paths import Prediction, VariancePreserving, noised

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from fieldsmith.diagnose.concepts import sampler
 from fieldsmith.errors import InputError
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model
@@ -258,9 +258,9 @@ def test_a_student_with_scales_answers_in_one_forward(make: Callable[[], Any]) -
     student: Any = shrink(model, ratio=2, guidance_scales=SCALES)
     assert student.classes == model.classes and student.null_class is None and student.scales == SCALES
     assert student.encode(["owl"]).parts["label"].tolist() == [2]
-    student.forwards = 0
-    output = {scale: field(student, scale) for scale in SCALES}
-    assert student.forwards == 2 * len(SCALES)
+    with student.count_nfe() as nfe:
+        output = {scale: field(student, scale) for scale in SCALES}
+    assert nfe.total == 2 * len(SCALES)
     row = torch.tensor([1 * 3 + 2])  # dog at the last scale
     x, index = student.noise(2, seeded()), torch.tensor([299.0, 799.0])
     with torch.no_grad():

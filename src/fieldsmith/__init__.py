@@ -47,7 +47,7 @@ _ROOMS = {
     "result": ("Result",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,24 +6,105 @@ The command line calls the same functions with a config that it has parsed.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
-from PIL import Image
-
-from fieldsmith import verb
-from fieldsmith.config import Config, configure
+from fieldsmith import rewards, verb
+from fieldsmith.config import GIVEN, Config, configure
 from fieldsmith.errors import InputError
+from fieldsmith.functions import load_function, name_of
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs as AlignInputs
+from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.step import Inputs as DistillInputs
+from fieldsmith.methods.distill.verb import DISTILL
+from fieldsmith.methods.edit.config import AUTO, EditConfig
+from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
+from fieldsmith.methods.edit.rollouts import World
+from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
+from fieldsmith.methods.erase.step import Judged
 from fieldsmith.methods.erase.verb import ERASE
+from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
+from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
+from fieldsmith.models.features import load_features
+from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
+from fieldsmith.rewards.sessions import load as load_judge
+from fieldsmith.sampling import sample as sample
+from fieldsmith.sessions import UserSessions
 from fieldsmith.verb import Callback
-from fieldsmith.worlds.model_cards import world_of
+from fieldsmith.worlds import catalogue, classes, own, scenes_judge
+from fieldsmith.worlds.classes import Classes
+from fieldsmith.worlds.judged import JudgedWorld
+from fieldsmith.worlds.model_cards import card_of, data_of, world_of
+from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
+from fieldsmith.worlds.scenes_judge import Channel
+from fieldsmith.worlds.shapes import open_captions, training_captions
+from fieldsmith.worlds.shapes_groups import erased_concepts, paraphrases
+from fieldsmith.worlds.shapes_groups import groups as concept_groups
 
 C = TypeVar("C", bound=Config)
+RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
+
+
+def align(
+    model: Model | str | None = None,
+    reward: RewardLike | None = None,
+    prompts: str | pathlib.Path | Iterable[str] | None = None,
+    *,
+    held_out_rewards: RewardLike | Sequence[RewardLike] = (),
+    config: AlignConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Raise a reward of what prompts give: reward score matching and the policy gradients that are cases of it.
+
+    `model` is a Model, which is trained in place, or a name to load. `reward` is a name or a function of images
+    (n, 3, h, w) in [0, 1] and n prompts that returns n numbers; with an attribute `differentiable = True` its gradient
+    may be used. `held_out_rewards` are only measured. `prompts` are texts, or a file with one a line; None: the
+    captions that a zoo model was trained on. Every field of AlignConfig is a keyword; `config` takes the whole, beside
+    which rewards may still be functions. out=None writes nothing.
+    Raises InputError before anything is trained or written, RewardError and RunError where training breaks.
+    """
+    held_out = (
+        (held_out_rewards,) if callable(held_out_rewards) or isinstance(held_out_rewards, str) else held_out_rewards
+    )
+    named: dict[str, Any] = {"reward": _name(reward), "held_out_rewards": tuple(map(_name, held_out)) or None}
+    if prompts is not None:
+        named["prompts"] = (str(prompts),) if isinstance(prompts, (str, pathlib.Path)) else tuple(prompts)
+    functions = {_name(one): one for one in (reward, *held_out) if callable(one)}
+    if config is not None:  # which cannot hold functions
+        config = config.replace(**{name: named.pop(name) for name in list(named) if functions and named[name]})
+    config, model = settle(AlignConfig, model, "model", config, preset, scale, named, settings)
+    config.check()
+    config, inputs = align_inputs(config, lambda name, world: rewards.load(functions.get(name, name), world))
+    return verb.run(ALIGN, config, inputs, model, callback)
+
+
+def align_inputs(config: AlignConfig, load: Callable[[str, Any], Any]) -> tuple[AlignConfig, AlignInputs]:
+    """The config with its prompts read, and what `align` is given beside it; `load(name, world)` gives a reward."""
+    world = world_of(config.model)
+    if world:
+        config = config.replace(prompts=read_prompts(config.prompts) or training_captions())
+    else:
+        config = config.replace(prompts=read_prompts(config.prompts))
+    watched = [load(name, world) for name in (*config.held_out_rewards, *(("valid",) if world else ()))]
+    others = tuple(name for name in (*open_captions(), "") if name not in config.prompts) if world else ()
+    return config, AlignInputs(load(config.reward, world), {one.name: one for one in watched}, others)
+
+
+def _name(reward: RewardLike | None) -> str | None:
+    """How a config names a reward."""
+    return f"function:{name_of(reward)}" if callable(reward) else reward
 
 
 def erase(
@@ -47,9 +128,196 @@ def erase(
     named = getattr(method, "__name__", None) if build else method
     given = {"targets": targets, "anchors": anchors, "method": f"function:{named}" if build else named}
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
-    if build is None and ":" in config.method:
-        build = load_function(config.method)
-    return verb.run(ERASE, config, EraseInputs(world_of(config.model), build), model, callback)
+    return verb.run(ERASE, config, erase_inputs(config, build), model, callback)
+
+
+def erase_inputs(config: EraseConfig, method: Callable[..., Any] | None = None) -> EraseInputs:
+    """What `erase` is given beside its config; `method`: a function of the user's own, where it is no name."""
+    if method is None and ":" in config.method:
+        method = load_function(config.method, "method")
+    return EraseInputs(_judged(config), method)
+
+
+def _judged(config: EraseConfig) -> Judged | None:
+    """What the model's world says of the targets, where the model has one. Raises InputError at an unknown word."""
+    world = world_of(config.model)
+    if world is None:
+        return None
+    targets = erased_concepts(config.targets)
+    groups = {target: concept_groups(target, targets) for target in targets}
+    return Judged(world, groups, {target: paraphrases(target) for target in targets})
+
+
+def edit(
+    model: Model | str | None = None,
+    sessions: str | pathlib.Path | Iterable[Any] | None = None,
+    judge: str | Callable[..., Any] | None = None,
+    *,
+    config: EditConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train an image editor on its own multi-turn sessions (MT-EditFlow, arXiv 2606.01985).
+
+    `model` is a Model, which is trained in place, or a name to load. `sessions` is a file with a line
+    {"image": ..., "instructions": [...]} a session, or such dicts or pairs (image, instructions), where an image is a
+    path or PIL's; or 'auto', the world that the model's card names. `judge` is judge(before, after, instructions) ->
+    (following, consistency): images (n, 3, h, w) in [0, 1], n instructions, n numbers in [0, 1] each; or a name
+    (EditConfig.judge). Every field of EditConfig is a keyword; `config` takes the whole. out=None writes nothing.
+    Raises InputError before anything is trained or written, RewardError where the judge fails, RunError where training
+    breaks.
+    """
+    own = None if sessions is None or isinstance(sessions, (str, pathlib.Path)) else list(sessions)
+    named = {"sessions": f"{GIVEN}{len(own)}" if own is not None else sessions and str(sessions), "judge": _name(judge)}
+    if config is not None:  # which cannot hold functions and sessions
+        objects = {"sessions": own is not None, "judge": callable(judge)}
+        config = config.replace(**{name: named.pop(name) for name in objects if objects[name]})
+    config, model = settle(EditConfig, model, "model", config, preset, scale, named, settings)
+    config.check()
+    size = getattr(model, "resolution", None)
+    inputs = edit_inputs(config, own, judge if callable(judge) else None, size)
+    return verb.run(EDIT, config, inputs, model, callback)
+
+
+def edit_inputs(
+    config: EditConfig,
+    sessions: Iterable[Any] | None = None,
+    judge: Callable[..., Any] | None = None,
+    size: int | None = None,
+) -> EditInputs:
+    """Sessions and judge of `edit`, as given or as the config names them; `size` of sessions' images in pixels.
+
+    Raises InputError where a file cannot be read, a server does not answer, or no world is known.
+    """
+    scores = load_judge(judge or config.judge, config.against)
+    channel = Channel(config.contrast, config.blur, config.noise)
+    if config.sessions == AUTO:
+        card = card_of(config.model)
+        if card.get("world") != "scenes":
+            raise InputError(
+                f"'{config.model}' names no world of sessions; add --sessions FILE.jsonl with a line "
+                '{"image": "a.png", "instructions": ["...", "..."]} a session'
+            )
+        world = ScenesWorld(int(card["size"]))
+        plan = World(scenes_judge.judge, partial(scenes_judge.likeness, world), NOTHING)
+        return EditInputs(
+            lambda n, seed, turns: world.sessions(n, turns, seed, config.dependency), scores, channel, plan
+        )
+    source = config.sessions if sessions is None else sessions
+    own = UserSessions.of(source, size or config.resolution or 512)
+    if own.turns < config.turns:
+        raise InputError(f"turns={config.turns}, but the sessions of '{config.sessions}' have {own.turns}; lower it")
+    return EditInputs(own.sample, scores, channel)
+
+
+def distill(
+    teacher: Model | str | None = None,
+    data: str | pathlib.Path | Classes | Iterable[tuple[Any, str]] | None = None,
+    student: float | str | pathlib.Path | Model | None = None,
+    *,
+    config: DistillConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a smaller student on both branches of a guided teacher (DASH, arXiv 2606.00798, its rivals, and ours).
+
+    `teacher` is a Model or a name to load. `data` is digits, shapes, a folder with a subfolder of images a class, or
+    pairs (image, class). `student` is how many times smaller, a JSON file of config fields, or an untrained Model.
+    Every field of DistillConfig is a keyword; `config` takes the whole. out=None writes nothing. The result's model is
+    the student. Raises InputError before anything is trained or written, RunError where training breaks.
+    """
+    given: dict[str, Any] = {"data": _data_name(data)}
+    if isinstance(student, (str, pathlib.Path)):
+        given["student"] = student
+    elif not isinstance(student, Model):
+        given["shrink"] = student
+    config = _with_objects(config, given)
+    config, teacher = settle(DistillConfig, teacher, "teacher", config, preset, scale, given, settings)
+
+    return verb.run(DISTILL, config, distill_inputs(config, data, student), teacher, callback)
+
+
+def distill_inputs(config: DistillConfig, data: Any = None, student: Any = None) -> DistillInputs:
+    """What `distill` is given beside its config: data and student as given, or as the config names them."""
+
+    def sized(size: int, channels: int) -> Classes:
+        if isinstance(data, Classes):
+            return data
+        if data is not None and not isinstance(data, (str, pathlib.Path)):
+            return classes.of_pairs(data, size, channels)
+        name = data_of(config.teacher, "digits, shapes") if config.data == "auto" else config.data
+        return classes.load(_there(name), size, channels)
+
+    return DistillInputs(sized, student=student if isinstance(student, Model) else None)
+
+
+def sharpen(
+    model: Model | str | None = None,
+    data: str | pathlib.Path | JudgedWorld | Iterable[Any] | None = None,
+    judge: str | Callable[..., Any] | None = None,
+    *,
+    config: SharpenConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a model, or a guide beside it, so that fewer samples lie where its data have none (VSM, rivals, and ours).
+
+    `data` is columns, cards, a folder of images or images themselves, and then `judge` says which images are
+    valid: a function of images (n, channels, size, size) in [0, 1] that gives n bools or pairs (bool, reason), its
+    name, or an http address. Every field of SharpenConfig is a keyword; `config` takes the whole. out=None writes
+    nothing. Raises InputError before anything is trained or written, RunError where training or judging breaks.
+    """
+    given = {"data": _data_name(data), "judge": _name(judge)}
+    config = _with_objects(config, given)
+    config, model = settle(SharpenConfig, model, "model", config, preset, scale, given, settings)
+
+    return verb.run(SHARPEN, config, sharpen_inputs(config, data, judge), model, callback)
+
+
+def sharpen_inputs(config: SharpenConfig, data: Any = None, judge: Any = None) -> SharpenInputs:
+    """What `sharpen` is given beside its config: data and judge as given, or as the config names them."""
+
+    def sized(channels: int, size: int) -> JudgedWorld:
+        verdict = judge if callable(judge) else config.judge
+        if data is None or isinstance(data, (str, pathlib.Path)):
+            name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
+            return catalogue.load(_there(name), size, verdict, channels)
+        if hasattr(data, "sample"):
+            world: JudgedWorld = data
+            return world
+        if verdict is None:
+            raise InputError("these images need a judge; give judge=, a function that says which images are valid")
+        return own.of_images(data, verdict, size, channels)
+
+    return SharpenInputs(sized, features=load_features(config.extractor) if config.extractor else None)
+
+
+def _data_name(data: Any) -> str | None:
+    """How a config names data: a name as it is, an object as 'given:NAME'."""
+    if data is None or isinstance(data, (str, pathlib.Path)):
+        return None if data is None else str(data)
+    return f"{GIVEN}{getattr(data, 'name', None) or type(data).__name__}"
+
+
+def _with_objects(config: C | None, given: dict[str, Any]) -> C | None:
+    """Functions and objects may be given beside a config, which cannot hold them: move their names into it."""
+    if config is None:
+        return None
+    names = [name for name, value in given.items() if str(value).startswith((GIVEN, "function:"))]
+    return config.replace(**{name: given.pop(name) for name in names})
+
+
+def _there(name: str) -> str:
+    """The name. Raises InputError where it stands for an object of another session."""
+    if name.startswith(GIVEN):
+        raise InputError(f"'{name}' was an object in Python when this run was begun; hand it over again")
+    return name
 
 
 def settle(
@@ -77,3 +345,6 @@ def settle(
     if other or preset or scale:
         raise InputError(f"config and {', '.join(other) or 'preset'} are both given; put everything into the config")
     return config.replace(**given), model if isinstance(model, Model) else None
+
+
+open_run = Result.open

@@ -24,15 +24,10 @@ VERBS = {
     "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
     "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
-    "audit": "Measure, before training, which estimator, strengths and trust region fit a model and reward.",
-    "diagnose": "Measure what guidance a student kept, how sharp a score is along its paths, how an editor bears its "
-    "own results, or how far to trust a judge of edits.",
+    "diagnose": "Measure a model, a reward or a judge: guidance, smoothness, exposure, concepts, audit, judge.",
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
-    "pretrain": "Train a zoo model from its recipe.",
     "sample": "Draw a grid of images from a model.",
-    "evaluate": "Judge what a model draws, prompt by prompt.",
-    "reproduce": "Repeat the papers' claims at laptop scale; writes results/VERB.",
     "demo": "Each verb once on small models, and the page that leads to what they made.",
 }
 
@@ -108,8 +103,7 @@ def _command(words: list[str]) -> None:
     if verb in METHODS:
         importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
     else:
-        module = "models" if verb in ("pretrain", "sample", "evaluate", "reproduce") else verb
-        getattr(importlib.import_module(f"fieldsmith.commands.{module}"), verb)(words[1:])
+        getattr(importlib.import_module(f"fieldsmith.commands.{verb}"), verb)(words[1:])
 
 
 def _stop(sentence: str, code: int) -> int:

@@ -1,14 +1,9 @@
-"""Which AdamW moves the parameters: torch's, or one that keeps its moments in 8 bits.
-
-In: a name, set for a while by `using`. Out: the optimizer that `training.fit` asks for, whose state is all tensors.
-"""
+"""AdamW by name: torch's, or one with moments in 8 bits. The state of both is all tensors, for checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from fieldsmith.errors import InputError
 
 OPTIMIZERS = ("adamw", "adamw8bit")
-_kind: ContextVar[str] = ContextVar("optimizer", default="adamw")
 
 
 def check(kind: str) -> None:
@@ -29,20 +23,8 @@ def check(kind: str) -> None:
         raise InputError("optimizer 'adamw8bit' needs bitsandbytes; pip install fieldsmith[8bit], or use adamw")
 
 
-@contextlib.contextmanager
-def using(kind: str) -> Iterator[None]:
-    """Inside, every run is moved by this optimizer. Raises InputError as `check`."""
-    check(kind)
-    before = _kind.set(kind)
-    try:
-        yield
-    finally:
-        _kind.reset(before)
-
-
-def adamw(params: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW of the kind in use."""
-    kind = _kind.get()
+def adamw(params: Sequence[Tensor], lr: float, weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW of this kind, one of OPTIMIZERS. Raises InputError as `check`."""
     check(kind)
     if kind == "adamw":
         # in one pass over each parameter; FSDP's parts have no such kernel

@@ -85,7 +85,7 @@ class Result:
             model.save(path, merged=format == "merged")
             return path
         if not model.spec:
-            raise InputError(f"this run trained full weights, which no adapter file holds; save(format='merged')")
+            raise InputError("this run trained full weights, which no adapter file holds; save(format='merged')")
         if path.suffix != ".safetensors":
             raise InputError(f"'{path}' is no name of a safetensors file; call it {path}.safetensors")
         check_format(model.family, format)
@@ -131,7 +131,10 @@ class Result:
 
 
 def _short(value: Any) -> str:
-    """'0.4 [0.3, 0.5]' of a number as metrics.json has it; '' of what is no single number."""
+    """'0.4 [0.3, 0.5]' of a number as metrics.json has it, of a list all its numbers; '' of anything else."""
+    if isinstance(value, list):
+        parts = [_short(part) for part in value]
+        return ", ".join(parts) if all(parts) else ""
     if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
         return ""
     if isinstance(value, dict):

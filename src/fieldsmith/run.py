@@ -50,11 +50,11 @@ def check_out(out: pathlib.Path, folder: bool) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as what TOML and JSON hold; None values are left out of mappings."""
+    """Dataclasses, paths and tuples as what TOML and JSON hold; None and NaN are left out of mappings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items() if item is not None}
+        return {str(key): plain(item) for key, item in value.items() if item is not None and item == item}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, pathlib.Path) else value

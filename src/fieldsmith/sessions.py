@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -32,6 +32,22 @@ EDIVAL_COLUMNS = ("image_index", "turns", "instructions")
 EDIVAL_IMAGES = "input_images_resize_512"  # EdiVal's archive of images, unpacked beside the CSV file
 
 
+class Sessions(Protocol):
+    """n sessions of equally many turns, as training, judges and measures need them: the user's own, or a world's."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any) -> Any: ...
+    @property
+    def turns(self) -> int: ...
+    def prompts(self, turn: int) -> list[str]:
+        """What turn 1, 2, ... asks of each session."""
+        ...
+
+    def clean(self, turn: int) -> Tensor:
+        """Images (n, 3, size, size) in [0, 1]: the start at turn 0, then what turns should give, where it is known."""
+        ...
+
+
 @dataclass(frozen=True)
 class Session:
     id: str
@@ -39,14 +55,17 @@ class Session:
     instructions: tuple[str, ...]  # one a turn
 
 
-def sessions_of(entries: Iterable[Session | Mapping[str, Any]]) -> list[Session]:
-    """Sessions, or dicts such as a line of a file holds; an image may also be PIL's, and paths start from here.
+def sessions_of(entries: Iterable[Any]) -> list[Session]:
+    """Sessions, dicts such as a line of a file holds, or pairs (image, instructions); an image may also be PIL's, and
+    paths start from here.
 
     Raises InputError as `read_sessions` does.
     """
     rows = []
     for number, entry in enumerate(entries, 1):
         where = f"session {number}"
+        if isinstance(entry, (tuple, list)) and len(entry) == 2:
+            entry = {"image": entry[0], "instructions": entry[1]}
         if not isinstance(entry, (Session, Mapping)):
             raise InputError(f"{where} is a {type(entry).__name__}; give a dict such as {LINE}")
         rows.append((number, entry if isinstance(entry, Session) else _session(entry, number, where, Path())))
@@ -138,7 +157,7 @@ class UserSessions:
     turns: int
 
     @staticmethod
-    def of(source: str | Path | Iterable[Session | Mapping[str, Any]], size: int) -> UserSessions:
+    def of(source: str | Path | Iterable[Any], size: int) -> UserSessions:
         """Every session of a file or of an iterable. Raises InputError as `read_sessions` and `load_images` do."""
         sessions = read_sessions(source) if isinstance(source, (str, Path)) else sessions_of(source)
         load_images(sessions[:1], size)  # a folder of images that was moved is refused before anything runs

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fieldsmith import processes
+from fieldsmith.config import FitConfig
 from fieldsmith.errors import RunError
 from fieldsmith.optimizers import adamw
 from fieldsmith.run import Run
@@ -50,6 +51,16 @@ class Optimisation:
     checkpoint_every: int = 50
     block: int = 1  # steps that share what the first of them drew: checkpoints fall between blocks only
     seed: int = 0
+    optimizer: str = "adamw"  # a name in optimizers.OPTIMIZERS
+
+
+def optimisation_of(config: FitConfig) -> Optimisation:
+    """How a network is fitted to data: a cosine after the warm-up, ten checkpoints or one every 100 steps."""
+    return Optimisation(
+        config.steps, config.lr, config.weight_decay, config.warmup, cosine=True, clip=config.clip,
+        ema=config.ema or None, checkpoint_every=max(100, config.steps // 10), seed=config.seed,
+        optimizer=config.optimizer,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def fit(
     Raises RunError at a loss or gradient that is not finite: parameters and checkpoints stay at the last good step.
     """
     params = list(parameters.values())
-    optimizer = adamw(params, optimisation.lr, optimisation.weight_decay)
+    optimizer = adamw(params, optimisation.lr, optimisation.weight_decay, optimisation.optimizer)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
     first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
     began, done, whole = time.monotonic(), first, True
@@ -90,7 +101,7 @@ def fit(
         bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
         try:
             while done < optimisation.steps and not stopped:
-                log = _gradient(done, params, losses, optimizer, optimisation)
+                log = gradient(done, params, losses, optimizer, optimisation)
                 whole = False  # an interrupt from here on finds parameters, averages and log at different steps
                 optimizer.step()
                 if ema and optimisation.ema:
@@ -105,7 +116,7 @@ def fit(
                 progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
                 if run and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
                     _save(run, done, parameters, optimizer, ema, stopped)
-        except (KeyboardInterrupt, RunError):  # a loss that is not finite is found before parameters move
+        except BaseException:  # whatever a reward raises, or a loss that is not finite, comes before parameters move
             if run and whole and done > first and done % optimisation.block == 0:
                 _save(run, done, parameters, optimizer, ema, stopped)
             raise
@@ -115,7 +126,7 @@ def fit(
     return Fit(done, time.monotonic() - began, stopped or "steps")
 
 
-def _gradient(
+def gradient(
     step: int,
     params: list[Tensor],
     losses: Losses,

@@ -1,4 +1,4 @@
-"""What every verb does, written once: check, open the run, load, prepare, preflight, train, ship, measure, write the page.
+"""What every verb does, written once: check, load, prepare, preflight, train, ship, measure, write the page.
 
 A verb gives four functions (`Verb`): `prepare` makes a `Job` of a model and a config, `measure` looks at the model
 before and after, `report` compares the two. Everything else about a run is here.
@@ -7,11 +7,10 @@ before and after, `report` compares the two. Everything else about a run is here
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from fieldsmith import preflight
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
-from fieldsmith.models.core import LoraSpec, Model
+from fieldsmith.models.core import LoraSpec, Model, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, offload
 from fieldsmith.preflight import Check
 from fieldsmith.report.page import Page, Panel
@@ -36,7 +35,7 @@ Callback = Callable[[int, dict[str, float]], "str | None"]  # steps done, the st
 
 @dataclass
 class Job:
-    """What a verb prepared: which tensors train, on which losses, how it is checked, and what is looked at afterwards."""
+    """What a verb prepared: which tensors train, on which losses, how it is checked, what is looked at afterwards."""
 
     model: Model  # whose weights train: the model itself, a student, a guide
     losses: Losses
@@ -44,6 +43,8 @@ class Job:
     parameters: dict[str, Tensor]  # all that moves, or that a checkpoint must hold
     checks: Callable[[bool], list[Check]]  # preflight; told whether the run resumes, when rollouts are not repeated
     stop: Callback | None = None
+    inputs: Any = None  # what the run was given beside its settings: a world, a judge, data
+    context: Any = None  # what `prepare` made that `measure` reads
     begin: Callable[[], None] = lambda: None  # called once all is checked, before the first step
     stopped: str = ""  # why no step is taken, where none is
     trained: Any = None  # what is measured after training; None: the model
@@ -81,7 +82,6 @@ class Outcome:
 
     config: Any
     job: Job
-    inputs: Any
     model: Model
     before: Any  # what `measure` gave for the reference
     after: Any
@@ -100,6 +100,7 @@ class Verb:
     measure: Callable[[Any, Any, Job, Side], Any]  # a model, config, job, side -> what `report` compares; equal seeds
     report: Callable[[Page, Outcome], dict[str, Any]]  # fills the page; what goes into metrics.json
     source: str = "model"  # the config's field that names what is loaded
+    evaluated: str = "evaluate"  # the config's field that says how much is measured; 0: nothing
     frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
 
 
@@ -122,7 +123,10 @@ def run(
     if folder and folder.finished:
         console.print(f"this run is complete: {folder.folder / 'report.html'}")
         return Result.open(folder.folder)
-    model = model or load_model(verb, config)
+    if model is None:
+        model = load_model(verb, config)
+    else:
+        check_resolution(model, getattr(config, "resolution", None))
     job, trained = train(verb, model, config, inputs, folder, callback, quiet)
     shipped = job.ship(job.model, folder.folder) if folder else ""
     for sentence in job.advice(Fit(trained.steps, trained.seconds, trained.stopped)):
@@ -132,17 +136,17 @@ def run(
         **trained.cost, **job.facts(),
     }  # fmt: skip
     page = Page("")
-    if getattr(config, "evaluate", 1):
+    if getattr(config, verb.evaluated):
         console.print(f"{trained.steps} steps in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
         with job.model.uncounted():
             with job.reference() as base:
                 before = verb.measure(base, config, job, "before")
             after = verb.measure(job.trained if job.trained is not None else job.model, config, job, "after")
         history = folder.history() if folder else []
-        metrics |= verb.report(page, Outcome(config, job, inputs, model, before, after, metrics, history, folder))
+        metrics |= verb.report(page, Outcome(config, job, model, before, after, metrics, history, folder))
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
-        page.text("", "evaluate is 0: nothing was measured.")
+        page.text("", f"{verb.evaluated} is 0: nothing was measured.")
     result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
     if folder:
         page.command("Repeat it, load it", _repeat(verb, config, folder, shipped))
@@ -167,10 +171,13 @@ def train(
     Raises InputError before anything is trained or written, RunError where training breaks.
     """
     config.check()
+    if getattr(config, "threads", None):
+        torch.set_num_threads(config.threads)
     resumes = run is not None and run.resumes
     began_plain = not model.trains
     with contextlib.ExitStack() as stack:
         nfe = stack.enter_context(model.count_nfe())
+        job = None
         try:
             job = verb.prepare(model, config, inputs)
             if job.model is not model:  # a student or a guide has a count of its own
@@ -180,29 +187,36 @@ def train(
             if config.checkpointing:
                 checkpoint_activations(job.model)
         except BaseException:
+            # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:
-                model.remove_training()  # refused before anything was trained: the model can be used again
+                model.remove_training()
+            if job and job.model is not model:
+                job.model.remove_training()
             raise
         if run:
             run.begin()
         job.begin()
-        # what an interrupted run had spent; its preparation, done again now, is in there already
-        carried = int(run.history()[-1]["nfe"]) - nfe.total if run and resumes else 0
+        carried: list[int] = []  # what an interrupted run had spent before this process took over
         if callback:
             callback(0, {})
 
         def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+            if not carried:  # asked now that the log ends at the checkpoint; preparation is in there already
+                carried.append(int(run.history()[-1]["nfe"]) - prepared if run and step else 0)
             yield from job.losses(step, generator, log)
-            log["nfe"] = carried + nfe.total
+            log["nfe"] = carried[0] + nfe.total
 
         def stop(done: int, log: dict[str, float]) -> str | None:
             reason = callback(done, log) if callback else None
             return reason or (job.stop(done, log) if job.stop else None)
 
+        prepared = nfe.total
         stack.enter_context(job.around())
-        done = fit(job.parameters, losses, job.optimisation, run, stop)
-        spent = carried + nfe.total
-    return job, Trained(done.steps, done.seconds, job.stopped or done.stopped, spent, job.cost(done, spent))
+        nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
+        done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
+        history = run.history() if run else []
+        spent = int(history[-1]["nfe"]) if history else nfe.total
+    return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
 
 
 def attach(
@@ -252,12 +266,12 @@ def curves(page: Page, outcome: Outcome, panels: dict[str, tuple[str, ...]]) -> 
                 series[key] = ([row["step"] for row in rows], [row[key] for row in rows])
         if series:
             drawn.append(Panel(title, series, "step"))
-    cost, m = outcome.metrics["nfe"], outcome.metrics
+    done = outcome.metrics
     calls = int(sum(row.get("reward calls", 0) for row in outcome.history))
     judged = f", {calls:,} reward calls" if calls else ""
-    note = f"{m['steps']} steps, {m['seconds']:.0f} s, {cost:,} network evaluations (a forward of one state is 1, its backward 2)"
+    cost = f"{done['nfe']:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
     if drawn:
-        page.curves("The run", drawn, note=f"{note}{judged}.")
+        page.curves("The run", drawn, note=f"{done['steps']} steps, {done['seconds']:.0f} s, {cost}{judged}.")
 
 
 def _ship(model: Model, folder: pathlib.Path) -> str:
@@ -277,4 +291,7 @@ def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
             f'pipe = DiffusionPipeline.from_pretrained("{getattr(config, verb.source)}")',
             f'pipe.load_lora_weights("{run.folder / "adapter"}")',
         ]
+    if shipped == "model":
+        model = run.folder / "model"
+        lines += ["", "# in Python, with diffusers alone", f'pipe = DiffusionPipeline.from_pretrained("{model}")']
     return lines

@@ -5,42 +5,40 @@ In: --out DIR. Out: a complete run directory for each verb, and DIR/index.html w
 
 from __future__ import annotations
 
-import json
+import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fieldsmith.commands import align, arguments, distill, edit, erase, sharpen
-
-if TYPE_CHECKING:
-    from fieldsmith.run import Run
+from fieldsmith.commands import arguments
+from fieldsmith.config import config
+from fieldsmith.run import check_out
 
 
-@dataclass(frozen=True)
+@config
 class DemoConfig:
     """Erase the triangle from zoo:shapes-flux, raise a reward on zoo:shapes-flux-small, make a student of
     zoo:digits-unet, steer zoo:columns-ddpm away from hallucination, train zoo:scenes-kontext on its own sessions: each
     verb once, some minutes on one core."""
 
-    out: Path = Path("demo")
+    out: pathlib.Path = pathlib.Path("demo")
     """The folder to write."""
 
 
 def demo(words: Sequence[str]) -> None:
-    config = arguments.parse(DemoConfig(), list(words), "demo")
-    arguments.check_out(config.out, folder=True)
-    flags = ["--targets", "triangle", "--anchors", "circle", "--out", str(config.out / "erase")]
-    gone = _metrics(erase.run(erase.configure([*flags, "--preset", "demo"])))
-    small = ["--model", "zoo:shapes-flux-small", "--reward", "right", "--held-out-rewards", "classifier-heldout"]
-    flags = [*small, "--preset", "rsm-branch-sd35", "--out", str(config.out / "align")]
-    risen = _metrics(align.run(align.configure(flags)))
-    flags = ["--preset", "fieldsmith", "--steps", "600", "--evaluate", "300", "--out", str(config.out / "distill")]
-    small_one = _metrics(distill.run(distill.configure(flags)))
-    fewer = _metrics(sharpen.run(sharpen.configure(["--preset", "guide", "--out", str(config.out / "sharpen")])))
-    flags = ["--epochs", "15", "--evaluate", "120", "--evaluate-steps", "8", "--out", str(config.out / "edit")]
-    steadier = _metrics(edit.run(edit.configure(flags)))
+    """All five chapters, then the index. Raises InputError where the folder cannot be written."""
+    out = arguments.parse(DemoConfig(), list(words), "demo").out
+    check_out(out, folder=True)
+    from fieldsmith import api  # imports torch: once the words are known to be good
     from fieldsmith.report.page import Page
+
+    gone = api.erase(targets="triangle", anchors="circle", preset="demo", out=out / "erase").metrics
+    risen = api.align(
+        "zoo:shapes-flux-small", reward="right", held_out_rewards="classifier-heldout", preset="rsm-branch-sd35",
+        out=out / "align",
+    ).metrics  # fmt: skip
+    small = api.distill(preset="fieldsmith", steps=600, evaluate=300, out=out / "distill").metrics
+    fewer = api.sharpen(preset="guide", out=out / "sharpen").metrics
+    steadier = api.edit(epochs=15, evaluate=120, evaluate_steps=8, out=out / "edit").metrics
 
     was, now = (fewer[when]["hallucinated"]["value"] for when in ("before", "after"))
     triangle, right = gone["concepts"]["triangle"], risen["rewards"]["right"]
@@ -60,7 +58,7 @@ def demo(words: Sequence[str]) -> None:
         (
             "distill: a student six times smaller that can still be guided",
             "distill/report.html",
-            _kept(small_one),
+            _kept(small),
         ),
         (
             "sharpen: fewer images that break the rules of their data",
@@ -76,8 +74,8 @@ def demo(words: Sequence[str]) -> None:
     ]
     page = Page("fieldsmith, tried out", "each verb once, on small models")
     page.chapters("Pages", chapters)
-    page.write(config.out / "index.html")
-    print(f"open {(config.out / 'index.html').resolve()}")
+    page.write(out / "index.html")
+    print(f"open {(out / 'index.html').resolve()}")
 
 
 def _kept(metrics: dict[str, Any]) -> str:
@@ -97,7 +95,3 @@ def _sessions(metrics: dict[str, Any]) -> str:
         f"{100 * after['value']:.0f}% of {after['n']} held-out sessions end with every turn done, before it was "
         f"{100 * before['value']:.0f}%; it was trained on what it made itself, turn after turn."
     )
-
-
-def _metrics(run: Run) -> dict[str, Any]:
-    return dict(json.loads((run.folder / "metrics.json").read_text(encoding="utf-8")))

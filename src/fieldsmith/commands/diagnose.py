@@ -1,312 +1,179 @@
-"""`fieldsmith diagnose`: what a model kept, and what is broken, measured on a finished one.
+"""`fieldsmith diagnose KIND`: what a model kept, and what is broken, measured on a finished one; nothing is trained.
 
-In: the words after the verb. Out: a run directory with metrics.json and report.html; nothing is trained.
-Instruments: --guidance, a student's classifier-free guidance against its teacher's; --smoothness, --exposure and
---judge-of-edits, each in a file of its own.
+In: the words after the verb, or a model and settings from Python. Out: a Diagnosis; with an `out` folder also a run
+directory with metrics.json and report.html. Here names become objects: a teacher, data, a world, a reward, a judge.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments
-from fieldsmith.errors import InputError
+from fieldsmith.diagnose import config_of
+from fieldsmith.diagnose.config import (
+    KINDS,
+    AuditConfig,
+    ConceptsConfig,
+    ExposureConfig,
+    GuidanceConfig,
+    JudgeConfig,
+    SmoothnessConfig,
+)
+from fieldsmith.errors import InputError, check_word
 
-if TYPE_CHECKING:
-    from fieldsmith.diagnose.guidance import Guidance, GuidedSampler, Tuples
+if TYPE_CHECKING:  # torch: `fieldsmith diagnose --help` does without
+    from fieldsmith.diagnose import Diagnosis
     from fieldsmith.models.core import Model
-    from fieldsmith.run import Run
-    from fieldsmith.worlds.classes import Classes
-
-INSTRUMENTS = {
-    "guidance": "a student's guidance against its teacher's",
-    "smoothness": "the sharpness of a score",
-    "exposure": "an editor on its own results",
-    "judge_of_edits": "a judge of edits against known truth",
-}
-NOISED, OWN_PATH = "noised data", "the teacher's guided path"  # the two kinds of states
 
 
 @dataclass(frozen=True)
-class DiagnoseConfig:
-    """Measure what is left undetermined: a student's guidance, a score's sharpness, exposure bias, a judge."""
+class Named:
+    """What every kind but the judge is told: a model, and where to write. From Python, a model, a teacher, data or a
+    reward may be an object instead of its name."""
 
-    guidance: bool = False
-    """An instrument: classifier-free guidance, student against teacher."""
-    smoothness: bool = False
-    """An instrument: the score's Jacobian along a DDPM's sampling paths, and whether it tells bad samples."""
-    exposure: bool = False
-    """An instrument: an editor's sessions on its own results against planned sources, and asked for nothing."""
-    judge_of_edits: str | None = None
-    """An instrument: remote:http://HOST:PORT/v1?model=M&mode=direct&mode=expected&n=4&temperature=0.7, a server that
-    sees images, asked n times in each mode that is named (none: all four) about edits whose truth is known."""
     model: str | None = None
-    """The student, or the one model: a diffusers pipeline folder, a hub id or a zoo model."""
-    adapter: pathlib.Path | None = None
-    """With --exposure: a LoRA folder to attach first."""
-    teacher: str | None = None
-    """What it was distilled from, in the same states and with the same classes."""
-    data: str | None = None
-    """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used.
-    With --smoothness: columns, cards, chess or a folder; None: what the model's card names."""
-    judge: str | None = None
-    """With --smoothness and a folder: file.py:name, package.module:name or http:// address that says what is valid."""
-    prompts: tuple[str, ...] = ()
-    """Prompts or class names to follow, or one text file with one a line; empty: every class."""
+    """A diffusers pipeline folder, a hub id or a zoo model."""
     out: pathlib.Path | None = None
     """The run directory to write (new or empty)."""
-    tuples: int = 2000
-    """States of each kind at which both are asked; below about 1000, bins are noisy."""
-    bins: int = 10
-    """Equal bins of time."""
-    steps: int = 25
-    """Sampler steps of the teacher's path, and of the images for liveness; with --exposure, of every turn."""
-    scale: float = 2.0
-    """Guidance scale of the teacher's path."""
-    samples: int = 32
-    """Images of each model at each scale for liveness; 0 leaves it out. With --exposure: sessions, at least 100 for
-    narrow intervals. With --judge-of-edits: instructions, each with 8 edits."""
-    reference: float | None = None
-    """E_c + E_u of another student, the yardstick of drift; None: the teacher's own mean squared gap."""
-    chunk: int = 256
-    """States per forward; lower it when memory is short."""
     resolution: int | None = None
-    """Image side in pixels; None: the models' own, at most 512."""
-    turns: int = 5
-    """With --exposure: turns of a session."""
-    dependency: float = 0.7
-    """With --exposure: how often a turn refers to what an earlier turn made."""
-    still: int = 5
-    """With --exposure: turns that ask for nothing, for the drift of identity; 0 leaves it out."""
-    contrast: float = 1.0
-    """With --exposure, between turns: factor on the distance from mid grey."""
-    blur: float = 0.0
-    """With --exposure, between turns: weight of each pixel's 3 x 3 mean."""
-    noise: float = 0.0
-    """With --exposure, between turns: deviation of added noise, in [0, 1]."""
-    seed: int = 0
-    """Everything random follows from it."""
+    """Image side in pixels; None: the model's own, at most 512."""
+
+
+@dataclass(frozen=True)
+class Guidance(GuidanceConfig, Named):
+    __doc__ = GuidanceConfig.__doc__
+    teacher: str | None = None
+    """What the model was distilled from, in the same states and with the same classes."""
+    data: str | None = None
+    """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used."""
+    prompts: tuple[str, ...] = ()
+    """Prompts or class names to follow, or one text file with one a line; empty: every class."""
+
+
+@dataclass(frozen=True)
+class Smoothness(SmoothnessConfig, Named):
+    __doc__ = SmoothnessConfig.__doc__
+    data: str | None = None
+    """columns, cards, chess or a folder of images; None: what the model's card names."""
+    judge: str | None = None
+    """With a folder: module:function, file.py:function or http:// address that says what is valid."""
+
+
+@dataclass(frozen=True)
+class Exposure(ExposureConfig, Named):
+    __doc__ = ExposureConfig.__doc__
+    adapter: pathlib.Path | None = None
+    """A LoRA folder to attach first."""
+
+
+@dataclass(frozen=True)
+class Concepts(ConceptsConfig, Named):
+    __doc__ = ConceptsConfig.__doc__
+    adapter: pathlib.Path | None = None
+    """A LoRA folder to attach first, such as a run's adapter/."""
+
+
+@dataclass(frozen=True)
+class Audit(AuditConfig, Named):
+    __doc__ = AuditConfig.__doc__
+    model: str = "zoo:shapes-flux"
+    """A diffusers pipeline folder, a hub id, a zoo model, or world:triangle, whose truth is a closed form."""
+    reward: str = "classifier"
+    """A reward, or a weighted sum of rewards, e.g. `classifier` or `right+0.1*brightness`; world:triangle: `linear`."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to look at, or one text file with a prompt a line; empty: the world's own captions."""
+
+
+@dataclass(frozen=True)
+class Judge(JudgeConfig):
+    __doc__ = JudgeConfig.__doc__
+    judge: str | None = None
+    """remote:http://HOST:PORT/v1?model=M&mode=direct&mode=expected&n=4&temperature=0.7, a server that sees images,
+    asked n times in each mode that is named (none: all four)."""
+    out: pathlib.Path | None = None
+    """The run directory to write (new or empty)."""
+
+
+SETTINGS: dict[str, Any] = {"guidance": Guidance, "smoothness": Smoothness, "exposure": Exposure,
+                            "concepts": Concepts, "audit": Audit, "judge": Judge}  # fmt: skip
+NEEDED = {
+    "guidance": {"model": "the student", "teacher": "what it was distilled from"},
+    "smoothness": {"model": "a DDPM pipeline"},
+    "exposure": {"model": "an editing model of the scenes world"},
+    "concepts": {"model": "a model whose card.json names its world"},
+    "audit": {"model": "a model"},
+    "judge": {"judge": "remote:http://HOST:PORT/v1?model=MODEL"},
+}
 
 
 def diagnose(words: Sequence[str]) -> None:
-    rest = list(words)
+    """fieldsmith diagnose KIND [--config FILE.toml] [--field value ...] --out DIR."""
+    listed = "\n".join(f"  {kind:<11}{what}" for kind, what in KINDS.items())
+    if not words or words[0].startswith("-"):
+        if {"-h", "--help"} & set(words):
+            print(f"usage: fieldsmith diagnose KIND [--field value ...] --out DIR; kinds:\n{listed}")
+            return
+        raise InputError(f"no kind named after `fieldsmith diagnose`; use one of {', '.join(KINDS)}")
+    kind, rest = words[0], list(words[1:])
+    check_word(kind, tuple(KINDS), "diagnose's kinds")
+    verb = f"diagnose {kind}"
     path = arguments.take(rest, "--config")
-    file = arguments.from_file(path, DiagnoseConfig, "diagnose") if path else {}
+    file = arguments.from_file(path, SETTINGS[kind], verb) if path else {}
     notes = "Also: --config FILE.toml (such as a run's config.toml) sets fields; flags come last."
-    run(arguments.parse(DiagnoseConfig(**file), rest, "diagnose", notes))
+    config = arguments.parse(SETTINGS[kind](**file), rest, verb, notes)
+    if config.out is None:
+        raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{kind}")
+    run(kind, config)
 
 
-def check(config: DiagnoseConfig) -> None:
-    """Raises InputError with the value and the fix; needs no model."""
-    named = [f"--{name.replace('_', '-')}" for name in INSTRUMENTS if getattr(config, name)]
-    if len(named) != 1:
-        known = [f"--{name.replace('_', '-')} ({what})" for name, what in INSTRUMENTS.items()]
-        raise InputError(
-            f"{' and '.join(named)} are {len(named)} instruments; use one at a time" if named else
-            f"no instrument named; add either {', '.join(known[:-1])} or {known[-1]}"
-        )  # fmt: skip
-    needed = {
-        "guidance": [("model", "the student"), ("teacher", "what it was distilled from")],
-        "smoothness": [("model", "a DDPM pipeline")],
-        "exposure": [("model", "an editing model of the scenes world")],
-    }
-    for name, what in next((pairs for one, pairs in needed.items() if getattr(config, one)), []):
+def diagnose_model(model: Model | str | None, kind: str, **settings: Any) -> Diagnosis:
+    """What `fs.diagnose` is: measure one thing of a model (a name or an object; None for 'judge').
+
+    `settings` are the fields of `fieldsmith diagnose KIND --help`; a teacher, data or reward may be an object.
+    `out=None` writes nothing. Raises InputError with the value and the fix.
+    """
+    check_word(kind, tuple(KINDS), "diagnose's kinds")
+    for name in settings:
+        check_word(name, [field.name for field in dataclasses.fields(SETTINGS[kind])], f"diagnose {kind}'s settings")
+    return run(kind, SETTINGS[kind](**settings, **({} if model is None else {"model": model})))
+
+
+def run(kind: str, config: Any) -> Diagnosis:
+    """The diagnosis, written to `config.out`, or read from there where it is complete.
+
+    Raises InputError before anything is written.
+    """
+    for name, what in NEEDED[kind].items():
         if getattr(config, name) is None:
-            raise InputError(f"no {name} given; add --{name} FOLDER, {what}")
-    if config.adapter is not None and not config.exposure:
-        raise InputError(f"adapter '{config.adapter}' is read by --exposure alone; leave it out")
-    if (config.exposure or config.judge_of_edits) and config.samples < 2:
-        raise InputError(f"samples={config.samples} is too few for an interval; give at least 2")
-    if config.exposure and config.turns < 2:
-        raise InputError(f"turns={config.turns}: the first turn has no source of the editor's own; give at least 2")
-    arguments.at_least(config, 1, "tuples", "bins", "steps", "chunk", "resolution")
-    arguments.at_least(config, 0, "samples", "scale", "still", "noise")
-    for name in ("dependency", "blur"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"{name}={getattr(config, name)} is no share; give 0 to 1")
-    if not 0 < config.contrast < float("inf"):
-        raise InputError(f"contrast={config.contrast} must be above 0")
-    if config.reference is not None and not config.reference > 0:
-        raise InputError(f"reference={config.reference} must be above 0")
+            raise InputError(f"no {name} given; add --{name} NAME, {what}")
+    config.check()
+    arguments.at_least(config, 1, *(["resolution"] if hasattr(config, "resolution") else []))
+    directory = arguments.directory_of(config, f"diagnose {kind}") if config.out else None
+    # torch comes with these, which --help and refusals do without
+    from fieldsmith.commands.diagnose_inputs import INPUTS
+    from fieldsmith.diagnose import Diagnosis
+    from fieldsmith.diagnose import diagnose as measured
+    from fieldsmith.measure.progress import CONSOLE
 
-
-def run(config: DiagnoseConfig) -> Run:
-    """The whole verb; the finished run directory. Raises InputError before anything is written."""
-    check(config)
-    if config.smoothness:
-        from fieldsmith.commands import diagnose_smoothness
-
-        return diagnose_smoothness.run(config)
-    if config.exposure:
-        from fieldsmith.commands import diagnose_exposure
-
-        return diagnose_exposure.run(config)
-    if config.judge_of_edits:
-        from fieldsmith.commands import diagnose_judge
-
-        return diagnose_judge.run(config)
-    directory = arguments.directory_of(config, "diagnose")
-    from rich.console import Console
-
-    from fieldsmith.commands.diagnose_page import page_of
-    from fieldsmith.diagnose.guidance import VERDICTS, ask, liveness, measure
-    from fieldsmith.models import load
-    from fieldsmith.read import read_prompts
-
-    console = Console(stderr=True)
-    if directory.finished:
-        console.print(f"this run is complete: {directory.folder / 'report.html'}")
-        return directory
-    began = time.monotonic()
-    student, teacher = (load(str(name), config.resolution) for name in (config.model, config.teacher))
-    check_pair(student, teacher)
-    data = _data(config, teacher)
-    prompts = read_prompts(config.prompts) or (data.names if data else ())
-    if not prompts:
-        raise InputError(f"{teacher.name} reads text; name what to draw with --prompts 'a prompt' 'another'")
-    found: dict[str, Guidance] = {}
-    with console.status("measuring"):
-        for kind, tuples in _states(config, teacher, data, prompts).items():
-            said = [ask(model, tuples, config.chunk) for model in (student, teacher)]
-            found[kind] = measure(said[0], said[1], tuples.t, config.bins, config.reference)
-        alive = None
-        if config.samples:
-            drawn = [prompts[i % len(prompts)] for i in range(config.samples)]
-            alive = liveness(_sampler(student, config), _sampler(teacher, config), drawn, config.seed)
-    directory.begin()
-    where, worst = max(found.items(), key=lambda item: VERDICTS.index(item[1].verdict))
-    metrics: dict[str, Any] = {
-        "method": "diagnose",
-        "instrument": "guidance",
-        "seconds": time.monotonic() - began,
-        "forward_equivalents": spent(config, len(found)),
-        "verdict": worst.verdict,
-        "words": worst.words,
-        "where": where,
-        "liveness": alive if alive is None or alive < float("inf") else None,
-        "states": {kind: one.to_json() for kind, one in found.items()},
-    }
-    page_of(dataclasses.asdict(config), metrics, str(directory.folder)).write(directory.folder / "report.html")
-    directory.finish(metrics)
-    console.print(f"{worst.words} (Seen on {where}.)")
-    console.print(f"page: {directory.folder / 'report.html'}")
-    return directory
-
-
-def check_pair(student: Model, teacher: Model) -> None:
-    """Raises InputError where the two cannot be asked the same, or have no guidance to compare."""
-    import torch
-
-    for model in (student, teacher):
-        _check_null(model)
-    known = [getattr(model, "classes", None) for model in (student, teacher)]
-    if known[0] != known[1]:
-        raise InputError(
-            f"the student knows {_listed(known[0])} and the teacher {_listed(known[1])}; give the teacher that "
-            "the student was distilled from"
-        )
-    shapes = [tuple(model.noise(1, torch.Generator().manual_seed(0)).shape[1:]) for model in (student, teacher)]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"the student's states are {shapes[0]}, the teacher's {shapes[1]}; they must be the same")
-    kinds = [_kind(model) for model in (student, teacher)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"the student predicts {kinds[0]} and the teacher {kinds[1]}, whose errors do not compare")
-    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    if not torch.allclose(student.path.alpha(t), teacher.path.alpha(t), atol=1e-4):
-        raise InputError("student and teacher have different noise schedules, so that one t is two noise levels; "
-                         "save the student with the teacher's scheduler")  # fmt: skip
-
-
-def _check_null(model: Model) -> None:
-    if not getattr(model, "conditional", True):
-        raise InputError(f"{model.name} is unconditional, so it has no guidance to measure")
-    if getattr(model, "embedded_guidance", False) or getattr(model, "scales", None):
-        raise InputError(
-            f"{model.name} takes its guidance scale as an input, so it has one branch and no gap to measure"
-        )
-    try:
-        model.encode([""])
-    except InputError as error:
-        raise InputError(
-            f"{model.name} has no null class, so no guidance to measure; train it with one embedding row more than it "
-            "has classes (unet_pipeline(class_rows=classes + 1)) and with labels dropped now and then"
-        ) from error
-
-
-def _listed(classes: Sequence[str] | None) -> str:
-    if not classes:
-        return "no classes"
-    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
-
-
-def _kind(model: Model) -> str:
-    """The form in which the network predicts."""
-    import torch
-
-    counted = model.forwards
-    with torch.no_grad():
-        x = model.noise(1, torch.Generator().manual_seed(0))
-        said = model.predict(x, model.grid(1)[0], model.encode([""]))
-    model.forwards = counted
-    return said.kind
-
-
-def _data(config: DiagnoseConfig, teacher: Model) -> Classes | None:
-    """The held data of a model of classes, None for one that reads text. Raises InputError where they do not fit."""
-    from fieldsmith.worlds.classes import load
-
-    classes: tuple[str, ...] = getattr(teacher, "classes", ())
-    if not classes:
-        if config.data is not None:
-            raise InputError(f"data '{config.data}' has classes, but {teacher.name} reads text; leave out --data")
-        return None
-    if config.data is None:
-        raise InputError(f"no data given, and {teacher.name} has classes; add --data digits, shapes or a folder")
-    channels, side = _picture(teacher)
-    data = load(config.data, side, channels, config.seed)
-    if data.names != classes:
-        raise InputError(f"data '{config.data}' has {_listed(data.names)}, {teacher.name} {_listed(classes)}")
-    return data
-
-
-def _picture(model: Model) -> tuple[int, int]:
-    """Channels and side of its images. Raises InputError where they are not square."""
-    import torch
-
-    with torch.no_grad():
-        _, channels, height, width = model.decode(model.noise(1, torch.Generator().manual_seed(0))).shape
-    if height != width:
-        raise InputError(f"{model.name} draws {height} x {width} images, and data come square; give square models")
-    return channels, height
-
-
-def _states(config: DiagnoseConfig, teacher: Model, data: Classes | None, prompts: Sequence[str]) -> dict[str, Tuples]:
-    """The states by kind; those of noised data only where there are data."""
-    from fieldsmith.diagnose.guidance import noised_tuples, path_tuples
-    from fieldsmith.training import step_generator
-
-    found = {}
-    if data:
-        generator = step_generator(config.seed, 0)
-        found[NOISED] = noised_tuples(teacher, data.held_images, data.held_labels, config.tuples, generator)
-    generator = step_generator(config.seed, 1)
-    found[OWN_PATH] = path_tuples(teacher, prompts, config.steps, config.scale, generator, config.tuples, config.chunk)
+    if directory and directory.finished:
+        CONSOLE.print(f"this run is complete: {directory.folder / 'report.html'}")
+        numbers = json.loads((directory.folder / "metrics.json").read_text(encoding="utf-8"))
+        return Diagnosis(numbers, numbers["words"], None)
+    inputs = INPUTS[kind](config)
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config_of(kind))}
+    found = measured(inputs.pop("model"), kind, **settings | inputs)
+    CONSOLE.print(found.words, markup=False)
+    if directory and found.page:
+        directory.begin()
+        cost = f"{found.numbers['nfe']:,} network evaluations, {found.numbers['seconds']:.0f} s."
+        again = f"fieldsmith diagnose {kind} --config {directory.folder}/config.toml --out ANOTHER-FOLDER"
+        found.page.command("Repeat it", again, cost)
+        found.page.write(directory.folder / "report.html")
+        directory.finish(found.numbers)
+        CONSOLE.print(f"page: {directory.folder / 'report.html'}")
     return found
-
-
-def _sampler(model: Model, config: DiagnoseConfig) -> GuidedSampler:
-    from fieldsmith.diagnose.concepts import sampler
-
-    return lambda prompts, seed, guidance: sampler(model, config.steps, guidance, config.chunk)(prompts, seed)
-
-
-def spent(config: DiagnoseConfig, kinds: int) -> int:
-    """Network forwards of the whole diagnosis, of student and teacher alike: the models' own counts leave it out."""
-    asked = kinds * config.tuples * 2 * 2
-    path = -(-config.tuples // config.steps) * config.steps * (1 if config.scale == 1 else 2)
-    return asked + path + config.samples * config.steps * (1 + 2) * 2  # scale 1 needs one branch

@@ -7,7 +7,6 @@ adapters and a frozen reference.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import pathlib
@@ -26,8 +25,14 @@ if TYPE_CHECKING:
 
     from fieldsmith.models.core import Model
 
+# transformers tells every importer that it has no torchvision, which nothing here needs
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
+
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")  # 1: the variant
 
 
 def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> Model:
@@ -48,14 +53,14 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         import diffusers
         import torch
 
-        module, _, kind = family.made_by.partition(":")
-        made_by = getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
+        made_by = family.model_class()
         try:
             pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
                 folder or name,
                 use_safetensors=True,
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
+                variant=_variant(name, folder, index) if folder else None,
                 **_absent(index),
                 **made_by.components(str(folder or name), local_files_only=folder is not None),
             )
@@ -243,6 +248,26 @@ def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) ->
                     "where you trust it: pipe.save_pretrained(folder, safe_serialization=True)"
                 )
             raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
+
+
+def _variant(name: str, folder: pathlib.Path, index: dict[str, Any]) -> str | None:
+    """Which variant of the weights to read, such as fp16: the full ones where every component has them.
+
+    Raises InputError where components without full weights share no variant.
+    """
+    variants: dict[str, set[str]] = {}
+    for part in index:
+        files = (folder / part).glob("*.safetensors") if isinstance(index[part], list) else ()
+        known = {match[1] for file in files if (match := WEIGHTS.fullmatch(file.name))}
+        if known and None not in known:
+            variants[part] = known
+    if not variants:
+        return None
+    common = set.intersection(*variants.values())
+    if not common:
+        listed = "; ".join(f"{part}: {', '.join(sorted(known))}" for part, known in variants.items())
+        raise InputError(f"'{name}' has no variant of its weights that is whole ({listed}); download one again")
+    return min(common)
 
 
 def _absent(index: dict[str, Any]) -> dict[str, None]:

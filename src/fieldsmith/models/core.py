@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
-from fieldsmith.models.parts import in_parts
+from fieldsmith.models.autoencoder import decoded, encoded
+from fieldsmith.models.parts import by_rows
 from fieldsmith.paths import Kind, Path, Prediction
 
 
@@ -71,28 +72,42 @@ class LoraSpec:
     seed: int = 0  # of the adapter's random half; the other half starts at zero
 
 
+def check_resolution(model: Model, resolution: int | None) -> None:
+    """Raises InputError where a config asks for another resolution than the model was loaded with."""
+    if resolution not in (None, model.resolution):
+        raise InputError(
+            f"resolution={resolution}: {model.name} was loaded at {model.resolution} pixels; leave it out, or load the "
+            f"model with resolution={resolution}"
+        )
+
+
+@dataclass(eq=False)
+class Nfe:
+    """Network function evaluations: a forward of one state is 1, its backward 2 more."""
+
+    total: int = 0
+
+
 class Model:
     """A diffusers pipeline as one field. `network` is the denoiser; everything else of the pipeline stays frozen."""
 
     family: ClassVar[str]
     SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
     PART: ClassVar[str] = "transformer"  # the network's name in its pipeline, and so in the keys of its LoRA files
+    DEFAULT_SUBSET: ClassVar[str] = "attention"  # what trains where a config names no subset
+    ERASE_SUBSET: ClassVar[str] = "attention"  # and what erase trains then
+    UNREAD: ClassVar[str] = ""  # regular expression of names whose results nothing reads; LAST: the last block's index
     DORMANT: ClassVar[str] = "lora_A"  # in the names of parameters without gradient at the start, where B is 0
+    resolution: int | None = None  # pixels a side of an image; None where images are not square
     clip: float | None = None  # radius to which predicted x_0 is clipped while sampling
     path: Path
     kind: Kind  # what the network predicts
     pipeline: Any
     network: Any  # an nn.Module with diffusers' config, whose fields no checker knows
 
-    def __init_subclass__(cls) -> None:
-        """What treats rows apart is shared out among processes, whatever the family."""
-        for name in ("_say", "decode", "encode_images"):
-            if name in cls.__dict__:
-                setattr(cls, name, in_parts(cls.__dict__[name]))
-
     def __init__(self, pipeline: Any, network: nn.Module, name: str):
         self.pipeline, self.network, self.name = pipeline, network, name
-        self.forwards = 0  # forward-equivalents spent: a forward of one state is 1, its backward 2
+        self._counters: list[Nfe] = []  # those that are open now
         self.spec: LoraSpec | None = None
         self._off = False
         self._scale = 1.0  # of the adapter's effect
@@ -113,30 +128,97 @@ class Model:
 
     # what a family must say
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one state."""
+        raise NotImplementedError
+
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        """One row a prompt. Raises InputError at what the model does not know."""
         raise NotImplementedError
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        raise NotImplementedError
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
-
-    def grid(self, steps: int) -> Tensor:
-        raise NotImplementedError
-
-    def blank(self) -> Condition:
+    def dummy_condition(self) -> Condition:
         """One row of what `encode` gives, in shape alone: for planning, where no text encoder has weights.
 
         Raises InputError where that depends on more than words.
         """
         raise InputError(f"what prompts of family {self.family} become is not known without its weights; no plan")
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
+        """The network's prediction at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
+        raise NotImplementedError
+
+    def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
+        """The raw network at x_t (batch, ...), one row of t and condition each: a Tensor, or a tuple of them and None.
+
+        `predict` asks it through `forward`, which shares the rows out among processes and counts them.
+        """
+        raise NotImplementedError
+
+    def grid(self, steps: int) -> Tensor:
+        """Times for `steps` steps in the pipeline's own spacing, from noise to clean data; (steps + 1,)."""
+        raise NotImplementedError
+
+    # what it must say only where it differs
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws of x_1, drawn as the pipeline draws them so that equal seeds give equal images."""
+        return torch.randn(n, *self.latent_shape, generator=generator).to(self.device)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return decoded(self.pipeline.vae, latents)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        return encoded(self.pipeline.vae, images)
+
+    # what every family does alike
+
+    def forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
+        """The raw network at x_t (batch, ...), one row of t and condition each; its evaluations are counted."""
+        output = by_rows(self._forward, x_t, t, *condition)
+        first = output[0] if isinstance(output, tuple) else output
+        self.add_nfe(len(x_t) * (3 if first.requires_grad else 1))
+        return output
+
+    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+        """Images (batch, 3, height, width) in [0, 1] of latents; `grad` lets a reward's gradient through."""
+        with torch.set_grad_enabled(grad):
+            images: Tensor = by_rows(self._decode, latents)
+        return images
+
+    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
+        """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]."""
+        with torch.set_grad_enabled(grad):
+            latents: Tensor = by_rows(self._encode_images, images)
+        return latents
+
+    @contextlib.contextmanager
+    def count_nfe(self) -> Iterator[Nfe]:
+        """Count network evaluations inside `with`. Several counters may be open at once, and each counts."""
+        counter = Nfe()
+        self._counters.append(counter)
+        try:
+            yield counter
+        finally:
+            self._counters.remove(counter)
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Counters opened before this `with` count nothing inside it: for checks and diagnostics."""
+        before, self._counters = self._counters, []
+        try:
+            yield
+        finally:
+            self._counters = before
+
+    def add_nfe(self, n: int) -> None:
+        """Add n network evaluations to every open counter."""
+        for counter in self._counters:
+            counter.total += n
+
+    def make_network(self, fields: dict[str, Any]) -> Any:
+        """Another network of the same class, with these config fields and fresh weights of the global generator."""
+        return type(self.network)(**fields)
 
     # training
 
@@ -167,7 +249,8 @@ class Model:
 
     def _unread(self, name: str) -> bool:
         """Whether what a layer or parameter of that name makes is read by nothing, so that it could never learn."""
-        return False
+        last = len(getattr(self.network, "transformer_blocks", ())) - 1
+        return re.fullmatch(self.UNREAD.replace("LAST", str(last)), name) is not None
 
     def adapt(self, spec: LoraSpec) -> None:
         """Inject a LoRA that starts as zero; only its weights train from here on.
@@ -290,10 +373,6 @@ class Model:
         for layer in self._tuners().values():
             layer.set_scale("default", scale)
         self._scale = scale
-
-    def spend(self, states: int, output: Tensor) -> None:
-        """Count a forward of `states` states, and its backward where one will follow."""
-        self.forwards += states * (3 if output.requires_grad else 1)
 
     # what the user ships
 

@@ -9,14 +9,14 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Condition, Model
-from fieldsmith.models.discrete import KINDS, network_index, path_of, scheduled_grid
+from fieldsmith.models.schedulers import KINDS, check_discrete, network_index, path_of, scheduled_grid
 from fieldsmith.paths import Prediction, VariancePreserving, expand, guide
 
 # beside model_index.json: a list of class names in the order of their embeddings, or
@@ -57,6 +57,7 @@ class ClassDDPM(Model):
 
     def _read_scheduler(self) -> None:
         shape, scheduler = self.network.config, self.pipeline.scheduler.config
+        check_discrete(self.pipeline.scheduler, self.name)
         self.path = path_of(self.pipeline.scheduler, self.name)
         self.kind = KINDS[scheduler.prediction_type]
         self.clip = float(scheduler.get("clip_sample_range", 1.0)) if scheduler.get("clip_sample", False) else None
@@ -78,16 +79,24 @@ class ClassDDPM(Model):
     def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> ClassDDPM:
         return cls(pipeline, name, resolution, *class_names(name, folder))  # type: ignore[arg-type, call-arg]
 
-    def of(self, pipeline: Any) -> ClassDDPM:
-        """The same kind of model, with the same classes, over another pipeline of its kind."""
-        raise NotImplementedError
+    def of(self, pipeline: Any, name: str | None = None, scales: Sequence[float] | None = None) -> Self:
+        """The same kind of model, with the same classes and size, over another pipeline of its kind."""
+        made = type(self)(  # type: ignore[call-arg]
+            pipeline, name or self.name, None, self.classes if self.conditional else None,  # type: ignore[arg-type]
+            scales or self.scales, **self._options(),
+        )  # fmt: skip
+        made.size, made.resolution = self.size, self.resolution
+        return made
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """n draws of x_1, drawn as the pipelines draw them so that equal seeds give equal images."""
-        return torch.randn(n, self.channels, *self.size, generator=generator).to(self.device)
+    def _options(self) -> dict[str, Any]:
+        """What else the family's constructor takes."""
+        return {}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.size
 
     def grid(self, steps: int) -> Tensor:
-        """Times for `steps` steps in the scheduler's own spacing, from noise to clean data at 0; (steps + 1,)."""
         return scheduled_grid(self.path, self.pipeline.scheduler.config, steps, self.name).to(self.device)
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
@@ -97,7 +106,7 @@ class ClassDDPM(Model):
         """
         return Condition({"label": torch.tensor([self._label(p) for p in prompts], device=self.device)})
 
-    def blank(self) -> Condition:
+    def dummy_condition(self) -> Condition:
         return self.condition(torch.zeros(1, dtype=torch.long))
 
     def condition(self, labels: Tensor) -> Condition:
@@ -138,12 +147,12 @@ class ClassDDPM(Model):
         t = t.to(x_t).expand(len(x_t))
         label = condition.repeat(len(x_t)).parts["label"]
         if self.scales:
-            value, raw = self._forward(x_t, t, label * len(self.scales) + self._scale_index(guidance))
+            value, raw = self.forward(x_t, t, label * len(self.scales) + self._scale_index(guidance))
         elif guidance is None or guidance == 1.0:
-            value, raw = self._forward(x_t, t, label)
+            value, raw = self.forward(x_t, t, label)
         else:
             null = torch.full_like(label, self._null_label(f"guidance={guidance}"))
-            value, raw = self._forward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((label, null)))
+            value, raw = self.forward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((label, null)))
             conditional, unconditional = value.chunk(2)
             value = guide(conditional, unconditional, guidance)
             raw = None if raw is None else raw[: len(x_t)]
@@ -167,7 +176,6 @@ class ClassDDPM(Model):
         output: Tensor = self.network(
             x_t.to(dtype), self._index(t), class_labels=rows if self.conditional else None, return_dict=False
         )[0].to(x_t.dtype)
-        self.spend(len(x_t), output)
         if self.learns_variance:
             return output[:, : self.channels], output[:, self.channels :]
         return output, None

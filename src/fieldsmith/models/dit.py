@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from fieldsmith.errors import InputError
-from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.ddpm import CLASSES_FILE, ClassDDPM
 
 
@@ -52,15 +49,7 @@ class DiT(ClassDDPM):
             raise InputError(f"{CLASSES_FILE} of {name} names {len(classes)} classes but its network has {embedded}")
         rows = embedded if scales else embedded + 1
         super().__init__(pipeline, pipeline.transformer, name, (side, side), rows, classes, scales)
+        self.resolution = side * scale
         for block in self.network.transformer_blocks:
             # each block would drop labels for itself in train mode; the extra row stays, since it exists already
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-
-    def of(self, pipeline: Any) -> DiT:
-        return DiT(pipeline, self.name, None, self.classes, self.scales)
-
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        return decoded(self.pipeline.vae, latents, grad)
-
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        return encoded(self.pipeline.vae, images, grad)

@@ -31,13 +31,6 @@ def encode_unique(model: Model, prompts: Sequence[str]) -> Condition:
     return stack(parts)[torch.tensor([different.index(prompt) for prompt in prompts])]
 
 
-def seeing(model: Model, condition: Condition, images: Tensor) -> Condition:
-    """The condition with source images (n, 3, h, w) in [0, 1]."""
-    editor: Any = model
-    found: Condition = editor.with_images(condition, images)
-    return found
-
-
 def states_of(model: Model, images: Tensor) -> Tensor:
     """Images (n, 3, h, w) in [0, 1] as clean states, (n, ...), which `with_latents` takes as sources.
 
@@ -68,11 +61,12 @@ def edit(
     chunk: int = 128,
 ) -> Tensor:
     """One turn by the ODE from fresh noise: (n, 3, h, w) in [0, 1] at 8-bit levels, on the CPU."""
+    editor: Any = model
     noise = model.noise(len(images), generator)
     grid = model.grid(steps)
     parts = []
     for at in torch.arange(len(images)).split(chunk):
-        seen = seeing(model, condition[at], images[at])
+        seen = editor.with_images(condition[at], images[at])
         x_0 = rollout(lambda x, t: model.predict(x, t, seen, guidance), noise[at], grid).last  # noqa: B023
         parts.append(quantised(model.decode(x_0)).cpu())
     return torch.cat(parts)

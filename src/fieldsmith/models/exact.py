@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class Exact(Model):
 
     family = "exact"
     SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
+    DEFAULT_SUBSET = ERASE_SUBSET = "all-linear"
     DORMANT: ClassVar[str] = "inner"
 
     def __init__(self, mixture: Truth, path: Path, grid_times: Tensor, width: int = 128, seed: int = 0):
@@ -67,20 +68,23 @@ class Exact(Model):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
         t = t.to(x_t).expand(len(x_t))
+        return Prediction(self.kind, self.forward(x_t, t), x_t, t, self.path)
+
+    def _forward(self, x_t: Tensor, t: Tensor, *_: Any) -> Tensor:
         x64, t64 = x_t.double(), t.double()
         exact = self.mixture.velocity if self.kind == "velocity" else self.mixture.eps
-        value = exact(x64, t64, self.path).to(x_t) + self.network(x_t, t)
-        self.spend(len(x_t), value)
-        return Prediction("velocity" if self.kind == "velocity" else "eps", value, x_t, t, self.path)
+        value: Tensor = exact(x64, t64, self.path).to(x_t) + self.network(x_t, t)
+        return value
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         return latents
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def _encode_images(self, images: Tensor) -> Tensor:
         return images
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(n, self.mixture.means.shape[1], generator=generator)
+    @property
+    def latent_shape(self) -> tuple[int]:
+        return (self.mixture.means.shape[1],)
 
     def grid(self, steps: int) -> Tensor:
         if steps != len(self.grid_times) - 1:

@@ -6,10 +6,11 @@ refuse models in this file's words, and a test runs every verb on every family t
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fieldsmith.errors import check_word
 
@@ -37,6 +38,11 @@ class Family:
     dual-stream attention too (eraseanything)."""
     shrinks: bool = False
     """Whether models/shrink.py can build a smaller network of its kind."""
+
+    def model_class(self) -> Any:
+        """The family's class, which imports torch and diffusers."""
+        module, _, kind = self.made_by.partition(":")
+        return getattr(importlib.import_module(f"fieldsmith.models.{module}"), kind)
 
 
 FAMILIES = (

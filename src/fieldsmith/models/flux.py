@@ -6,17 +6,18 @@ was distilled with one (dev), classifier-free guidance against the empty prompt 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 
-from fieldsmith.errors import InputError
+from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.core import Condition
-from fieldsmith.models.prompted import Prompted
+from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted
+from fieldsmith.models.schedulers import check_flow, dynamic_shift, euler_of
+from fieldsmith.models.sources import shared, tokens_of
 from fieldsmith.paths import Kind, RectifiedFlow
 from fieldsmith.samplers import flow_grid
 
@@ -24,23 +25,19 @@ from fieldsmith.samplers import flow_grid
 class Flux(Prompted):
     family = "flux"
     SUBSETS: ClassVar[dict[str, str]] = {
-        "qk_dual": r"transformer_blocks\.\d+\.attn\.(to_q|to_k|add_q_proj|add_k_proj)",
-        "add_qk": r"transformer_blocks\.\d+\.attn\.(add_q_proj|add_k_proj)",
-        "attention": r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
-        "attention-kv": r".*\.attn\.(to_k|to_v)",
+        **DUAL_STREAM_SUBSETS,
         "text-inputs": r"context_embedder|time_text_embed\.text_embedder\.linear_1",
-        "all-linear": r".*",
     }
+    ERASE_SUBSET = "qk_dual"
+    TOKENIZER = "tokenizer_2"
     path = RectifiedFlow()
     kind: Kind = "velocity"
 
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
-        super().__init__(pipeline, pipeline.transformer, name)
-        scale = 2 * pipeline.vae_scale_factor  # pixels per token side
-        self.resolution = resolution or min(512, pipeline.vae.config.sample_size)
-        if self.resolution % scale:
-            raise InputError(f"resolution {self.resolution} is not a multiple of {scale} for {name}")
-        side = self.resolution // scale
+        native, multiple = min(512, pipeline.vae.config.sample_size), 2 * pipeline.vae_scale_factor
+        super().__init__(pipeline, name, resolution, native, multiple)
+        check_flow(pipeline.scheduler, name)
+        side = self.resolution // multiple
         self.tokens = side * side
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
         self.text_length = min(512, pipeline.tokenizer_2.model_max_length)
@@ -51,33 +48,24 @@ class Flux(Prompted):
         return self.tokens, self.network.config.in_channels
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """n draws of x_1, drawn as FluxPipeline draws them so that equal seeds give equal images."""
-        side = int(self.tokens**0.5) * 2
-        channels = self.network.config.in_channels // 4
+        side, channels = 2 * math.isqrt(self.tokens), self.network.config.in_channels // 4
         latents = torch.randn(n, channels, side, side, generator=generator)
-        packed: Tensor = FluxPipeline._pack_latents(latents, n, channels, side, side).to(self.device)
+        packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape).to(self.device)
         return packed
 
     def grid(self, steps: int) -> Tensor:
         """The pipeline's own times for `steps` Euler steps: shifted, from 1 down to 0; (steps + 1,)."""
-        config = self.pipeline.scheduler.config
-        mu = calculate_shift(
-            self.tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
-        )  # fmt: skip
-        shift = float(np.exp(mu)) if config.use_dynamic_shifting else config.shift
+        config = euler_of(self.pipeline.scheduler).config
+        shift = math.exp(dynamic_shift(config, self.tokens)) if config.use_dynamic_shifting else config.shift
         return flow_grid(steps, shift).to(self.device)
 
-    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
-        """One row a prompt. Raises InputError at a word outside a closed vocabulary."""
-        self._check_words(self.pipeline.tokenizer_2, prompts)
-        with torch.set_grad_enabled(grad):
-            embeds, pooled, _ = self.pipeline.encode_prompt(
-                list(prompts), device=self.device, max_sequence_length=self.text_length
-            )
+    def _encode(self, prompts: list[str]) -> Condition:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.text_length
+        )
         return Condition({"embeds": embeds, "pooled": pooled})
 
-    def blank(self) -> Condition:
+    def dummy_condition(self) -> Condition:
         shape, dtype = self.network.config, self.network.dtype
         embeds = torch.zeros(1, self.text_length, shape.joint_attention_dim, dtype=dtype)
         return Condition({"embeds": embeds, "pooled": torch.zeros(1, shape.pooled_projection_dim, dtype=dtype)})
@@ -86,42 +74,31 @@ class Flux(Prompted):
     def embedded_guidance(self) -> bool:
         return bool(self.network.config.guidance_embeds)
 
-    def _image_tokens(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """What the network sees beside the text, x_t first: (batch, tokens, channels), and its ids (tokens, 3)."""
-        return x_t, self.image_ids
-
-    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
-        tokens, ids = self._image_tokens(x_t, condition)
+        ids = self.image_ids
+        if "source" in condition.parts:
+            places = shared(condition.parts["source_ids"])
+            ids = torch.cat((ids.to(places), places))
         output: Tensor = self.network(
-            hidden_states=tokens.to(dtype),
+            hidden_states=tokens_of(x_t, condition).to(dtype),
             timestep=t.to(dtype),
-            guidance=torch.full_like(t, embedded) if self.embedded_guidance else None,
+            guidance=torch.full_like(t, guidance) if self.embedded_guidance else None,
             pooled_projections=condition.parts["pooled"].to(dtype),
             encoder_hidden_states=condition.parts["embeds"].to(dtype),
             txt_ids=x_t.new_zeros(condition.parts["embeds"].shape[1], 3),
             img_ids=ids.to(x_t.device),
             return_dict=False,
         )[0]
-        velocity = output[:, : x_t.shape[1]].to(x_t.dtype)
-        self.spend(len(x_t), velocity)
-        return velocity
+        return output[:, : x_t.shape[1]].to(x_t.dtype)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images (batch, 3, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
-        vae: Any = self.pipeline.vae
+    def _decode(self, latents: Tensor) -> Tensor:
         size = self.resolution
-        with torch.set_grad_enabled(grad):
-            unpacked = FluxPipeline._unpack_latents(latents, size, size, self.pipeline.vae_scale_factor)
-            unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-            images: Tensor = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
-            return (images / 2 + 0.5).clamp(0, 1).to(latents.dtype)
+        return decoded(
+            self.pipeline.vae, FluxPipeline._unpack_latents(latents, size, size, self.pipeline.vae_scale_factor)
+        )
 
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]: (batch, tokens, channels)."""
-        vae: Any = self.pipeline.vae
-        with torch.set_grad_enabled(grad):
-            latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
-            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-            packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
-            return packed
+    def _encode_images(self, images: Tensor) -> Tensor:
+        latents = encoded(self.pipeline.vae, images)
+        packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+        return packed

@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fieldsmith import processes
 
-_Say = TypeVar("_Say", bound=Callable[..., Any])
 _alone = False
 
 
@@ -33,27 +32,20 @@ def whole() -> Iterator[None]:
         _alone = before
 
 
-def in_parts(say: _Say) -> _Say:
-    """A method (x, ...) -> Tensor, or a tuple of them and None, that treats rows apart: shared out by rows.
+def by_rows(function: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    """function(x, *rest), which treats rows apart and gives a Tensor or a tuple of them and None; shared out by rows.
 
     Arguments with as many rows as x are shared out with it; all others are given as they are.
     """
-
-    @functools.wraps(say)
-    def shared(self: Any, x: Tensor, *rest: Any, **named: Any) -> Any:
-        if processes.count() == 1 or _alone:
-            return say(self, x, *rest, **named)
-        n = len(x)
-        mine = functools.partial(_mine, n=n)
-        spent = self.forwards
-        with whole():  # a family's own parts may ask one another
-            output = say(self, mine(x), *map(mine, rest), **{name: mine(value) for name, value in named.items()})
-        self.forwards = spent + (self.forwards - spent) // _share(n) * n
-        if isinstance(output, tuple):
-            return tuple(None if part is None else _Join.apply(part, n) for part in output)
-        return _Join.apply(output, n)
-
-    return shared  # type: ignore[return-value]
+    if processes.count() == 1 or _alone:
+        return function(x, *rest)
+    n = len(x)
+    mine = functools.partial(_mine, n=n)
+    with whole():  # a family's own parts may ask one another
+        output = function(mine(x), *map(mine, rest))
+    if isinstance(output, tuple):
+        return tuple(None if part is None else _Join.apply(part, n) for part in output)
+    return _Join.apply(output, n)
 
 
 def _share(n: int) -> int:

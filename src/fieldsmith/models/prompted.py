@@ -1,14 +1,15 @@
-"""What the families that draw from words share: the null prompt, guidance by two branches, word checks.
+"""What the families of prompts share: encoding, classifier-free guidance, named layer subsets.
 
-A family (flux.py, sd3.py, ...) adds encode, `_say`, decode and the time grid over its diffusers pipeline's own parts.
+A family file (flux.py, sd3.py, ...) adds `_encode`, `_forward`, `dummy_condition` and `grid` over the parts of its
+diffusers pipeline, and `_decode`, `_encode_images` and `noise` where its states are not latents as the autoencoder
+gives them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +17,45 @@ from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.paths import Prediction, guide
 
+# of networks with dual-stream blocks, in which image and text tokens attend to each other under weights of their own
+DUAL_STREAM_SUBSETS = {
+    "qk_dual": r"transformer_blocks\.\d+\.attn\.(to_q|to_k|add_q_proj|add_k_proj)",
+    "add_qk": r"transformer_blocks\.\d+\.attn\.(add_q_proj|add_k_proj)",
+    "attention": r".*\.attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
+    "attention-kv": r".*\.attn2?\.(to_k|to_v)",
+    "all-linear": r".*",
+}
+
 
 class Prompted(Model):
-    """A model of words. `negative` is what guidance goes away from: the empty prompt unless told otherwise."""
+    """A model of prompts. `negative` is what guidance leads away from: the empty prompt unless set."""
 
+    TOKENIZER: ClassVar[str] = "tokenizer"  # the pipeline's tokenizer that reads the whole prompt
+    resolution: int  # pixels a side of an image
     text_length: int  # tokens that a prompt may have
-    # (tokenizer, place of its first token in the part "embeds"), where single words can be told there
+    # (tokenizer, index of its first token in the part "embeds"), for methods that address single words
     text_parts: tuple[tuple[Any, int], ...] = ()
     _negative = ""
     _null: Condition | None = None
+
+    def __init__(
+        self, pipeline: Any, name: str, resolution: int | None, native: int, multiple: int, largest: int | None = None
+    ):
+        """`native`: the resolution where none is asked for; `multiple`: what it must be a multiple of, in pixels."""
+        super().__init__(pipeline, getattr(pipeline, self.PART), name)
+        self.resolution, self.multiple = resolution or native, multiple
+        if self.resolution % multiple or (largest and self.resolution > largest):
+            limit = f" up to {largest}" if largest else ""
+            raise InputError(f"resolution {self.resolution} is not a multiple of {multiple}{limit} for {name}")
+
+    def _encode(self, prompts: list[str]) -> Condition:
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
+        """One row a prompt. Raises InputError at a word outside a closed vocabulary."""
+        self._check_words(prompts)
+        with torch.set_grad_enabled(grad):
+            return self._encode(list(prompts))
 
     @property
     def negative(self) -> str:
@@ -47,29 +78,26 @@ class Prompted(Model):
         return False
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
-        """What the network says at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
+        """The network's prediction at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
         t = t.to(x_t).expand(len(x_t))
         condition = condition.repeat(len(x_t))
         scale = 1.0 if guidance is None else guidance
         if self.embedded_guidance or scale == 1.0:
-            return Prediction(self.kind, self._forward(x_t, t, condition, scale), x_t, t, self.path)
+            return Prediction(self.kind, self.forward(x_t, t, condition, scale), x_t, t, self.path)
         both = stack([condition, self._without_words(condition)])
-        conditional, unconditional = self._forward(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
+        conditional, unconditional = self.forward(torch.cat((x_t, x_t)), torch.cat((t, t)), both, 1.0).chunk(2)
         return Prediction(self.kind, self._guided(conditional, unconditional, scale), x_t, t, self.path)
 
     def _without_words(self, condition: Condition) -> Condition:
-        """The condition with the negative prompt in place of its own; what else it holds, such as sources, stays."""
+        """The condition with the negative prompt in place of its own; its other parts, such as sources, stay."""
         return Condition({**condition.parts, **self.null.repeat(len(condition)).parts})
 
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return guide(conditional, unconditional, scale)
 
-    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
-        """The raw network at x_t, one row of t and condition each; `embedded` is the scale that it takes itself."""
-        raise NotImplementedError
-
-    def _check_words(self, tokenizer: Any, prompts: Sequence[str]) -> None:
+    def _check_words(self, prompts: Sequence[str]) -> None:
         """Raises InputError at a word outside a closed vocabulary, or at a prompt too long for one."""
+        tokenizer = getattr(self.pipeline, self.TOKENIZER)
         if len(tokenizer) > 1000:  # sub-word vocabularies take every text
             return
         words = tuple(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
@@ -82,17 +110,3 @@ class Prompted(Model):
                 raise InputError(
                     f"prompt '{prompt}' is longer than {self.text_length - 1} words, the limit of {self.name}"
                 )
-
-
-def flow_times(scheduler: Any, steps: int, mu: float) -> Tensor:
-    """The times at which diffusers' flow scheduler itself steps, whatever shift, stretch or spacing it is set to.
-
-    (steps + 1,), from 1 down to 0; `mu` is the dynamic shift, which static ones pass over. The scheduler stays as it
-    was. Raises InputError at a single step where the times are stretched, which needs two.
-    """
-    if steps < 2 and scheduler.config.get("shift_terminal"):
-        raise InputError(f"steps={steps}: this pipeline stretches its times to a last one above 0; use 2 steps or more")
-    fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    times: Tensor = fresh.sigmas
-    return times

@@ -1,7 +1,7 @@
 """Qwen-Image-Edit: Qwen-Image that sees source images, twice, over diffusers' QwenImageEditPipeline and EditPlus.
 
 The text encoder reads an instruction together with its image, so `encode` keeps the words as they are, and
-`with_images` reads both. The other sight is more tokens after the state's own. The pipelines first resize a source to
+`with_images` reads both. The other view is more tokens after the state's own. The pipelines first resize a source to
 an area of 1024 x 1024; here it is seen at its own size, so that both agree for sources of that area.
 """
 
@@ -24,13 +24,13 @@ from transformers.utils.import_utils import is_torchvision_available
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.models.qwen_image import QwenImage, masked
-from fieldsmith.models.sources import check_images, check_latents, check_rows, joined, several
+from fieldsmith.models.sources import Editor, Size, joined
 from fieldsmith.paths import Prediction
 
 Pictures = list[PIL.Image.Image]
 
 
-class QwenImageEdit(QwenImage):
+class QwenImageEdit(QwenImage, Editor):
     family = "qwen-image-edit"
 
     @classmethod
@@ -44,63 +44,40 @@ class QwenImageEdit(QwenImage):
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
         """The words of each prompt, one row a prompt: "words" (n, bytes) in UTF-8; `with_images` reads them."""
-        self._check_words(self.pipeline.tokenizer, prompts)
+        self._check_words(prompts)
         rows = [torch.tensor([list(prompt.encode())], dtype=torch.uint8).to(self.device) for prompt in prompts]
         return stack([Condition({"words": row}) for row in rows])
 
-    def blank(self) -> Condition:
-        return Model.blank(self)  # words are read together with images
-
-    def with_images(self, condition: Condition, images: Tensor | Sequence[Tensor], grad: bool = False) -> Condition:
-        """The condition with source images (n, 3, height, width) in [0, 1], or several one after another (EditPlus).
-
-        Adds what the text encoder reads in words and images, at 8-bit levels: "embeds", "mask", and the same for the
-        negative prompt, "null_embeds" and "null_mask"; "source" (n, source tokens, channels), the packed latents, and
-        "source_size" (n, sources, 2) in tokens. `grad` lets a gradient through the latents, not through what is read.
-        Raises InputError where rows differ, and at images of a wrong number, shape or size.
-        """
-        sources = several(images)
-        if len(sources) > 1 and not self._plus:
-            raise InputError(
-                f"{self.name} takes one source image, not {len(sources)}; QwenImageEditPlusPipeline takes more"
-            )
-        for source in sources:
-            check_images(source, self.multiple, self.name)
-        check_rows(condition, *sources)  # before the work
-        latents = [self.encode_images(source.to(self.device), grad) for source in sources]
-        return self._with_source(condition, sources, latents)
-
-    def with_latents(self, condition: Condition, source: Tensor) -> Condition:
-        """As `with_images`, from latents that `encode_images` or a rollout gave: (n, tokens, channels), the states'.
-
-        The text encoder sees what the latents decode to.
-        """
-        check_latents(source, self.latent_shape, self.name)
-        check_rows(condition, source)
-        return self._with_source(condition, [self.decode(source.to(self.device))], [source.to(self.device)])
+    def dummy_condition(self) -> Condition:
+        return Model.dummy_condition(self)  # words are read together with images
 
     @property
-    def _plus(self) -> bool:
+    def several_sources(self) -> bool:  # type: ignore[override]
         return isinstance(self.pipeline, QwenImageEditPlusPipeline)
 
-    def _with_source(self, condition: Condition, images: list[Tensor], latents: list[Tensor]) -> Condition:
+    def _places(self, sizes: list[Size]) -> dict[str, Tensor]:
+        """Gives "source_size" (1, sources, 2), heights and widths in tokens."""
+        return {"source_size": torch.tensor([sizes]).to(self.device)}
+
+    def _with_sources(
+        self, condition: Condition, latents: list[Tensor], sizes: list[Size], images: list[Tensor] | None
+    ) -> Condition:
+        """Adds what the text encoder reads in words and images (at 8-bit levels) together: "embeds" and "mask", and the
+        same for the negative prompt, "null_embeds" and "null_mask". No gradient goes through what is read."""
+        images = images or [self.decode(part) for part in latents]
         rows = max(len(condition), *map(len, images))
         pictures = [[_picture(image[row if len(image) > 1 else 0]) for image in images] for row in range(rows)]
         words = [_words(row) for row in condition.repeat(rows).parts["words"]]
         with torch.no_grad():
             read = self._read([*words, *[self.negative] * rows], pictures * 2)
         null = {f"null_{name}": part[rows:] for name, part in read.parts.items()}
-        sizes = torch.tensor([[[side // self.multiple for side in image.shape[2:]] for image in images]])
-        source = torch.cat([Condition({"": part}).repeat(rows).parts[""] for part in latents], dim=1)
-        return joined(
-            condition, read[:rows], Condition({**null, "source": source}),
-            Condition({"source_size": sizes.to(self.device)}),
-        )  # fmt: skip
+        seen = joined(condition, read[:rows], Condition(null))
+        return super()._with_sources(seen, latents, sizes, images)
 
     def _read(self, prompts: list[str], pictures: list[Pictures]) -> Condition:
-        """The text encoder's word on each prompt with its pictures."""
+        """Each prompt with its pictures, as the text encoder embeds them."""
         pipe: Any = self.pipeline
-        if not self._plus:
+        if not self.several_sources:
             return masked(*pipe.encode_prompt(prompts, image=[row[0] for row in pictures], device=self.device))
         rows = []  # one at a time, as EditPlus's template has it
         for prompt, row in zip(prompts, pictures, strict=True):
@@ -138,8 +115,8 @@ def still_processor(images: Qwen2VLImageProcessorPil, tokenizer: Any) -> Qwen2VL
         mark = f"<|{kind}_pad|>"
         setattr(processor, f"{kind}_token", mark)
         setattr(processor, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(mark))
-    found: Qwen2VLProcessor = processor
-    return found
+    made: Qwen2VLProcessor = processor
+    return made
 
 
 def _words(row: Tensor) -> str:

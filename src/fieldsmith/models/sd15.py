@@ -8,7 +8,6 @@ decoded without the safety checker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +15,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.core import Condition
-from fieldsmith.models.discrete import KINDS, network_index, path_of, scheduled_grid
 from fieldsmith.models.prompted import Prompted
+from fieldsmith.models.schedulers import KINDS, check_discrete, network_index, path_of, scheduled_grid
 from fieldsmith.paths import Kind, VariancePreserving
 
 
@@ -30,15 +28,16 @@ class SD15(Prompted):
         "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "attention-kv": r".*\.attn[12]\.(to_k|to_v)",
         "cross-attention": r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
+        "qk_cross": r".*\.attn2\.(to_q|to_k)",
         "text-inputs": r".*\.attn2\.(to_k|to_v)",
         "all-linear": r".*",  # attention, feed-forward and time; convolutions train only as full weights
     }
+    ERASE_SUBSET = "qk_cross"
     path: VariancePreserving
     kind: Kind
 
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
-        super().__init__(pipeline, pipeline.unet, name)
-        shape, scale = self.network.config, pipeline.vae_scale_factor
+        shape, scale = pipeline.unet.config, pipeline.vae_scale_factor
         if shape.in_channels != pipeline.vae.config.latent_channels:
             raise InputError(
                 f"the UNet of {name} takes {shape.in_channels} channels where its autoencoder gives "
@@ -47,23 +46,18 @@ class SD15(Prompted):
         if shape.time_cond_proj_dim is not None:
             raise InputError(f"{name} is a latent consistency model, which no sampler here draws from; load its base")
         native = shape.sample_size if isinstance(shape.sample_size, int) else shape.sample_size[0]
-        self.resolution = resolution or native * scale
-        if self.resolution % scale:
-            raise InputError(f"resolution {self.resolution} is not a multiple of {scale} for {name}")
+        super().__init__(pipeline, name, resolution, native * scale, scale)
         self.text_length = pipeline.tokenizer.model_max_length
         self.text_parts = ((pipeline.tokenizer, 0),)
+        check_discrete(pipeline.scheduler, name)
         self.scheduler = _ddim(pipeline.scheduler)
         self.path = path_of(self.scheduler, name)
         self.kind = KINDS[self.scheduler.config.prediction_type]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.resolution // self.pipeline.vae_scale_factor
+        side = self.resolution // self.multiple
         return self.network.config.in_channels, side, side
-
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """n draws of x_1, drawn as the pipeline draws them so that equal seeds give equal images."""
-        return torch.randn(n, *self.latent_shape, generator=generator).to(self.device)
 
     def grid(self, steps: int) -> Tensor:
         """DDIM's times in the scheduler's own spacing, (steps + 1,).
@@ -81,30 +75,19 @@ class SD15(Prompted):
             grid[-1] = 1 / self.path.length
         return grid.to(self.device)
 
-    def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
-        """One row a prompt. Raises InputError at a word outside a closed vocabulary."""
-        self._check_words(self.pipeline.tokenizer, prompts)
-        with torch.set_grad_enabled(grad):
-            embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
+    def _encode(self, prompts: list[str]) -> Condition:
+        embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return Condition({"embeds": embeds})
 
-    def blank(self) -> Condition:
+    def dummy_condition(self) -> Condition:
         return Condition({"embeds": torch.zeros(1, self.text_length, self.network.config.cross_attention_dim)})
 
-    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, embedded: float) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a half-precision network under exact float32 steps
         index = network_index(self.path, t)
         embeds = condition.parts["embeds"].to(dtype)
         output: Tensor = self.network(x_t.to(dtype), index, encoder_hidden_states=embeds, return_dict=False)[0]
-        output = output.to(x_t.dtype)
-        self.spend(len(x_t), output)
-        return output
-
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        return decoded(self.pipeline.vae, latents, grad)
-
-    def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
-        return encoded(self.pipeline.vae, images, grad)
+        return output.to(x_t.dtype)
 
 
 def _ddim(scheduler: Any) -> Any:

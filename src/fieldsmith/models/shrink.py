@@ -77,7 +77,7 @@ def shrink(
     fields = fields_for(model, ratio, config, scales)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # module constructors draw from the global generator
-        network = type(model.network)(**fields)
+        network = model.make_network(fields)
     if init == "copied":
         select_weights(network, model.network, _origins(model, scales))
     network.to(model.device)
@@ -276,13 +276,9 @@ def _widths(model: Model, fields: Fields) -> Iterator[tuple[Fields, list[float]]
 def student_of(model: Model, network: Any, scales: tuple[float, ...] | None) -> Model:
     """The network in a pipeline of the teacher's class, with the teacher's other parts."""
     pipeline = type(model.pipeline)(**{**model.pipeline.components, FAMILIES[model.family].part: network})
-    name, kind = f"a student of {model.name}", type(model)
+    name = f"a student of {model.name}"
     if not isinstance(model, ClassDDPM):
-        return kind(pipeline, name, model.resolution)  # type: ignore[attr-defined, arg-type]
+        return type(model)(pipeline, name, model.resolution)  # type: ignore[arg-type]
     if model.family == "dit" and not scales:
         pipeline.labels = model.pipeline.labels  # no component; rows for scales would make it name wrong ones
-    student: Any = kind(pipeline, name, None, model.classes, scales or model.scales)  # type: ignore[call-arg, arg-type]
-    student.size = model.size
-    if model.family == "unet":
-        student.fold = model.fold  # type: ignore[attr-defined]
-    return student
+    return model.of(pipeline, name, scales)

@@ -14,7 +14,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -60,6 +59,7 @@ class UNet(ClassDDPM):
         if any(side % least for side in size):
             raise InputError(f"resolution {size[0]} is not a multiple of {least} for {name}")
         super().__init__(pipeline, pipeline.unet, name, size, shape.num_class_embeds or 0, classes, scales)
+        self.resolution = size[0] * fold if size[0] == size[1] else None
         if self.learns_variance and self.variance not in ("learned", "learned_range"):
             raise InputError(
                 f"{name} has twice as many output as input channels but its scheduler's variance_type is "
@@ -70,17 +70,14 @@ class UNet(ClassDDPM):
     def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> UNet:
         return cls(pipeline, name, resolution, *class_names(name, folder), _fold(name, folder))
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images (batch, channels, height, width) in [0, 1]; `grad` lets a reward's gradient through."""
-        with torch.set_grad_enabled(grad):
-            return pixel_shuffle((latents / 2 + 0.5).clamp(0, 1), self.fold)
+    def _decode(self, latents: Tensor) -> Tensor:
+        return pixel_shuffle((latents / 2 + 0.5).clamp(0, 1), self.fold)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """States of images in [0, 1]."""
+    def _encode_images(self, images: Tensor) -> Tensor:
         return pixel_unshuffle(images * 2 - 1, self.fold)
 
-    def of(self, pipeline: Any) -> UNet:
-        return UNet(pipeline, self.name, None, self.classes if self.conditional else None, self.scales, self.fold)
+    def _options(self) -> dict[str, Any]:
+        return {"fold": self.fold}
 
     def _save_pipeline(self, folder: pathlib.Path) -> None:
         super()._save_pipeline(folder)

@@ -33,7 +33,7 @@ def with_variance_head(model: Model) -> ClassDDPM:
     model._refuse_second_training()
     fields = {k: v for k, v in model.network.config.items() if not k.startswith("_")}
     with torch.random.fork_rng():
-        network = type(model.network)(**fields | {"out_channels": 2 * model.channels})
+        network = model.make_network(fields | {"out_channels": 2 * model.channels})
     state, last = model.network.state_dict(), LAST[model.family]
     for name in (f"{last}.weight", f"{last}.bias"):
         state[name] = _doubled(state[name], model)
@@ -41,9 +41,7 @@ def with_variance_head(model: Model) -> ClassDDPM:
     network.to(model.device).eval()
     if network.dtype != model.network.dtype:  # diffusers warns of a change of type even where there is none
         network.to(model.network.dtype)
-    found = model.of(pipeline_with(model, network))
-    found.size = model.size
-    return found
+    return model.of(pipeline_with(model, network))
 
 
 def pipeline_with(model: ClassDDPM, network: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,16 +16,12 @@ from fieldsmith.errors import InputError, RewardError
 from fieldsmith.functions import call, check_signature, load_function, name_of
 from fieldsmith.rewards.edits import EditJudge, EditScores, disagreement, edit_judge
 from fieldsmith.rewards.reward import as_numbers, check_images, images_of
-from fieldsmith.worlds import scenes, scenes_judge
+from fieldsmith.sessions import Sessions
+from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds.scenes import SceneSessions
 
 Against = Literal["first", "previous"]
 TurnJudge = Callable[[Any, int, Tensor, Tensor, Tensor], EditScores]  # sessions, turn, before, after, first
-
-
-class Instructed(Protocol):
-    """Sessions that say what each turn asks."""
-
-    def prompts(self, turn: int) -> list[str]: ...
 
 
 def load(judge: str | Callable[..., Any], against: Against = "first") -> TurnJudge:
@@ -59,7 +55,7 @@ class Exact:
     partial: float = 0.2
 
     def __call__(
-        self, sessions: scenes.Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor
+        self, sessions: SceneSessions, turn: int, before: Tensor, after: Tensor, first: Tensor
     ) -> EditScores:
         verdicts = scenes_judge.judge(sessions, turn, before, after, first)
         following = (1 - self.partial) * verdicts.done + self.partial * verdicts.following
@@ -76,7 +72,7 @@ class ByEdit:
     against: Against = "first"
     trusted: bool = False
 
-    def __call__(self, sessions: Instructed, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
+    def __call__(self, sessions: Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
         instructions = sessions.prompts(turn)
         if self.against == "previous" or turn == 1:
             scores = self.judge(before, after, instructions)

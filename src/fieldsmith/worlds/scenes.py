@@ -207,7 +207,7 @@ class ScenesWorld:
         n, c = len(cells), self.cell
         return cells.reshape(n, SIDE, SIDE, 3, c, c).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, self.size, self.size)
 
-    def sessions(self, n: int, turns: int, seed: int, dependency: float = 0.0, still: float = 0.0) -> Sessions:
+    def sessions(self, n: int, turns: int, seed: int, dependency: float = 0.0, still: float = 0.0) -> SceneSessions:
         """n planned sessions; `dependency` is how often a turn refers to what an earlier turn made, in [0, 1].
 
         `still` is the share of turns that ask for nothing. Raises InputError beyond 8 turns or at impossible shares.
@@ -218,7 +218,7 @@ class ScenesWorld:
             if not 0 <= value <= 1:
                 raise InputError(f"{word}={value} is no share; give 0 to 1")
         draw = random.Random(seed)
-        return Sessions(self, tuple(plan(draw, turns, dependency, still) for _ in range(n)))
+        return SceneSessions(self, tuple(plan(draw, turns, dependency, still) for _ in range(n)))
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Sessions:
-    """n sessions of equally many turns."""
+class SceneSessions:
+    """n sessions of equally many turns, whose planned images are known."""
 
     world: ScenesWorld
     plans: tuple[Plan, ...]
@@ -252,9 +252,9 @@ class Sessions:
     def __len__(self) -> int:
         return len(self.plans)
 
-    def __getitem__(self, rows: slice | Sequence[int]) -> Sessions:
+    def __getitem__(self, rows: slice | Sequence[int]) -> SceneSessions:
         chosen = self.plans[rows] if isinstance(rows, slice) else tuple(self.plans[i] for i in rows)
-        return Sessions(self.world, chosen)
+        return SceneSessions(self.world, chosen)
 
     @property
     def turns(self) -> int:

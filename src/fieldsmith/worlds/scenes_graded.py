@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.scenes import COLOURS, HUES, SHAPES, Plan, Scene, ScenesWorld, Sessions, Thing
+from fieldsmith.worlds.scenes import COLOURS, HUES, SHAPES, Plan, Scene, SceneSessions, ScenesWorld, Thing
 from fieldsmith.worlds.scenes_judge import Channel, judge
 
 KINDS = ("as planned", "unchanged", "wrong colour", "wrong cell", "missing", "extra", "tint", "blur")
@@ -29,11 +29,12 @@ class Graded:
     turn is done, else how far its cells have come from the source (0) to the plan; consistency is the judge's own.
     """
 
-    sessions: Sessions
+    sessions: SceneSessions
     before: Tensor
     after: Tensor
     following: Tensor
     consistency: Tensor
+    kinds: tuple[str, ...] = KINDS
 
 
 def graded(world: ScenesWorld, groups: int, seed: int) -> Graded:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.scenes import CELLS, COLOURS, GROUNDS, INK, SHAPES, Drawn, Scene, ScenesWorld, Sessions
+from fieldsmith.worlds.scenes import CELLS, COLOURS, GROUNDS, INK, SHAPES, Drawn, Scene, SceneSessions, ScenesWorld
 
 GRAIN = 0.11  # largest RMS distance, in [0, 1] of a channel, at which a cell counts as drawn right
 SCALE = 0.0075  # mean squared distance at which partial credit has fallen to 1/e
@@ -42,7 +42,9 @@ class EditVerdicts:
         return EditVerdicts(*(part[rows] for part in vars(self).values()))
 
 
-def judge(sessions: Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor | None = None) -> EditVerdicts:
+def judge(
+    sessions: SceneSessions, turn: int, before: Tensor, after: Tensor, first: Tensor | None = None
+) -> EditVerdicts:
     """What turn 1, 2, ... made of images `before`, both (n, 3, size, size) in [0, 1]; `first` is the clean start.
 
     Raises InputError on images of another shape or number, or with NaN.
@@ -158,6 +160,11 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     """Mean over marked cells, (n,); 1 where none is marked."""
     count = where.sum(1)
     return torch.where(count > 0, (values * where).sum(1) / count.clamp(min=1), torch.ones(len(values)))
+
+
+def likeness(world: ScenesWorld, images: Tensor, first: Tensor) -> Tensor:
+    """How like the first images whole images are, both (n, 3, size, size): partial credit over all cells, (n,)."""
+    return torch.exp(-_per_cell(world, images - first) / SCALE).mean(1)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,15 @@ class Verdicts:
             seen &= self.colour == COLOURS.index(concept.colour)
         return seen
 
+    def names(self) -> list[str]:
+        """What the judge saw in each image, in words."""
+        pairs = zip(self.shape.tolist(), self.colour.tolist(), strict=True)
+        return ["nothing" if shape == NOTHING else f"{COLOURS[colour]} {SHAPES[shape]}" for shape, colour in pairs]
+
+    def labels(self) -> Tensor:
+        """One label an image, (n,): its composition, or the last label where it is invalid."""
+        return torch.where(self.valid, self.shape * len(COLOURS) + self.colour, len(SHAPES) * len(COLOURS))
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -99,6 +108,17 @@ def caption(concept: Concept, synonyms: bool = False) -> str:
     """'a red triangle', or 'a crimson trigon' with synonyms; an open attribute reads 'colored' or 'shape'."""
     words = (concept.colour or "colored", concept.shape or "shape")
     return "a " + " ".join(SYNONYMS.get(word, word) if synonyms else word for word in words)
+
+
+def training_captions() -> tuple[str, ...]:
+    """The caption of every composition but the one that training leaves out."""
+    return tuple(caption(c) for c in concepts() if (c.colour, c.shape) != HELD_OUT)
+
+
+def open_captions() -> tuple[str, ...]:
+    """Captions that leave the colour, the shape or both open, each also with synonyms."""
+    open_ = [*(Concept(colour) for colour in COLOURS), *(Concept(shape=shape) for shape in SHAPES), Concept()]
+    return tuple(dict.fromkeys(caption(concept, synonyms) for concept in open_ for synonyms in (False, True)))
 
 
 def _inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
@@ -143,6 +163,10 @@ class ShapesWorld:
         if size not in (16, 32):
             raise InputError(f"size={size}: the shapes world is drawn and judged at 16 or 32 pixels")
         self.size = size
+
+    def caption(self, concept: Concept) -> str:
+        """The plain prompt that asks for the concept."""
+        return caption(concept)
 
     def sample(self, n: int, seed: int, hold_out: bool = True) -> Shapes:
         """n captioned images; the held-out composition is absent unless hold_out=False."""

@@ -1,4 +1,4 @@
-"""Small pretrained pipelines, each with the recipe that made it: `zoo:NAME` is the folder NAME here.
+"""Small pretrained pipelines: `zoo:NAME` is the folder NAME here, weights in safetensors with card.json and README.md.
 
-In: a recipe's settings. Out: a diffusers pipeline in safetensors with card.json and README.md.
+The recipes that made them are in experiments/zoo, which is not installed.
 """

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fieldsmith.methods.align.audit import Moment
 from fieldsmith.methods.align.config import RECIPES, AlignConfig
-from fieldsmith.methods.align.losses import HINGES, Trust
-from fieldsmith.methods.align.schedule import Schedule, effective_strength, schedule, strength
-from fieldsmith.methods.align.setting import NOISE
+from fieldsmith.methods.align.context import NOISE
+from fieldsmith.methods.policy.losses import HINGES, Trust
+from fieldsmith.methods.policy.schedule import Schedule, effective_strength, schedule, strength
 from fieldsmith.paths import RectifiedFlow
 
 BUDGET = 100.0  # forward-equivalents at one state, at which estimators are compared
@@ -153,7 +153,7 @@ def within(name: str, s: Schedule, prior: float) -> Tensor:
     """What of h the audit's row holds already, (K,): omega, or the pull of a terminal gradient."""
     for ending, pull in (("x J", "jacobian"), ("x linear, ODE", "linear")):
         if name.endswith(ending):
-            return strength(pull, s, prior).pull.clamp(min=1e-300)
+            return strength(pull, s, prior).gamma.clamp(min=1e-300)
     return torch.ones_like(s.omega) if name in ("tweedie", "tweedie, identity") else s.omega.clamp(min=1e-300)
 
 

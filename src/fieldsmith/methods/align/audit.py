@@ -1,6 +1,7 @@
 """How good each estimate of value guidance is on a given model and reward, before training (RSM notes, 2 and 5).
 
-In: a Setting whose policy is the reference, step ids, states. Out: a Moment a time: bias, variance, cost by estimator.
+In: an AlignContext whose policy is the reference, step ids, states. Out: a Moment a time: bias, variance, cost by
+estimator.
 What is estimated is grad E_ref[r(x_0) | x_t], in units of score: the limit of alpha grad V for a reward small beside
 alpha. On a chain of steps it is omega E[grad E_ref[r | x_{k+1}] | x_k], which policy gradients follow (section 1.3).
 """
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.probes import Kind, estimates, follow, reference
-from fieldsmith.methods.align.setting import Setting
 from fieldsmith.training import step_generator
 
 
@@ -123,7 +124,7 @@ def summarised(compared: Tensor, cost: float) -> Row:
 
 
 def measure(
-    setting: Setting,
+    context: AlignContext,
     steps: Sequence[int],
     states: int,
     samples: int,
@@ -137,24 +138,26 @@ def measure(
     `exact` gives the truth where the kind is 'closed form'. Raises InputError where
     the reward is the same for everything.
     """
-    seed = setting.config.seed
-    with setting.model.reference():
+    seed = context.config.seed
+    with context.model.reference():
         generator = step_generator(seed, 0, stream=8)
-        prompt = torch.randperm(max(states, len(setting.prompts)), generator=generator)[:states] % len(setting.prompts)
-        along = follow(setting, setting.model.noise(states, generator), 0, prompt, generator)
+        prompt = torch.randperm(max(states, len(context.config.prompts)), generator=generator)[:states] % len(
+            context.prompts
+        )
+        along = follow(context, context.model.noise(states, generator), 0, prompt, generator)
         moments = []
         for k in sorted(steps):
-            tell(f"step {k}, t = {float(setting.s.times[k]):.3f}")
+            tell(f"step {k}, t = {float(context.schedule.times[k]):.3f}")
             generator = step_generator(seed, k + 1, stream=8)
-            moments.append(_moment(setting, along[k], k, prompt, samples, kind, pool, exact, generator))
+            moments.append(_moment(context, along[k], k, prompt, samples, kind, pool, exact, generator))
     return moments
 
 
 def _moment(
-    setting: Setting, x: Tensor, k: int, prompt: Tensor, samples: int, kind: Kind, pool: int,
+    context: AlignContext, x: Tensor, k: int, prompt: Tensor, samples: int, kind: Kind, pool: int,
     exact: Truths | None, generator: torch.Generator,
 ) -> Moment:  # fmt: skip
-    t = setting.s.times[k].to(x)
+    t = context.schedule.times[k].to(x)
     parts: dict[str, list[Tensor]] = {}
     costs, truth, agreement, halves, ode, sde = {}, [], [], [], [], []
     for i in range(len(x)):
@@ -162,8 +165,8 @@ def _moment(
         if exact:
             first = second = exact.mean(at, t)[0]
         else:
-            first, second = reference(setting, at, k, who, samples, kind, generator)
-        found, rewards, rewards_ode = estimates(setting, at, k, who, pool, generator)
+            first, second = reference(context, at, k, who, samples, kind, generator)
+        found, rewards, rewards_ode = estimates(context, at, k, who, pool, generator)
         for name, estimate in found.items():
             parts.setdefault(name, []).append(compare(estimate.values, first, second))
             costs[name] = float(estimate.cost)
@@ -175,7 +178,7 @@ def _moment(
     both = torch.cat((*sde, *ode))
     if k == 0 and bool((both == both[0]).all()):
         raise InputError(
-            f"reward '{setting.reward.name}' gave the same value ({both[0]:.4g}) to all {len(both)} images, so there "
+            f"reward '{context.reward.name}' gave the same value ({both[0]:.4g}) to all {len(both)} images, so there "
             "is nothing to audit; choose another reward or other prompts"
         )
     products = torch.stack(truth).cpu()

@@ -1,6 +1,7 @@
-"""One collection: rollouts of the current policy, their rewards, and what follows for every row.
+"""One collection: rollouts of the current policy, their rewards, and what follows for every transition.
 
-In: a Setting, an epoch. Out: a Batch of rows with advantages (zeroth order) or guidance in score units (first order).
+In: an AlignContext, an epoch. Out: a Batch of transitions with advantages (zeroth order) or guidance in score units
+(first order).
 """
 
 from __future__ import annotations
@@ -11,183 +12,182 @@ import torch
 from torch import Tensor
 
 from fieldsmith.methods.align import guidance as G
-from fieldsmith.methods.align import losses as L
-from fieldsmith.methods.align.auxiliary import Auxiliary
 from fieldsmith.methods.align.config import REGRESSIONS
-from fieldsmith.methods.align.rollouts import Rollout, Rows, soft_returns
-from fieldsmith.methods.align.setting import Setting
-from fieldsmith.paths import noised
+from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.policy.advantages import advantages
+from fieldsmith.methods.policy.losses import log_ratio, over, square
+from fieldsmith.methods.policy.rollouts import Rollout, Transitions, renoise, soft_returns
+from fieldsmith.rewards.reward import check_images
 from fieldsmith.samplers import euler, gaussian_step
 from fieldsmith.training import step_generator
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One collection: rows with what their estimator makes of the rewards."""
+    """One collection: transitions with what their estimator makes of the rewards."""
 
     rollout: Rollout
     rewards: Tensor  # (m,) of endpoints, as given
     advantage: Tensor  # (n,); zeros where the estimator is a regression
     returns: Tensor | None = None  # (n,) rewards by row over alpha, for critics
     guidance: Tensor | None = None  # (n, ...) in score units
-    beside: Tensor | None = None  # (n, ...) the reward's part of the value's gradient next door, for learned fields
-    ends: Tensor | None = None  # (n, ...) clean states by row, likewise
+    neighbour: Tensor | None = None  # (n, ...) the reward's part of the value's gradient at the step's other end
+    ends: Tensor | None = None  # (n, ...) clean states by row; both for learned fields
 
     def __getitem__(self, at: Tensor) -> Batch:
-        some = [None if part is None else part[at] for part in (self.returns, self.guidance, self.beside, self.ends)]
-        return Batch(replace(self.rollout, rows=self.rollout.rows[at]), self.rewards, self.advantage[at], *some)
+        some = [None if part is None else part[at] for part in (self.returns, self.guidance, self.neighbour, self.ends)]
+        return Batch(
+            replace(self.rollout, transitions=self.rollout.transitions[at]), self.rewards, self.advantage[at], *some
+        )
 
 
-def collect(setting: Setting, helper: Auxiliary | None, epoch: int, log: dict[str, float]) -> Batch:
+def collect(context: AlignContext, epoch: int, log: dict[str, float]) -> Batch:
     """Roll out the current policy, judge it, and estimate; no gradient reaches the weights."""
-    config = setting.config
+    config = context.config
     generator = step_generator(config.seed, epoch, stream=5)
-    prompt = choose(setting, generator)
-    x = setting.model.noise(len(prompt), generator)
+    prompt = choose(context, generator)
+    x = context.model.noise(len(prompt), generator)
     if config.shared_noise:
         x = x[torch.arange(len(x)) // config.rollouts * config.rollouts]
-    rollout = setting.roll(x, prompt, generator)
-    rewards = setting.judge(rollout.x_0, rollout.prompt)
+    rollout = context.roll(x, prompt, generator)
+    check_images(rollout.x_0, f"at step {epoch * config.updates} with lr={config.lr:g}")
+    rewards = context.judge(rollout.x_0, rollout.prompt)
     log["reward"], log["reward deviation"] = rewards.mean().item(), rewards.std(correction=0).item()
     log["reward calls"] = float(len(rewards))
     if config.estimator in ("nft", "awm"):
-        return renoised(setting, rollout, rewards, generator, log)
-    kept = torch.arange(len(rollout.rows))
+        return renoised(context, rollout, rewards, generator, log)
+    kept = torch.arange(len(rollout.transitions))
     if config.train_steps:
         kept = thinned(rollout, config.train_steps, generator)
     if config.estimator in REGRESSIONS:
-        return regression(setting, rollout, rewards, kept)
-    return policy(setting, helper, rollout, rewards, kept, log)
+        return regression(context, rollout, rewards, kept)
+    return policy(context, rollout, rewards, kept, log)
 
 
-def choose(setting: Setting, generator: torch.Generator) -> Tensor:
+def choose(context: AlignContext, generator: torch.Generator) -> Tensor:
     """The prompt of each root, (prompts_per_epoch * rollouts,): prompts without repeats as far as there are enough."""
-    order = torch.randperm(len(setting.prompts), generator=generator)
-    chosen = order[torch.arange(setting.config.prompts_per_epoch) % len(order)]
-    return chosen.repeat_interleave(setting.config.rollouts)
+    order = torch.randperm(len(context.config.prompts), generator=generator)
+    chosen = order[torch.arange(context.config.prompts_per_epoch) % len(order)]
+    return chosen.repeat_interleave(context.config.rollouts)
 
 
-def policy(
-    setting: Setting, helper: Auxiliary | None, rollout: Rollout, rewards: Tensor, kept: Tensor, log: dict[str, float]
-) -> Batch:
+def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tensor, log: dict[str, float]) -> Batch:
     """Advantages of drawn transitions."""
-    config, rows, s = setting.config, rollout.rows, setting.s
+    config, rows, s = context.config, rollout.transitions, context.schedule
     free = config.advantage == "std" and config.auxiliary == "none" and not config.soft  # of alpha: it cancels
     scaled = rewards if free else rewards / config.temperature
     if config.soft:
-        with torch.no_grad(), setting.model.reference():
-            reference = setting.output(rows.x, rows.step, rows.prompt)
-        log_rho = -L.log_ratio(reference.to(rows.output_old), rows.output_old, rows.noise, s.w[rows.step])
+        with torch.no_grad(), context.model.reference():
+            reference = context.output(rows.x, rows.step, rows.prompt)
+        log_rho = -log_ratio(reference.to(rows.output_old), rows.output_old, rows.noise, s.w[rows.step])
         returns = soft_returns(rollout, scaled, log_rho.cpu())
     else:
         returns = rollout.mean_over_endpoints(scaled)
     unit = rows.root if config.group_by == "root" else rows.prompt
-    advantage = centred(setting, returns, unit * len(s) + rows.step, log)
-    if helper and config.auxiliary == "baseline":
+    advantage = centred(context, returns, unit * len(s) + rows.step, log)
+    if context.helper and config.auxiliary == "baseline":
         with torch.no_grad():
-            x = rows.x.to(setting.model.device)
-            value = helper(x, s.times[rows.step].to(x), rows.prompt)
+            x = rows.x.to(context.model.device)
+            value = context.helper(x, s.times[rows.step].to(x), rows.prompt)
         advantage = returns - value.cpu()
     return Batch(rollout, rewards, advantage, returns)[kept]
 
 
-def centred(setting: Setting, returns: Tensor, group: Tensor, log: dict[str, float]) -> Tensor:
+def centred(context: AlignContext, returns: Tensor, group: Tensor, log: dict[str, float]) -> Tensor:
     """Advantages within groups, clipped where they are normalised."""
-    config = setting.config
+    config = context.config
     if config.advantage != "raw":
-        spread = G.advantages(returns, group, "mean").abs()
+        spread = advantages(returns, group, "mean").abs()
         log["rows without signal"] = (spread < 1e-9).float().mean().item()
-    advantage = G.advantages(returns, group, config.advantage)
+    advantage = advantages(returns, group, config.advantage)
     return advantage.clamp(-config.advantage_clip, config.advantage_clip) if config.advantage == "std" else advantage
 
 
 def renoised(
-    setting: Setting, rollout: Rollout, rewards: Tensor, generator: torch.Generator, log: dict[str, float]
+    context: AlignContext, rollout: Rollout, rewards: Tensor, generator: torch.Generator, log: dict[str, float]
 ) -> Batch:
     """Endpoints noised again at the sampler's own times, the old policy's output beside them."""
-    config, s = setting.config, setting.s
-    m, many = len(rollout.x_0), min(config.renoise, len(s))
-    picks = torch.stack([torch.randperm(len(s), generator=generator)[:many] for _ in range(m)]).flatten()
-    end = torch.arange(m).repeat_interleave(many)
-    x_0, prompt = rollout.x_0[end], rollout.prompt[end]
-    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-    x_t = noised(setting.model.path, x_0, eps, s.times[picks].to(x_0))
+    config = context.config
+    rows = renoise(rollout.x_0, context.schedule, config.renoise, generator)
+    prompt = rollout.prompt[rows.root]
     with torch.no_grad():
-        output = setting.output(x_t, picks, prompt)
-    rows = Rows(x_t, x_0, eps, output, picks, prompt, end, torch.ones(len(end)))
+        output = context.output(rows.x, rows.step, prompt)
+    rows = replace(rows, output_old=output, prompt=prompt)
     scaled = rewards if config.advantage == "std" else rewards / config.temperature
-    advantage = centred(setting, scaled, rollout.prompt, log)  # of endpoints, at whatever times
-    return Batch(replace(rollout, rows=rows), rewards, advantage[end])
+    advantage = centred(context, scaled, rollout.prompt, log)  # of endpoints, at whatever times
+    return Batch(replace(rollout, transitions=rows), rewards, advantage[rows.root])
 
 
-def regression(setting: Setting, rollout: Rollout, rewards: Tensor, kept: Tensor) -> Batch:
+def regression(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tensor) -> Batch:
     """First-order guidance at rows of whole trajectories; next-state estimates carry omega."""
-    config, rows = setting.config, rollout.rows[kept]
-    beside = ends = None
-    if config.auxiliary != "none":  # a learned field is held against its neighbour's gradient too
-        plain = tweedie(setting, rollout.rows)
-        beside, ends = neighbours(setting, rollout, plain)[kept], rollout.mean_over_endpoints(rollout.x_0)[kept]
+    config, rows = context.config, rollout.transitions[kept]
+    neighbour = ends = None
+    if config.auxiliary != "none":  # a learned field is compared with the gradient at the step's other end too
+        plain = tweedie(context, rollout.transitions)
+        neighbour, ends = neighbours(context, rollout, plain)[kept], rollout.mean_over_endpoints(rollout.x_0)[kept]
         guidance = plain[kept]
     elif config.estimator == "tweedie":
-        guidance = tweedie(setting, rows)
+        guidance = tweedie(context, rows)
     else:
-        clean = _clean(setting, rollout)
+        clean = _clean(context, rollout)
         terminal = config.estimator == "terminal"
-        guidance = (rollout.mean_over_endpoints(clean) if terminal else adjoint(setting, rollout, clean))[kept]
+        guidance = (rollout.mean_over_endpoints(clean) if terminal else adjoint(context, rollout, clean))[kept]
     if config.state == "next":
-        guidance = L.over(setting.s.omega[rows.step], guidance) * guidance
+        guidance = over(context.schedule.omega[rows.step], guidance) * guidance
     nothing = torch.zeros(len(rows))
-    return Batch(replace(rollout, rows=rows), rewards, nothing, guidance=guidance, beside=beside, ends=ends)
+    return Batch(
+        replace(rollout, transitions=rows), rewards, nothing, guidance=guidance, neighbour=neighbour, ends=ends
+    )
 
 
-def neighbours(setting: Setting, rollout: Rollout, plain: Tensor) -> Tensor:
+def neighbours(context: AlignContext, rollout: Rollout, plain: Tensor) -> Tensor:
     """The reward's part of the value's gradient at the other end of each row's step, from `plain` (n, ...) at rows.
 
     'value' (gradients at current states): eta grad r at the next state, at the end grad r itself. 'residual' (gradients
     at next states): abar grad r at the row's own state, which is the row before it; 0 at the first, where abar is.
     """
-    s, lineage = setting.s, rollout.lineage
+    s, lineage = context.schedule, rollout.lineage
     found = torch.zeros_like(plain)
-    if setting.config.auxiliary == "residual":
+    if context.config.auxiliary == "residual":
         for k in range(1, lineage.shape[1]):
             both = (lineage[:, k] >= 0) & (lineage[:, k - 1] >= 0)
             found[lineage[both, k]] = s.path.alpha(s.times[k]).to(plain) ** 2 * plain[lineage[both, k - 1]]
         return found
-    found[lineage[:, -1]] = _clean(setting, rollout)
+    found[lineage[:, -1]] = _clean(context, rollout)
     for k in range(lineage.shape[1] - 1):
-        found[lineage[:, k]] = setting.eta[k + 1].to(plain) * plain[lineage[:, k + 1]]
+        found[lineage[:, k]] = context.eta[k + 1].to(plain) * plain[lineage[:, k + 1]]
     return found
 
 
-def _clean(setting: Setting, rollout: Rollout) -> Tensor:
+def _clean(context: AlignContext, rollout: Rollout) -> Tensor:
     """grad r at the endpoints, once a trajectory."""
     parts = []
-    for at in torch.arange(len(rollout.x_0)).split(setting.config.chunk):
-        x_0 = rollout.x_0[at].to(setting.model.device)
-        parts.append(G.clean_gradient(setting.value(rollout.prompt[at]), x_0))
+    for at in torch.arange(len(rollout.x_0)).split(context.config.chunk):
+        x_0 = rollout.x_0[at].to(context.model.device)
+        parts.append(G.clean_gradient(context.value(rollout.prompt[at]), x_0))
     return torch.cat(parts).to(rollout.x_0.device)
 
 
-def tweedie(setting: Setting, rows: Rows) -> Tensor:
+def tweedie(context: AlignContext, rows: Transitions) -> Tensor:
     """At each row's own state, or at the next one; through the current network, as the methods do."""
-    config, s = setting.config, setting.s
+    config, s = context.config, context.schedule
     found = torch.empty_like(rows.x)
     for k in rows.step.unique().tolist():  # one time a batch: lookahead takes the sampler's own steps from there
         first = k if config.state == "current" else k + 1
         for at in (rows.step == k).nonzero().squeeze(1).split(config.chunk):
-            x = (rows.x if config.state == "current" else rows.after)[at].to(setting.model.device)
+            x = (rows.x if config.state == "current" else rows.x_next)[at].to(context.model.device)
             t, ahead = s.times[first].to(x), s.times[first + 1 : first + 1 + config.lookahead].to(x)
-            place = setting.place(rows.prompt[at])
-            value = setting.value(rows.prompt[at])
+            place = context.place(rows.prompt[at])
+            value = context.value(rows.prompt[at])
             found[at] = G.tweedie(value, place, x, t, config.jacobian, ahead).to(found.device)
     return found
 
 
-def adjoint(setting: Setting, rollout: Rollout, clean: Tensor) -> Tensor:
+def adjoint(context: AlignContext, rollout: Rollout, clean: Tensor) -> Tensor:
     """a_{k+1} at each row: the clean gradient carried back along the reference's chain, one backward a step."""
-    s, rows = setting.s, rollout.rows
+    s, rows = context.schedule, rollout.transitions
     found, carried = torch.empty_like(rows.x), clean
-    with setting.model.reference():
+    with context.model.reference():
         for k in reversed(range(len(s))):
             row = rollout.lineage[:, k]
             if bool((row >= 0).all()):
@@ -196,45 +196,45 @@ def adjoint(setting: Setting, rollout: Rollout, clean: Tensor) -> Tensor:
                     break
                 x = rows.x[row]
             elif k and bool((rollout.lineage[:, k - 1] >= 0).all()):
-                x = rows.after[rollout.lineage[:, k - 1]]  # a certain step keeps no row: its state came out before it
+                x = rows.x_next[rollout.lineage[:, k - 1]]  # a certain step keeps no row: its state came out before it
             else:
                 break
             carried = torch.cat([
-                carry(setting, x[at], k, rollout.prompt[at], carried[at])
-                for at in torch.arange(len(x)).split(setting.config.chunk)
+                carry(context, x[at], k, rollout.prompt[at], carried[at])
+                for at in torch.arange(len(x)).split(context.config.chunk)
             ])  # fmt: skip
     return found
 
 
-def carry(setting: Setting, x: Tensor, k: int, prompt: Tensor, after: Tensor, drawn: bool = True) -> Tensor:
+def carry(context: AlignContext, x: Tensor, k: int, prompt: Tensor, after: Tensor, drawn: bool = True) -> Tensor:
     """(d mean_k(x) / d x)^T after: of the chain's step where `drawn`, else of the ODE's."""
-    kept, x = after.device, x.detach().to(setting.model.device).requires_grad_(True)
-    t, t_next = setting.s.times[k].to(x), setting.s.times[k + 1].to(x)
+    kept, x = after.device, x.detach().to(context.model.device).requires_grad_(True)
+    t, t_next = context.schedule.times[k].to(x), context.schedule.times[k + 1].to(x)
     with torch.enable_grad():
-        pred = setting.predict(x, t, prompt)
+        pred = context.predict(x, t, prompt)
         mean = euler(pred, t_next)
-        if drawn and setting.s.noisy[k]:
-            mean = gaussian_step(setting.sde, pred, t_next, setting.noise_level, setting.s.times[1].to(x)).mean
+        if drawn and context.schedule.noisy[k]:
+            mean = gaussian_step(context.sde, pred, t_next, context.noise_level, context.schedule.times[1].to(x)).mean
         (gradient,) = torch.autograd.grad(mean, x, after.to(x))
     return gradient.detach().to(kept)
 
 
-def log_ratio_slope(setting: Setting, rows: Rows) -> Tensor:
+def log_ratio_slope(context: AlignContext, rows: Transitions) -> Tensor:
     """grad_x log pi(after | x) / pi_ref(after | x) at rows, (n, ...): the means move with x, `after` does not."""
-    s, slope = setting.s, torch.empty_like(rows.x)
+    s, slope = context.schedule, torch.empty_like(rows.x)
     for k in rows.step.unique().tolist():
         at = (rows.step == k).nonzero().squeeze(1)
         x = rows.x[at].detach().requires_grad_(True)
         t, t_next, first = s.times[k].to(x), s.times[k + 1].to(x), s.times[1].to(x)
 
         def misses() -> Tensor:
-            pred = setting.predict(x, t, rows.prompt[at])  # noqa: B023
-            mean = gaussian_step(setting.sde, pred, t_next, setting.noise_level, first).mean  # noqa: B023
-            return L.square(rows.after[at] - mean).sum()  # noqa: B023
+            pred = context.predict(x, t, rows.prompt[at])  # noqa: B023
+            mean = gaussian_step(context.sde, pred, t_next, context.noise_level, first).mean  # noqa: B023
+            return square(rows.x_next[at] - mean).sum()  # noqa: B023
 
         with torch.enable_grad():
             own = misses()
-            with setting.model.reference():
+            with context.model.reference():
                 base = misses()
             (slope[at],) = torch.autograd.grad((base - own) / (2 * float(s.sigma[k]) ** 2), x)
     return slope
@@ -244,7 +244,7 @@ def thinned(rollout: Rollout, keep: int, generator: torch.Generator) -> Tensor:
     """Rows left when every endpoint keeps its last step and one of each of keep - 1 blocks of equal length."""
     steps = (rollout.lineage >= 0).any(0).nonzero().squeeze(1)
     if keep >= len(steps):
-        return torch.arange(len(rollout.rows))
+        return torch.arange(len(rollout.transitions))
     left = [rollout.lineage[:, steps[-1]]]
     for block in steps[:-1].tensor_split(keep - 1) if keep > 1 else ():
         pick = block[torch.randint(len(block), (len(rollout.lineage),), generator=generator)]

@@ -6,35 +6,49 @@ A recipe says what a method is; PAPER holds the scale that it was published at, 
 from __future__ import annotations
 
 import math
-import pathlib
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+from pydantic import Field
+
+from fieldsmith.config import (
+    Config,
+    Count,
+    LoraConfig,
+    MemoryConfig,
+    NonNegative,
+    OptimConfig,
+    Positive,
+    Words,
+    config,
+)
 from fieldsmith.errors import InputError, check_word
+from fieldsmith.read import read_prompts
+from fieldsmith.rewards import parse
 
 Estimator = Literal["reverse-noise", "nft", "awm", "tweedie", "terminal", "adjoint", "pathwise", "balance"]
 FIRST_ORDER = ("tweedie", "terminal", "adjoint", "pathwise")
 REGRESSIONS = ("tweedie", "terminal", "adjoint")
+NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class AlignConfig:
+@config
+class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Raise a reward by reward score matching or by one of the methods that it unifies (`--preset`)."""
+
+    NOTES: ClassVar[str] = ""  # filled in below, where the recipes are
 
     model: str = "zoo:shapes-flux"
     """A diffusers pipeline folder, a hub id, or a zoo model."""
     reward: str = "right"
-    """A reward, or a weighted sum of rewards, e.g. `classifier` or `right+0.1*brightness`."""
-    prompts: tuple[str, ...] = ()
-    """Prompts to train on, or one text file with a prompt a line; the command takes a world's captions where empty."""
-    held_out_rewards: tuple[str, ...] = ()
+    """A reward, a weighted sum of rewards, or a function of yours: `classifier`, `right+0.1*brightness`,
+    `mine.py:score`."""
+    prompts: Words = ()
+    """Prompts to train on, or one text file with a prompt a line; a zoo model's captions where empty."""
+    held_out_rewards: Words = ()
     """Rewards that are only measured, before and after, to see reward hacking."""
-    out: pathlib.Path | None = None
-    """The run directory to write (new, empty, or this same run interrupted)."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Image side in pixels; None: the model's own, at most 512."""
-    seed: int = 0
-    """Everything random follows from it."""
     preset: str = ""
     """The recipe that these settings came from; a name for the record."""
 
@@ -44,9 +58,9 @@ class AlignConfig:
     """Where a first-order gradient is taken; next-state ones carry omega."""
     jacobian: Literal["full", "identity"] = "full"
     """Of the Tweedie estimate: through the network, or with its output held constant."""
-    lookahead: int = 0
+    lookahead: NonNegativeInt = 0
     """ODE steps of the sampler before the Tweedie estimate is read off."""
-    truncate: int = 1
+    truncate: Count = 1
     """Pathwise: how many last steps the gradient passes (DRaFT-K)."""
     random_stop: bool = False
     """Pathwise: stop at a random late step and read x_0 off there (ReFL)."""
@@ -58,16 +72,16 @@ class AlignConfig:
     """How rewards are centred within a group."""
     group_by: Literal["prompt", "root"] = "prompt"
     """Whose rewards are compared at a step: those of a prompt, or of the branches of one state."""
-    advantage_clip: float = 5.0
+    advantage_clip: Positive = 5.0
     """Largest advantage of 'std'."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """alpha: the target is p_ref exp(r / alpha); recipes with a normalised advantage see it through `kl` only."""
 
     rollout: Literal["sde", "ode", "branches", "tree"] = "sde"
     """Independent SDE, ODE, an ODE root with one-step branches, or a tree."""
     sde: Literal["auto", "flow-sde", "dance-sde", "cps", "ddim", "ddim-uniform"] = "auto"
     """The stochastic step; auto: flow-sde on flows, ddim elsewhere."""
-    noise_level: float | None = None
+    noise_level: Positive | None = None
     """Its noise; None: 0.7 for flow-sde, 0.3 for dance-sde, 0.8 for cps, 1 for ddim, 4.5 for ddim-uniform."""
     branches: tuple[int, ...] = (4,)
     """Children by step of branches and trees; one number: at every noisy step."""
@@ -75,9 +89,9 @@ class AlignConfig:
     """First and last step that is drawn and trained; the ODE elsewhere. None: every step with a density."""
     shared_noise: bool = False
     """One initial noise for all rollouts of a prompt."""
-    renoise: int = 4
+    renoise: Count = 4
     """Times at which each endpoint is re-noised (nft, awm)."""
-    train_steps: int | None = None
+    train_steps: Count | None = None
     """Train the last step and one of each block, this many in all; None: all."""
 
     strength: Literal[
@@ -86,54 +100,107 @@ class AlignConfig:
     """How hard it pulls at each step (C1 and gamma, by a method's name)."""
     trust: Literal["none", "clip", "hinge", "guard-hinge", "fair-hinge"] = "none"
     """What keeps the policy near the one that made the rollouts."""
-    clip: float = 0.1
+    clip: Positive = 0.1
     """The trust region's radius: nats of a step's log-ratio (times sigma^2 for fair-hinge, sigma for guard-hinge)."""
-    proximal: float = 0.0
+    proximal: NonNegative = 0.0
     """Weight of |f - f_old|^2 on the network's output (C2)."""
-    kl: float = 0.0
+    kl: NonNegative = 0.0
     """Weight of the exact KL to the reference at every trained step."""
-    anchor: float = 0.0
+    anchor: NonNegative = 0.0
     """Weight of the same on the root's ODE states where nothing branches."""
-    nft_beta: float = 0.1
+    nft_beta: Positive = 0.1
     """NFT's distance of the two implied policies."""
     adaptive: bool = True
     """NFT: divide each branch by its own mean absolute error."""
 
-    steps: int = 10
+    steps: Count = 10
     """Sampler steps in training."""
     guidance: float | None = None
     """Guidance scale in rollouts and loss; None: off."""
-    epochs: int = 100
+    epochs: Count = 100
     """Collections of rollouts."""
-    prompts_per_epoch: int = 8
+    prompts_per_epoch: Count = 8
     """Prompts in a collection."""
-    rollouts: int = 8
+    rollouts: Count = 8
     """Roots of each prompt in a collection."""
-    updates: int = 1
+    updates: Count = 1
     """Optimiser steps on one collection."""
-    chunk: int = 256
+    chunk: Count = 256
     """States per forward; lower it when memory is short."""
     trajectories: Literal["device", "cpu"] = "device"
     """Where rollouts wait; cpu when the accelerator's memory is short."""
 
-    subset: str = "attention"
-    """Which layers train: a subset of the family (attention, all-linear, ...)."""
-    full: bool = False
-    """Train full weights of the subset ('all': every weight) instead of a LoRA."""
-    rank: int = 16
-    """LoRA rank."""
-    alpha: float | None = None
-    """LoRA alpha; None: equal to the rank."""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """AdamW's learning rate."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegative = 1e-4
     """AdamW's weight decay."""
-    gradient_clip: float = 1.0
+    gradient_clip: Positive = 1.0
     """Largest gradient norm."""
-    ema: float | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the averaged weights that are kept."""
-    evaluate: int = 8
-    """Images per prompt in the report's evaluation."""
+    evaluate: NonNegativeInt = 8
+    """Images per prompt in the report's evaluation, of up to 64 prompts; 0 trains and saves only."""
+
+    @classmethod
+    def preset_of(cls, name: str | None, scale: str | None, given: Mapping[str, Any]) -> Self:
+        name = name or given.get("preset") or "flow-grpo"
+        check_word(name, tuple(RECIPES), "align's presets")
+        zoo = str(given.get("model", cls.model)).startswith(("zoo:", "world:"))
+        scale = scale or ("paper" if name in PAPER and not zoo else "laptop")
+        if scale not in ("laptop", "paper"):
+            raise InputError(f"scale '{scale}' is unknown; use laptop or paper")
+        if scale == "laptop":
+            return cls(**{"preset": name, **LAPTOP, **RECIPES[name]})
+        if name not in PAPER:
+            raise InputError(f"no published sizes are known for preset '{name}'; use --scale laptop and set your own")
+        return cls(**{"preset": name, **RECIPES[name], **PAPER[name]})
+
+    def check(self) -> None:
+        for words in (self.reward, *self.held_out_rewards):
+            if not words.startswith("function:"):  # a function that was given from Python
+                parse(words)
+        read_prompts(self.prompts)
+        _check_branches(self)
+        if self.window and not 0 <= self.window[0] <= self.window[1] < self.steps:
+            raise InputError(f"window {self.window} does not fit {self.steps} sampler steps; use 0 {self.steps - 1}")
+        if self.estimator == "pathwise" and self.truncate > self.steps:
+            raise InputError(f"truncate={self.truncate} is more than the sampler's {self.steps} steps")
+        grouped = self.estimator in ("reverse-noise", "nft", "awm") and self.advantage != "raw"
+        if grouped and _siblings(self) < 2:
+            raise InputError(
+                f"rollouts={self.rollouts} compares each reward with itself alone, so every advantage is 0; "
+                "use at least 2, 8 is a good start"
+            )
+        if self.soft and self.rollout not in ("sde", "tree"):
+            raise InputError(
+                f"soft needs the density of every later step, which rollout '{self.rollout}' lacks; use sde"
+            )
+        if self.soft and self.window:
+            raise InputError(
+                f"soft needs the density of every later step, window {self.window} leaves some out; drop it"
+            )
+        pairs = {"flow": "balance", "baseline": "reverse-noise", "residual": "tweedie", "value": "tweedie"}
+        needs = pairs.get(self.auxiliary, self.estimator)
+        if needs != self.estimator or (self.estimator == "balance" and self.auxiliary != "flow"):
+            raise InputError(
+                f"auxiliary '{self.auxiliary}' does not go with estimator '{self.estimator}'; flow goes with balance, "
+                "baseline with reverse-noise, residual and value with tweedie"
+            )
+        whole = self.estimator in ("adjoint", "balance") or self.auxiliary == "value"
+        if whole and self.window and self.window[1] < self.steps - 1:
+            raise InputError(f"window {self.window} hides the end from estimator '{self.estimator}'; drop it")
+        policy = self.estimator in ("reverse-noise", "balance")
+        if policy and self.strength not in ("ratio", "tempflow", "pcpo", "guard"):
+            raise InputError(
+                f"strength '{self.strength}' is a first-order recipe's; use ratio, tempflow, pcpo or guard"
+            )
+        if self.shared_noise and self.rollout == "branches" and self.rollouts > 1:
+            raise InputError("with shared_noise all ODE roots of a prompt are one; use rollouts 1 and more branches")
+        drawn = self.estimator in ("reverse-noise", "balance", "adjoint")
+        if drawn and self.rollout == "ode":
+            raise InputError(f"estimator '{self.estimator}' needs drawn steps; use rollout sde, branches or tree")
+        if self.estimator in REGRESSIONS and self.rollout not in ("ode", "sde"):
+            raise InputError(f"estimator '{self.estimator}' takes whole trajectories; use rollout ode or sde")
 
 
 Settings = dict[str, Any]
@@ -225,70 +292,10 @@ LAPTOP: Settings = {
     "lr": 1e-3, "steps": 10, "prompts_per_epoch": 8, "epochs": 40, "updates": 2, "clip": 0.05, "temperature": 0.1,
 }  # fmt: skip
 
-
-def preset(name: str, scale: Literal["paper", "laptop"] = "laptop") -> AlignConfig:
-    """The settings of a recipe. Raises InputError at an unknown name, or at a scale that it was not published at."""
-    check_word(name, tuple(RECIPES), "align's presets")
-    if scale == "paper" and name not in PAPER:
-        raise InputError(f"no published sizes are known for preset '{name}'; use --scale laptop and set your own")
-    sized = PAPER[name] if scale == "paper" else LAPTOP
-    return replace(AlignConfig(preset=name), **{**sized, **RECIPES[name], **(sized if scale == "paper" else {})})
-
-
-def scale_for(name: str, model: str) -> Literal["paper", "laptop"]:
-    """The scale that a recipe has on a model unless told: the published one, where there is one, off the zoo."""
-    return "paper" if name in PAPER and not model.startswith(("zoo:", "world:")) else "laptop"
-
-
-def check(config: AlignConfig) -> None:
-    """Refuse settings that cannot learn. Raises InputError with the value and the fix; needs no model."""
-    numbers = {f.name: getattr(config, f.name) for f in fields(config)}
-    for name in ("epochs", "prompts_per_epoch", "rollouts", "updates", "steps", "chunk", "rank", "evaluate", "renoise",
-                 "truncate"):  # fmt: skip
-        if numbers[name] < 1:
-            raise InputError(f"{name}={numbers[name]} must be at least 1")
-    for name in ("lr", "temperature", "clip", "gradient_clip", "advantage_clip", "nft_beta", "noise_level", "alpha",
-                 "resolution", "train_steps"):  # fmt: skip
-        if numbers[name] is not None and not numbers[name] > 0:
-            raise InputError(f"{name}={numbers[name]} must be above 0")
-    for name in ("kl", "anchor", "proximal", "weight_decay", "lookahead"):
-        if not numbers[name] >= 0:
-            raise InputError(f"{name}={numbers[name]} must not be negative")
-    _check_branches(config)
-    if config.window and not 0 <= config.window[0] <= config.window[1] < config.steps:
-        raise InputError(f"window {config.window} does not fit {config.steps} sampler steps; use 0 {config.steps - 1}")
-    if config.estimator == "pathwise" and config.truncate > config.steps:
-        raise InputError(f"truncate={config.truncate} is more than the sampler's {config.steps} steps")
-    grouped = config.estimator in ("reverse-noise", "nft", "awm") and config.advantage != "raw"
-    if grouped and _siblings(config) < 2:
-        raise InputError(
-            f"rollouts={config.rollouts} compares each reward with itself alone, so every advantage is 0; "
-            "use at least 2, 8 is a good start"
-        )
-    if config.soft and config.rollout not in ("sde", "tree"):
-        raise InputError(f"soft needs the density of every later step, which rollout '{config.rollout}' lacks; use sde")
-    if config.soft and config.window:
-        raise InputError(f"soft needs the density of every later step, window {config.window} leaves some out; drop it")
-    pairs = {"flow": "balance", "baseline": "reverse-noise", "residual": "tweedie", "value": "tweedie"}
-    needs = pairs.get(config.auxiliary, config.estimator)
-    if needs != config.estimator or (config.estimator == "balance" and config.auxiliary != "flow"):
-        raise InputError(
-            f"auxiliary '{config.auxiliary}' does not go with estimator '{config.estimator}'; flow goes with balance, "
-            "baseline with reverse-noise, residual and value with tweedie"
-        )
-    whole = config.estimator in ("adjoint", "balance") or config.auxiliary == "value"
-    if whole and config.window and config.window[1] < config.steps - 1:
-        raise InputError(f"window {config.window} hides the end from estimator '{config.estimator}'; drop it")
-    policy = config.estimator in ("reverse-noise", "balance")
-    if policy and config.strength not in ("ratio", "tempflow", "pcpo", "guard"):
-        raise InputError(f"strength '{config.strength}' is a first-order recipe's; use ratio, tempflow, pcpo or guard")
-    if config.shared_noise and config.rollout == "branches" and config.rollouts > 1:
-        raise InputError("with shared_noise all ODE roots of a prompt are one; use rollouts 1 and more branches")
-    drawn = config.estimator in ("reverse-noise", "balance", "adjoint")
-    if drawn and config.rollout == "ode":
-        raise InputError(f"estimator '{config.estimator}' needs drawn steps; use rollout sde, branches or tree")
-    if config.estimator in REGRESSIONS and config.rollout not in ("ode", "sde"):
-        raise InputError(f"estimator '{config.estimator}' takes whole trajectories; use rollout ode or sde")
+AlignConfig.NOTES = f"""--preset NAME picks a recipe (default: flow-grpo): {", ".join(RECIPES)}.
+--scale laptop|paper picks the numbers that it runs at (default: laptop for zoo models, else paper where
+the recipe was published with code that says them).
+--config FILE.toml (such as a run's config.toml) sets fields again, and flags come last."""
 
 
 def _check_branches(config: AlignConfig) -> None:

@@ -12,37 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fieldsmith.methods.align.losses import over
-from fieldsmith.methods.align.schedule import Schedule
+from fieldsmith.methods.policy.losses import over
+from fieldsmith.methods.policy.schedule import Schedule
 from fieldsmith.paths import Prediction
 from fieldsmith.samplers import euler
 
-Advantage = Literal["std", "mean", "leave-one-out", "raw"]
 Jacobian = Literal["full", "identity"]
 Value = Callable[[Tensor], Tensor]  # clean states (n, ...) -> differentiable rewards (n,), in units of alpha
 Place = Callable[[Tensor, Tensor], Prediction]  # x (n, ...), t (n,) or () -> what the network says, with gradients
-
-
-def advantages(returns: Tensor, group: Tensor, kind: Advantage, floor: float = 1e-4) -> Tensor:
-    """Rewards (n,) centred within groups (n,) of integers; (n,).
-
-    std: over (deviation + floor), the deviation without Bessel's correction as GRPO releases have it. mean: the group's
-    mean includes the row itself, so k siblings shrink the estimate by 1 - 1 / k. leave-one-out: the mean of the others,
-    unbiased; a row alone in its group has advantage 0. raw: as they are.
-    """
-    if kind == "raw":
-        return returns
-    _, at = torch.unique(group, return_inverse=True)
-    n = torch.bincount(at).to(returns)
-    zero = torch.zeros_like(n)
-    mean = zero.index_add(0, at, returns) / n
-    centred = returns - mean[at]
-    if kind == "mean":
-        return centred
-    if kind == "leave-one-out":
-        return centred * (n / (n - 1).clamp(min=1))[at]
-    deviation = (zero.index_add(0, at, centred.square()) / n).sqrt()
-    return centred / (deviation[at] + floor)
 
 
 def reverse_noise(advantage: Tensor, noise: Tensor, step: Tensor, s: Schedule) -> Tensor:

@@ -1,32 +1,14 @@
-"""The equations: reward score matching and the policy losses that are rows of it (RSM notes, 1.4, 2.1, 4.3, 4.4).
+"""The equations: reward score matching and detailed balance (RSM notes, 1.4).
 
 Pure functions of tensors. Rows are (n, ...); per-row scalars (n,). Sums run over all but the first dimension and are
-divided once, here, by the numbers in a row, so that a learning rate means the same at every resolution.
+divided once, here, by the dimension of a row, so that a learning rate means the same at every resolution.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-Trust = Literal["none", "clip", "hinge", "guard-hinge", "fair-hinge"]
-HINGES = {"hinge": 0, "guard-hinge": 1, "fair-hinge": 2}  # the power of the step's deviation in the threshold's unit
-
-
-def over(scalar: Tensor, rows: Tensor) -> Tensor:
-    """Per-row scalars (n,) shaped to broadcast against rows (n, ...)."""
-    return scalar.to(rows).reshape(-1, *[1] * (rows.ndim - 1))
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over all but the first dimension, (n,)."""
-    return (a * b).flatten(1).sum(1)
-
-
-def square(a: Tensor) -> Tensor:
-    return dot(a, a)
+from fieldsmith.methods.policy.losses import over, square
 
 
 def rsm_loss(
@@ -34,93 +16,16 @@ def rsm_loss(
     reference: Tensor,
     old: Tensor,
     guidance: Tensor,
-    weight: Tensor,
-    pull: Tensor,
+    C1: Tensor,
+    gamma: Tensor,
     proximal: Tensor | float = 0.0,
 ) -> Tensor:
-    """C1 (|s - (s_ref + gamma Psi)|^2 + C2 |s - s_old|^2) a row, (n,), over the numbers in a row (v2's equation).
+    """C1 (|s - (s_ref + gamma Psi)|^2 + C2 |s - s_old|^2) a row, (n,), over the dimension of a row (v2's equation).
 
-    score, reference, old, guidance (n, ...) in score units; weight C1, pull gamma, proximal C2 (n,).
+    score, reference, old, guidance (n, ...) in score units; C1, gamma and proximal C2 (n,).
     """
-    toward = square(score - reference - over(pull, score) * guidance)
-    return weight.to(score) * (toward + proximal * square(score - old)) / score[0].numel()
-
-
-def log_ratio(output: Tensor, old: Tensor, noise: Tensor, w: Tensor) -> Tensor:
-    """log pi / pi_old at mean_old + sigma eps, exactly: w <d, eps> - w^2 |d|^2 / 2 with d = f - f_old; (n,)."""
-    difference = output - old
-    w = w.to(output)
-    return w * dot(difference, noise) - w**2 * square(difference) / 2
-
-
-def gaussian_kl(output: Tensor, reference: Tensor, w: Tensor) -> Tensor:
-    """KL(pi || pi_ref) of one step of equal deviation, exactly: w^2 |f - f_ref|^2 / 2; (n,) in nats."""
-    return w.to(output) ** 2 * square(output - reference) / 2
-
-
-def policy_loss(
-    log_rho: Tensor,
-    advantage: Tensor,
-    strength: Tensor,
-    trust: Trust,
-    clip: float,
-    deviation: Tensor,
-    numbers: int = 1,
-) -> Tensor:
-    """-A m log rho under a trust region; all (n,). Not yet over the numbers in a row.
-
-    none: the log-likelihood surrogate. clip: PPO on rho; with `numbers` > 1 on its geometric mean over a row's numbers,
-    as released, where it is 1 + log rho / numbers to first order and `clip` bounds nats of the whole. hinge:
-    max(0, c |A| - A log rho), zero once rho has moved by c nats in A's favour (PCPO). fair-hinge: the same on
-    sigma^2 log rho, a displacement of x, so that c means the same at every step (RSM, section 4.4). guard-hinge: on
-    sigma times the linear part of log rho (GRPO-Guard as released; hand it w <d, eps> for log_rho).
-    """
-    if trust == "clip":
-        rho, most = (log_rho / numbers).exp(), clip / numbers
-        return -strength * numbers * torch.minimum(rho * advantage, rho.clamp(1 - most, 1 + most) * advantage)
-    if trust == "none":
-        return -strength * advantage * log_rho
-    unit = deviation.to(log_rho) ** HINGES[trust]
-    return strength / unit * (clip * advantage.abs() - advantage * unit * log_rho).clamp(min=0)
-
-
-def held(log_rho: Tensor, advantage: Tensor, trust: Trust, clip: float, deviation: Tensor, numbers: int = 1) -> Tensor:
-    """Which rows the trust region holds back, so that they have no gradient; (n,) bool."""
-    if trust == "clip":
-        rho, most = (log_rho / numbers).exp(), clip / numbers
-        return ((rho > 1 + most) & (advantage > 0)) | ((rho < 1 - most) & (advantage < 0))
-    if trust == "none":
-        return torch.zeros_like(log_rho, dtype=torch.bool)
-    return log_rho * deviation.to(log_rho) ** HINGES[trust] * advantage.sign() > clip
-
-
-def nft_loss(
-    output: Tensor, old: Tensor, target: Tensor, optimality: Tensor, beta: float, adaptive: Tensor | None
-) -> Tensor:
-    """DiffusionNFT: r |v_plus - v*|^2 + (1 - r) |v_minus - v*|^2, v_plus = (1 - beta) v_old + beta v; (n,).
-
-    optimality r (n,) in [0, 1]; `adaptive` holds |d x_0 / d f| of the rows (n,), or is None for plain weights: with it
-    the error is that of x_0, and each branch is divided by its own mean absolute error, which carries no gradient.
-    """
-    plus, minus = (1 - beta) * old + beta * output, (1 + beta) * old - beta * output
-    numbers = output[0].numel()
-
-    def error(branch: Tensor) -> Tensor:
-        apart = branch - target
-        if adaptive is None:
-            return square(apart) / numbers
-        apart = over(adaptive, apart) * apart
-        return square(apart) / numbers / apart.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
-
-    return optimality * error(plus) + (1 - optimality) * error(minus)
-
-
-def awm_loss(output: Tensor, old: Tensor, target: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """AWM: PPO on the pseudo-likelihood exp(-|v - v*|^2), mean over a row's numbers; (n,)."""
-    numbers = output[0].numel()
-    gain = (square(old - target) - square(output - target)) / numbers
-    rho = gain.exp()
-    return -torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
+    toward = square(score - reference - over(gamma, score) * guidance)
+    return C1.to(score) * (toward + proximal * square(score - old)) / score[0].numel()
 
 
 def balance_loss(value: Tensor, value_next: Tensor, log_rho_reference: Tensor) -> Tensor:

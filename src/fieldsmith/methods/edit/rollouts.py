@@ -1,72 +1,66 @@
-"""Sessions run in batches, turn after turn, on the model's own results; judged while the next turn is drawn.
+"""Sessions run in batches, turn after turn, on the model's own results; judged while the next turn is sampled.
 
-In: a Task (sessions and their judge), a model. Out: a Collection: every edit's source, result and scores (MT-EditFlow
-notes, 1.1 and 2.5). Nothing is differentiated through a turn's boundary.
+In: what a run is given (sessions, their judge), a model. Out: a Collection: every edit's source, result and scores
+(MT-EditFlow notes, 1.1 and 2.5). Nothing is differentiated through a turn's boundary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fieldsmith import processes
-from fieldsmith.errors import InputError, RunError
-from fieldsmith.methods.align.rollouts import Plan, Rows, roll
-from fieldsmith.methods.align.schedule import Schedule, schedule
+from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
+from fieldsmith.methods.policy.rollouts import Plan, Transitions, roll
+from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.models.editing import encode_unique, quantised, states_of
 from fieldsmith.paths import RectifiedFlow
+from fieldsmith.rewards.reward import check_images
 from fieldsmith.samplers import rollout
+from fieldsmith.sessions import Sessions
 from fieldsmith.training import step_generator
 
 NOISE = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.7}
 
-
-class Sessions(Protocol):
-    """n sessions of equally many turns. `clean(0)` is the start; later planned states only where a world knows them."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, rows: Any) -> Any: ...
-    @property
-    def turns(self) -> int: ...
-    def prompts(self, turn: int) -> list[str]: ...
-    def clean(self, turn: int) -> Tensor: ...
-
-
-class Judged(Protocol):
-    """One turn's scores in [0, 1], each (n,)."""
-
-    @property
-    def following(self) -> Tensor: ...
-    @property
-    def consistency(self) -> Tensor: ...
-
-
-Judge = Callable[[Any, int, Tensor, Tensor, Tensor], Judged]  # sessions, turn, before, after, first image
+# sessions, turn, before, after, first image -> scores with `following` and `consistency`, (n,) each in [0, 1]
+Judge = Callable[[Any, int, Tensor, Tensor, Tensor], Any]
+Channel = Callable[[Tensor, torch.Generator], Tensor]  # images of a turn -> images as the next turn gets them
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is asked: sessions drawn as (how many, seed), their judge, and whether planned states are known."""
+class World:
+    """What is known where sessions have a plan, for measuring."""
 
-    draw: Callable[[int, int], Any]
+    verdicts: Callable[
+        ..., Any
+    ]  # sessions, turn, before, after, first -> done and consistency, as measure.exposure asks
+    likeness: Callable[[Tensor, Tensor], Tensor]  # images, first images -> (n,) in [0, 1]
+    nothing: str  # the instruction that asks for nothing
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given beside its settings."""
+
+    draw: Callable[[int, int, int], Sessions]  # how many, seed, turns
     judge: Judge
-    planned: bool
-
-
-Channel = Callable[[Tensor, torch.Generator], Tensor]
+    channel: Channel
+    world: World | None = None  # None: what turns should give is not known, as in session files
 
 
 @dataclass(frozen=True)
 class Collection:
     """m = T P G edits, turn by turn: sources and results (m, ...) as states, `text` rows of the condition `texts`,
-    `turn` (m,) from 0, `unit` (m,) the session's row in (P, G) flattened; scores (P, G, T); GRPO's rows if drawn."""
+    `turn` (m,) from 0, `unit` (m,) the session's row in (P, G) flattened; scores (P, G, T); GRPO's transitions, whose
+    `prompt` is the edit's row."""
 
     source: Tensor
     x_0: Tensor
@@ -76,175 +70,162 @@ class Collection:
     texts: Condition
     following: Tensor
     consistency: Tensor
-    rows: Rows | None
+    transitions: Transitions | None = None
 
     def condition(self, at: Tensor) -> Condition:
+        """The instructions of edits `at`, encoded."""
         return self.texts[self.text[at]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class EditContext:
     """What stays the same over a run."""
 
     model: Model
     config: EditConfig
-    task: Task
-    s: Schedule
-    channel: Channel
-    nothing: Condition
+    inputs: Inputs
+    schedule: Schedule
+    nothing: Condition  # the identity branch's prompt
 
     @staticmethod
-    def of(model: Model, config: EditConfig, task: Task, channel: Channel) -> Setting:
+    def of(model: Model, config: EditConfig, inputs: Inputs) -> EditContext:
+        """Raises InputError where the objective does not fit the model or the sessions."""
         if not isinstance(model.path, RectifiedFlow):
             raise InputError(f"{model.name} is not on rectified flow; edit's objectives are written for flows")
         needs = "supervised targets" if config.objective == "supervised" else "clean sources"
-        if not task.planned and (config.objective == "supervised" or config.sources == "clean"):
+        if inputs.world is None and (config.objective == "supervised" or config.sources == "clean"):
             raise InputError(f"{needs} need planned images, which session files lack; use a world, or sources own")
         level = NOISE[config.sde] if config.noise_level is None else config.noise_level
-        s = schedule(model.path, model.grid(config.steps), model.kind, config.sde, level)
-        before = model.forwards
-        nothing = model.encode([config.identity_prompt])
-        model.forwards = before
-        setting = Setting(model, config, task, s, channel, nothing)
-        if config.objective == "grpo" and not bool(setting.drawn.any()):
+        steps = schedule(model.path, model.grid(config.steps), model.kind, config.sde, level)
+        context = EditContext(model, config, inputs, steps, model.encode([config.identity_prompt]))
+        if config.objective == "grpo" and not bool(context.plan.is_stochastic.any()):
             raise InputError(
                 f"steps={config.steps}, noise_level={level:g} and window={config.window} leave GRPO no step with a "
                 "density; use noise above 0, and no window that is the certain last step alone"
             )
-        return setting
+        return context
 
     @property
     def noise_level(self) -> float:
         return NOISE[self.config.sde] if self.config.noise_level is None else self.config.noise_level
 
-    @property
-    def drawn(self) -> Tensor:
-        """Steps that GRPO draws, (K,) bool."""
-        drawn = self.s.noisy.clone()
+    @cached_property
+    def plan(self) -> Plan:
+        """Which steps GRPO takes stochastically."""
+        is_stochastic = self.schedule.noisy.clone()
         if self.config.window:
-            drawn[: self.config.window[0]] = False
-            drawn[self.config.window[1] + 1 :] = False
-        return drawn
+            is_stochastic[: self.config.window[0]] = False
+            is_stochastic[self.config.window[1] + 1 :] = False
+        return Plan("sde", torch.ones(len(self.schedule), dtype=torch.long), is_stochastic)
 
     def output(self, x: Tensor, step: Tensor, condition: Condition, source: Tensor) -> Tensor:
-        """The network's own output at rows (n, ...), step ids (n,); gradients flow if they are enabled."""
-        model: Any = self.model
-        x = x.to(model.device)
-        seen = model.with_latents(condition, source)
-        parts = [
-            model.predict(x[at], self.s.times.to(x)[step[at]], seen[at], self.config.guidance).value
-            for at in (
-                [torch.arange(len(x))] if torch.is_grad_enabled() else torch.arange(len(x)).split(self.config.chunk)
-            )
+        """The network's own output at states x (n, ...), step ids (n,), of sources (n, ...) as states.
+
+        Gradients flow if they are enabled; otherwise it is computed in chunks.
+        """
+        editor: Any = self.model
+        x = x.to(editor.device)
+        given = editor.with_latents(condition, source)
+        rows = torch.arange(len(x))
+        outputs = [
+            editor.predict(x[at], self.schedule.times.to(x)[step[at]], given[at], self.config.guidance).value
+            for at in ([rows] if torch.is_grad_enabled() else rows.split(self.config.chunk))
         ]
-        return torch.cat(parts)
+        return torch.cat(outputs)
+
+    def states(self, images: Tensor) -> Tensor:
+        """Images (n, 3, h, w) in [0, 1] as clean states, (n, ...)."""
+        return torch.cat([states_of(self.model, part) for part in images.split(self.config.chunk)])
+
+    def images(self, x_0: Tensor) -> Tensor:
+        """Clean states as 8-bit images in [0, 1] on the CPU, as they are saved and read again between two turns."""
+        return quantised(torch.cat([self.model.decode(part).cpu() for part in x_0.split(self.config.chunk)]))
+
+    def sessions(self, n: int, epoch: int) -> Sessions:
+        """An epoch's n sessions."""
+        return self.inputs.draw(n, _session_seed(_epoch_generator(self, epoch)), self.config.turns)
+
+
+def _epoch_generator(context: EditContext, epoch: int) -> torch.Generator:
+    return step_generator(context.config.seed, epoch, stream=5)
+
+
+def _session_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (1,), generator=generator))
 
 
 @torch.no_grad()
-def collect(setting: Setting, epoch: int) -> Collection:
-    """One collection under the model's present weights. Raises RunError where the judge fails."""
-    config, model = setting.config, setting.model
+def collect(context: EditContext, epoch: int) -> Collection:
+    """One collection under the model's present weights.
+
+    Raises RewardError where the judge fails, RunError where the model's images hold NaN.
+    """
+    config, model = context.config, context.model
     P, G, T = config.groups, config.rollouts, config.turns
-    generator = step_generator(config.seed, epoch, stream=5)
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    sessions = setting.task.draw(P, seed)
+    generator = _epoch_generator(context, epoch)
+    sessions = context.inputs.draw(P, _session_seed(generator), T)
     index = torch.arange(P).repeat_interleave(G)
-    many = sessions[index.tolist()]
-    first = quantised(many.clean(0))
+    repeated = sessions[index.tolist()]
+    first = quantised(repeated.clean(0))
     source, before = first, first
-    texts, parts, drawn, waiting = [], [], [], []
-    with ThreadPoolExecutor(1, thread_name_prefix="edit-judge") as judge:
+    texts, sources, results, transitions, waiting = [], [], [], [], []
+    with ThreadPoolExecutor(1, thread_name_prefix="edit-judge") as pool:
         for turn in range(1, T + 1):
             texts.append(encode_unique(model, sessions.prompts(turn)))
             if config.sources == "clean" and turn > 1:
-                source = before = quantised(many.clean(turn - 1))
+                source = before = quantised(repeated.clean(turn - 1))
             x = model.noise(P * G, generator)
-            latents, x_0, rows = _turn(setting, source, texts[-1][index], x, generator)
-            after = quantised(_decoded(setting, x_0))
-            if processes.is_main():  # the others hear what it was told
-                judged = judge.submit(_judged, setting.task.judge, many, turn, before.clone(), after.clone(), first)
-                waiting.append(judged)
-            parts.append((latents, x_0))
-            drawn.append(rows)
-            before, source = after, setting.channel(after, generator)
-        scores = processes.once(lambda: _gathered(waiting, P, G))
-    unit = torch.arange(P * G).repeat(T)
-    turns = torch.arange(T).repeat_interleave(P * G)
-    # P rows of text a turn, whatever the group's size
-    text = torch.cat([P * t + index for t in range(T)])
-    rows = None
-    if drawn[0] is not None:
-        moved = [replace(part, prompt=part.prompt + P * G * t) for t, part in enumerate(drawn) if part is not None]
-        rows = Rows(*(torch.cat([getattr(part, name) for part in moved]) for name in Rows.__dataclass_fields__))
+            latents, x_0, steps = _turn(context, source, texts[-1][index], x, generator)
+            after = context.images(x_0)
+            check_images(after, f"at step {epoch * config.updates} with lr={config.lr:g}")
+            if processes.is_main():  # the others get its scores
+                images = [part.clone() for part in (before, after, first)]  # which a judge may change
+                waiting.append(pool.submit(torch.no_grad()(context.inputs.judge), repeated, turn, *images))
+            sources.append(latents)
+            results.append(x_0)
+            if steps is not None:
+                transitions.append(replace(steps, prompt=steps.prompt + P * G * (turn - 1)))
+            before, source = after, context.inputs.channel(after, generator)
+        following, consistency = processes.once(partial(_gather, waiting, P, G))
     return Collection(
-        torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), text, turns, unit,
-        stack(texts), scores.following, scores.consistency, rows,
+        torch.cat(sources), torch.cat(results),
+        torch.cat([P * t + index for t in range(T)]),  # P rows of text a turn, whatever the group's size
+        torch.arange(T).repeat_interleave(P * G), torch.arange(P * G).repeat(T), stack(texts), following, consistency,
+        Transitions.cat(transitions) if transitions else None,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Turned:
-    latents: Tensor
-    x_0: Tensor
-    rows: Rows | None
-
-    def __iter__(self) -> Any:
-        return iter((self.latents, self.x_0, self.rows))
-
-
-def _turn(setting: Setting, source: Tensor, condition: Condition, x: Tensor, generator: torch.Generator) -> _Turned:
-    """One turn of n sessions: sources as latents, results, and GRPO's rows with `prompt` the edit's row."""
-    config = setting.config
-    model: Any = setting.model
-    latents, ends, kept = [], [], []
+def _turn(
+    context: EditContext, source: Tensor, condition: Condition, x: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Transitions | None]:
+    """One turn of n sessions: sources as states, results, and GRPO's transitions with `prompt` the session's row."""
+    config, editor = context.config, context.model
+    assert hasattr(editor, "with_latents")
+    sources, results, transitions = [], [], []
     for at in torch.arange(len(x)).split(config.chunk):
-        latents.append(states_of(model, source[at]))
-        seen = model.with_latents(condition[at], latents[-1])  # as the update will see it
+        sources.append(states_of(editor, source[at]))
+        given = editor.with_latents(condition[at], sources[-1])  # as the update will get it
+
+        def field(state: Tensor, t: Tensor, row: Any = slice(None), given: Condition = given) -> Any:
+            return editor.predict(state, t, given[row], config.guidance)
+
         if config.objective == "grpo":
-            found = roll(
-                lambda state, t, row: model.predict(state, t, seen[row], config.guidance),  # noqa: B023
-                x[at], torch.arange(len(at)), setting.s,
-                Plan("sde", torch.ones(len(setting.s), dtype=torch.long), setting.drawn), config.sde,
-                setting.noise_level, generator,
+            rolled = roll(
+                field, x[at], torch.arange(len(at)), context.schedule, context.plan, config.sde, context.noise_level,
+                generator,
             )  # fmt: skip
-            ends.append(found.x_0)
-            kept.append(replace(found.rows, prompt=found.rows.prompt + int(at[0])))
+            results.append(rolled.x_0)
+            transitions.append(replace(rolled.transitions, prompt=rolled.transitions.prompt + int(at[0])))
         else:
-            grid = setting.s.times.to(x)
-            ends.append(
-                rollout(lambda state, t: model.predict(state, t, seen, config.guidance), x[at], grid).last  # noqa: B023
-            )
-    rows = Rows(*(torch.cat([getattr(r, n) for r in kept]) for n in Rows.__dataclass_fields__)) if kept else None
-    return _Turned(torch.cat(latents), torch.cat(ends), rows)
+            results.append(rollout(field, x[at], context.schedule.times.to(x)).last)
+    return torch.cat(sources), torch.cat(results), Transitions.cat(transitions) if transitions else None
 
 
-def _decoded(setting: Setting, x_0: Tensor) -> Tensor:
-    return torch.cat([setting.model.decode(part).cpu() for part in x_0.split(setting.config.chunk)])
-
-
-@torch.no_grad()
-def _judged(judge: Judge, sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Judged:
-    found = judge(sessions, turn, before, after, first)
-    for name, given in (("following", found.following), ("consistency", found.consistency)):
-        if given.shape != (len(after),):
-            raise RunError(
-                f"the judge gave {tuple(given.shape)} for {name} of {len(after)} edits; it must give one each"
-            )
-        if not bool(given.isfinite().all()):
-            raise RunError(f"the judge gave NaN or infinity for {name} at turn {turn}")
-    return found
-
-
-@dataclass(frozen=True)
-class _Scores:
-    following: Tensor
-    consistency: Tensor
-
-
-def _gathered(waiting: Sequence[Future[Judged]], P: int, G: int) -> _Scores:
-    """(P, G, T) of each; raises again what the judge raised."""
+def _gather(waiting: list[Future[Any]], P: int, G: int) -> tuple[Tensor, Tensor]:
+    """Following and consistency, (P, G, T) each; raises what the judge raised."""
     turns = [future.result() for future in waiting]
-    return _Scores(*(
+    following, consistency = (
         torch.stack([getattr(turn, name).detach().float().cpu() for turn in turns], 1).reshape(P, G, len(turns))
         for name in ("following", "consistency")
-    ))  # fmt: skip
+    )
+    return following, consistency

@@ -15,7 +15,6 @@ from fieldsmith.config import (
     NonNegative,
     OptimConfig,
     Positive,
-    Share,
     Words,
     config,
 )
@@ -100,11 +99,11 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     uce_lambda: Positive = 0.5
     """UCE: how much the old weights weigh."""
 
-    stop_active: Share | None = None
+    stop_active: float | None = None
     """Stop when the share of states with a positive hinge falls below this."""
     stop_lambda: float | None = None
     """Stop when the mean progress from target (0) to anchor (1) exceeds this."""
-    stop_drift: NonNegative | None = None
+    stop_drift: float | None = None
     """Stop when the relative drift on kept prompts exceeds this."""
     evaluate: Annotated[int, Field(ge=0)] = 16
     """Images per prompt in the report's evaluation; 0 trains and saves only."""

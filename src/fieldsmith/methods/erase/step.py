@@ -7,8 +7,9 @@ your own has the same form (docs/extend.md).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,10 +51,19 @@ Build = Callable[[Model, EraseConfig, "list[Pair]"], Method]
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A world whose judge is exact, and what it is asked about each erased concept."""
+
+    world: Any
+    groups: Mapping[Any, Mapping[str, Sequence[Any]]]  # concept -> target, neighbours, unrelated -> concepts
+    paraphrases: Mapping[Any, Sequence[str]]  # concept -> prompts in other words
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a run is given beside its settings: who judges its images, and a method of the user's own."""
 
-    world: Any = None  # a world of known truth (worlds/), or None
+    judged: Judged | None = None
     method: Build | None = None
 
 
@@ -65,9 +75,9 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     _check_model(model, config)
     pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
     model.encode(config.keep or [""])  # unknown words are refused now
-    config = config.replace(subset=model.subset(config.subset, "erase"))
+    config = config.replace(subset=config.subset or model.ERASE_SUBSET)
     if config.method in ("uce", "projection"):
-        return _untrained(model, config, pairs)
+        return _untrained(model, config, pairs, inputs)
 
     x = model.noise(min(config.batch, 4), step_generator(config.seed, 0, stream=1))
     t = model.grid(config.steps)[min(config.window[0], config.steps - 1)]
@@ -116,7 +126,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
         steps, config.lr, config.weight_decay, checkpoint_every=10, seed=config.seed, optimizer=config.optimizer
     )
     parameters = {**model.trainable(), **method.extra}
-    return Job(model, losses, optimisation, parameters, checks, stop, around=dropout)
+    return Job(model, losses, optimisation, parameters, checks, stop, inputs=inputs, around=dropout)
 
 
 def _check_model(model: Model, config: EraseConfig) -> None:
@@ -129,7 +139,7 @@ def _check_model(model: Model, config: EraseConfig) -> None:
         check_text_layers(model, config.method, attention=config.method == "eraseanything")
 
 
-def _untrained(model: Model, config: EraseConfig, pairs: list[Pair]) -> Job:
+def _untrained(model: Model, config: EraseConfig, pairs: list[Pair], inputs: Inputs) -> Job:
     """UCE and the projection: no steps, and no forwards of the network but the preflight's."""
 
     def checks(resumes: bool) -> list[Check]:
@@ -138,9 +148,10 @@ def _untrained(model: Model, config: EraseConfig, pairs: list[Pair]) -> Job:
 
     none = Optimisation(0, config.lr, seed=config.seed)
     if config.method == "uce":
-        return Job(model, _no_losses, none, {}, checks, stopped="closed form", begin=lambda: closed_form(model, config))
+        edit = partial(closed_form, model, config)
+        return Job(model, _no_losses, none, {}, checks, inputs=inputs, stopped="closed form", begin=edit)
     return Job(
-        model, _no_losses, none, {}, checks, stopped="training-free", trained=Projected(model, config),
+        model, _no_losses, none, {}, checks, inputs=inputs, stopped="training-free", trained=Projected(model, config),
         ship=lambda model, folder: "none: the projection acts while sampling",
     )  # fmt: skip
 

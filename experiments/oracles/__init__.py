@@ -1,0 +1,1 @@
+"""Worlds, networks and exact laws that only studies and tests use."""

@@ -1,0 +1,35 @@
+"""Where the study trains: a model, its states and the arm's settings -> the trained model and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.loop import sharpen
+
+Settings = dict[str, Any]
+# an arm's settings that say how much it trains, on what, and how it is sampled; all others are the verb's own
+OF_STUDY = {"of", "points", "times more", "times steps", "laplacian", "scale", "filter"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`share`: the length of the term's gradient over the rest's."""
+
+    model: Any
+    seconds: float
+    forwards: int
+    share: float | None
+
+
+def of_verb(settings: Settings) -> Settings:
+    return {key: value for key, value in settings.items() if key not in OF_STUDY}
+
+
+def fit(model: Any, states: Tensor, **settings: Any) -> Trained:
+    """Train in place by `sharpen`."""
+    result = sharpen(model, states, SharpenConfig(**{"method": "plain", "share_every": 100, **settings}), quiet=True)
+    return Trained(model, result.seconds, result.forward_equivalents, result.share)

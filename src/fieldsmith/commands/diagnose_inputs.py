@@ -1,0 +1,231 @@
+"""What each diagnosis is measured with, from the names that the user gives: models, data, worlds, rewards, judges.
+
+In: the settings of `fieldsmith diagnose KIND`, where a name may be an object already. Out: `model` and what the
+kind's `diagnosis` asks for by name. Raises InputError where a name is unknown, or two do not fit each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+import torch
+from torch import Tensor
+
+from fieldsmith.commands.diagnose import Audit, Concepts, Exposure, Guidance, Judge, Smoothness
+from fieldsmith.diagnose.guidance import listed
+from fieldsmith.errors import InputError, check_word
+from fieldsmith.measure.exposure import HELD_OUT
+from fieldsmith.methods.align.audit import Truths
+from fieldsmith.methods.sharpen.step import world_for
+from fieldsmith.models import load, load_adapter, pipeline_folder
+from fieldsmith.models.core import Model
+from fieldsmith.models.editing import check_editor
+from fieldsmith.models.exact import Exact
+from fieldsmith.paths import RectifiedFlow
+from fieldsmith.read import read_prompts
+from fieldsmith.rewards import load as load_reward
+from fieldsmith.rewards.edits import MODES, edit_judge
+from fieldsmith.samplers import flow_grid
+from fieldsmith.worlds import catalogue, classes, scenes_judge
+from fieldsmith.worlds.mixtures import triangle
+from fieldsmith.worlds.model_cards import card_of, world_of
+from fieldsmith.worlds.scenes import NOTHING, OPERATIONS, ScenesWorld
+from fieldsmith.worlds.scenes_graded import graded
+from fieldsmith.worlds.shapes import caption, concepts
+from fieldsmith.worlds.shapes_groups import attributes
+
+EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
+SCENES = 24  # pixels of the scenes that a judge of edits is asked about
+
+
+def _model(given: Any, resolution: int | None) -> Model:
+    return given if isinstance(given, Model) else load(str(given), resolution)
+
+
+def _name(given: Any) -> str:
+    return given.name if isinstance(given, Model) else str(given)
+
+
+# guidance
+
+
+def guidance(config: Guidance) -> dict[str, Any]:
+    student, teacher = (_model(given, config.resolution) for given in (config.model, config.teacher))
+    prompts = read_prompts(config.prompts)
+    return {"model": student, "teacher": teacher, "prompts": prompts, "data": _classes(config, teacher)}
+
+
+def _classes(config: Guidance, teacher: Model) -> Any:
+    """The held-out data of a model of classes, None for one that reads text."""
+    known: tuple[str, ...] = getattr(teacher, "classes", ())
+    if not known:
+        if config.data is not None:
+            raise InputError(f"data '{config.data}' has classes, but {teacher.name} reads text; leave out --data")
+        return None
+    if config.data is None:
+        raise InputError(f"no data given, and {teacher.name} has classes; add --data digits, shapes or a folder")
+    data = config.data
+    if isinstance(data, str):
+        channels, height, width = image_shape(teacher)
+        if height != width:
+            raise InputError(
+                f"{teacher.name} draws {height} x {width} images, and data come square; give square models"
+            )
+        data = classes.load(data, height, channels, config.seed)
+    if data.names != known:
+        raise InputError(f"data '{data.name}' has {listed(data.names)}, {teacher.name} {listed(known)}")
+    return data
+
+
+@torch.no_grad()
+def image_shape(model: Model) -> tuple[int, int, int]:
+    """Channels, height and width of a model's images."""
+    _, channels, height, width = model.decode(model.noise(1, torch.Generator().manual_seed(0))).shape
+    return channels, height, width
+
+
+# smoothness
+
+
+def smoothness(config: Smoothness) -> dict[str, Any]:
+    model = _model(config.model, config.resolution)
+    return {"model": model, "world": judged_world(model, config.data, config.judge)}
+
+
+def judged_world(model: Model, data: Any, judge: str | None) -> Any:
+    """The world that `data` or the model's card names, at the model's size; None where nothing does."""
+    if data is None:
+        data = card_of(model.name).get("data")
+        if data not in catalogue.WORLDS:
+            return None
+    if not isinstance(data, str):
+        return world_for(model, data)
+    return world_for(model, lambda channels, size: catalogue.load(data, size, judge, channels))
+
+
+# exposure
+
+
+def exposure(config: Exposure) -> dict[str, Any]:
+    world = _scenes(config)
+    seed = HELD_OUT + config.seed
+    sessions = world.sessions(config.samples, config.turns, seed, config.dependency)
+    model = _model(config.model, world.size)
+    check_editor(model)
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
+    return {
+        "model": model, "sessions": sessions, "judge": scenes_judge.judge, "sampling_seed": seed,
+        "likeness": partial(scenes_judge.likeness, world), "operations": OPERATIONS, "nothing": NOTHING,
+        "channel": scenes_judge.Channel(config.contrast, config.blur, config.noise),
+    }  # fmt: skip
+
+
+def _scenes(config: Exposure) -> ScenesWorld:
+    """The world of sessions that the model's card names."""
+    name = _name(config.model)
+    pipeline_folder(name)  # a name that is no model at all is refused in its own words
+    card = card_of(name)
+    if card.get("world") != "scenes" or not isinstance(card.get("size"), int):
+        raise InputError(
+            f"'{name}' names no world whose planned images are known; `diagnose exposure` needs an editor with a "
+            'card.json like {"world": "scenes", "size": 24}, such as zoo:scenes-kontext'
+        )
+    world = ScenesWorld(card["size"])
+    if config.resolution not in (None, world.size):
+        raise InputError(f"resolution={config.resolution}: {name} edits scenes of {world.size} pixels; leave it out")
+    return world
+
+
+# concepts
+
+
+def concepts_of(config: Concepts) -> dict[str, Any]:
+    name = _name(config.model)
+    pipeline_folder(name)
+    world = world_of(name)
+    if world is None:
+        raise InputError(
+            f"no judge knows the images of '{name}': it has no card.json that names a world; use a zoo model"
+        )
+    model = _model(config.model, config.resolution)
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
+    return {"model": model, "world": world, "concepts": concepts(), "groups": attributes()}
+
+
+# audit
+
+
+def audit(config: Audit) -> dict[str, Any]:
+    name = _name(config.model)
+    prompts = read_prompts(config.prompts)
+    if name.startswith("world:"):
+        check_word(name, EXACT, "audit's exact worlds")
+        check_word(str(config.reward), ("linear",), f"the rewards of {name}")
+        return _triangle(config)
+    model = _model(config.model, config.resolution)
+    world = world_of(name)
+    if not prompts and world:
+        prompts = tuple(caption(concept) for concept in concepts())
+    reward = load_reward(config.reward, world) if isinstance(config.reward, str) else config.reward
+    return {"model": model, "reward": checked(reward), "prompts": prompts}
+
+
+def _triangle(config: Audit) -> dict[str, Any]:
+    """Three Gaussians under a linear reward, and what is known of them: grad E r and alpha grad V."""
+    mixture, path, b = triangle(), RectifiedFlow(), torch.tensor([-0.5, 0.0], dtype=torch.float64)
+
+    def pulled(x: Tensor, t: Tensor, alpha: float) -> Tensor:
+        """alpha grad V of r / alpha, as a difference of scores."""
+        tilted = mixture.tilted(b, strength=1 / alpha).mixture
+        x64, t64 = x.double(), t.double()
+        return (alpha * (tilted.score(x64, t64, path) - mixture.score(x64, t64, path))).to(x)
+
+    return {
+        "model": Exact(mixture, path, flow_grid(config.steps)),
+        "reward": Named("linear", True, lambda images, _: images @ b.to(images) + 3),
+        "prompts": ("a point",),
+        "exact": Truths(lambda x, t: pulled(x, t, 1e5), lambda x, t: pulled(x, t, config.temperature)),
+    }
+
+
+# judge
+
+
+def judge(config: Judge) -> dict[str, Any]:
+    judges = judges_of(str(config.judge))
+    edits = graded(ScenesWorld(SCENES), config.samples, config.seed)
+    return {"model": None, "judges": judges, "edits": edits, "name": next(iter(judges.values())).server.name}
+
+
+def judges_of(address: str) -> dict[str, Any]:
+    """A judge in each mode that the address names (none: all), with at least two replies.
+
+    Raises InputError at another kind of judge, bad options, and where the server does not answer.
+    """
+    kind, _, rest = address.partition(":")
+    if kind != "remote":
+        raise InputError(f"judge '{address}' is unknown; use remote:http://HOST:PORT/v1?model=MODEL")
+    base, _, query = rest.partition("?")
+    options = parse_qsl(query, keep_blank_values=True)
+    modes = tuple(dict.fromkeys(value for name, value in options if name == "mode")) or MODES
+    given = {"n": "4", "temperature": "0.7"} | {name: value for name, value in options if name != "mode"}
+    if given["n"] == "1":
+        raise InputError("n=1 reply has no variance to measure; give n=2 or more, 4 is a good start")
+    judges = {}
+    for mode in modes:
+        # checks are for the checklist, which is one of several modes here
+        left_out = () if mode == "checklist" or len(modes) == 1 else ("checks",)
+        mine = {name: value for name, value in given.items() if name not in left_out}
+        judges[mode] = edit_judge(f"{base}?{urlencode({**mine, 'mode': mode})}")
+    return judges
+
+
+INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "guidance": guidance, "smoothness": smoothness, "exposure": exposure, "concepts": concepts_of, "audit": audit,
+    "judge": judge,
+}  # fmt: skip

@@ -1,0 +1,202 @@
+"""`align` prepared: rollouts -> rewards -> advantages or guidance -> the recipe's loss, one update after the other.
+
+In: a model, a configuration, a reward. Out: a Job for verb.py, the same for every recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fieldsmith import preflight, processes
+from fieldsmith.errors import InputError
+from fieldsmith.methods.align.collect import Batch, choose, collect
+from fieldsmith.methods.align.config import FIRST_ORDER, AlignConfig
+from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.align.objectives import anchor_losses, transition_losses
+from fieldsmith.methods.policy.checks import on_policy
+from fieldsmith.methods.policy.collections import Collections
+from fieldsmith.models.core import Model
+from fieldsmith.preflight import Check
+from fieldsmith.rewards.reward import Reward, check_images
+from fieldsmith.samplers import euler
+from fieldsmith.training import Losses, Optimisation, step_generator
+from fieldsmith.verb import Job, attach
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given beside its settings."""
+
+    reward: Reward
+    held_out: Mapping[str, Reward] = field(default_factory=dict)  # only measured, before and after
+    other_prompts: tuple[str, ...] = ()  # what the run does not aim at, for its side effects; empty: no prompt
+
+
+def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
+    """Raise the reward of images of config.prompts, in place.
+
+    Raises InputError where settings, prompts and reward do not fit the model, before anything is attached.
+    """
+    processes.check_share(config.prompts_per_epoch * config.rollouts, "prompts_per_epoch x rollouts")
+    if config.estimator in FIRST_ORDER and not inputs.reward.differentiable:
+        raise InputError(
+            f"reward '{inputs.reward.name}' is a black box, but estimator '{config.estimator}' needs its gradient; use "
+            "a zeroth-order preset such as rsm-branch-sd35 or nft, or a differentiable reward"
+        )
+    context = AlignContext.of(model, config, inputs.reward)
+    x = model.noise(2, step_generator(config.seed, 0, stream=1))
+    t = context.schedule.times[0].to(x)
+    attached = attach(
+        model, config, lambda: model.predict(x, t, context.condition[:1], config.guidance).velocity, seed=config.seed
+    )
+    updates = Pathwise(context) if config.estimator == "pathwise" else Updates(context)
+
+    def checks(resumes: bool) -> list[Check]:
+        memory = preflight.memory(model, config.chunk)
+        preflight.require([memory], quiet=True)  # before anything large runs
+        return [attached, *([] if resumes else updates.checks()), memory]
+
+    optimisation = Optimisation(
+        config.epochs * config.updates, config.lr, config.weight_decay, clip=config.gradient_clip, ema=config.ema,
+        checkpoint_every=10 * config.updates, block=updates.block, seed=config.seed, optimizer=config.optimizer,
+    )  # fmt: skip
+    helper = {f"auxiliary.{name}": p for name, p in context.helper.named_parameters()} if context.helper else {}
+    parameters = {**model.trainable(), **helper}
+    return Job(model, updates.losses, optimisation, parameters, checks, inputs=inputs, context=context)
+
+
+class Updates:
+    """Updates on collections: what all recipes but the pathwise ones do."""
+
+    def __init__(self, context: AlignContext):
+        self.context = context
+        self.block = context.config.updates  # updates that share a collection
+        self.collections = Collections(context.model, partial(collect, context))
+
+    def losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        """The losses of one update, in chunks."""
+        context, config = self.context, self.context.config
+        epoch, update = divmod(step, config.updates)
+        batch = self.collections.at(epoch, log)
+        order = torch.randperm(len(batch.advantage), generator=step_generator(config.seed, epoch, stream=6))
+        mine = order.tensor_split(config.updates)[update]
+        if config.estimator in ("reverse-noise", "nft", "awm"):  # rows of advantage 0 teach nothing but staying
+            mine = mine if config.kl else mine[batch.advantage[mine] != 0]
+        if not len(mine):
+            log["rows"] = 0.0
+            yield torch.zeros(())
+            return
+        sums: dict[str, float] = {}
+        for at in mine.split(config.chunk):
+            losses, numbers = transition_losses(context, batch[at])
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + value * len(at) / len(mine)
+            weight = batch.rollout.transitions.weight[at]
+            yield (losses * weight.to(losses)).sum() / len(mine)
+        log |= sums
+        if config.anchor and len(batch.rollout.ode_states.step):
+            yield from anchor_losses(context, batch.rollout.ode_states, len(mine), generator)
+
+    def checks(self) -> list[Check]:
+        """Collection 0, which the first update uses, and the gradient of its rows of largest advantage."""
+        context, config = self.context, self.context.config
+        batch = self.collections.first({})
+        checks = []
+        if config.estimator in ("reverse-noise", "balance"):
+            checks.append(self._on_policy(batch))
+        if config.estimator in ("reverse-noise", "nft", "awm"):
+            checks.append(_varies(context, batch))
+        some = batch.advantage.abs().argsort(descending=True)[: config.chunk]
+        loss = transition_losses(context, batch[some])[0].mean()
+        checks += preflight.gradients(context.model, loss)
+        for p in context.helper.parameters() if context.helper else ():
+            p.grad = None
+        return checks
+
+    @torch.no_grad()
+    def _on_policy(self, batch: Batch) -> Check:
+        context = self.context
+        some = torch.arange(min(len(batch.advantage), context.config.chunk))
+        rows = batch.rollout.transitions[some].to(context.model.device)
+        return on_policy(context.output(rows.x, rows.step, rows.prompt), rows, context.schedule)
+
+
+def _varies(context: AlignContext, batch: Batch) -> Check:
+    lively = (batch.advantage != 0).float().mean().item()
+    every = bool((batch.rewards == batch.rewards[0]).all())
+    fix = (
+        f"reward '{context.reward.name}' gave {batch.rewards[0].item():.4g} to all {len(batch.rewards)} images; choose "
+        "another reward or harder prompts"
+        if every
+        else "no reward differs between the rollouts of one prompt; raise rollouts or noise_level"
+    )
+    return Check("share of rows with a signal", lively, "above 0", lively > 0, fix)
+
+
+class Pathwise:
+    """Updates through the sampler: DRaFT-K by its last K steps, ReFL by x_0_hat at a random late step."""
+
+    def __init__(self, context: AlignContext):
+        self.context = context
+        self.block = 1
+        self._begun: Losses | None = None  # step 0, of which the preflight did a chunk
+
+    def losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        """Minus the rewards of fresh rollouts, in chunks; what the preflight did of step 0 is not done again."""
+        begun, self._begun = self._begun, None
+        yield from (begun or partial(pathwise_losses, self.context))(step, generator, log)
+
+    def checks(self) -> list[Check]:
+        """The gradient of step 0's first chunk, which is kept."""
+        context, model = self.context, self.context.model
+        log: dict[str, float] = {}
+        with model.count_nfe() as nfe:
+            left = pathwise_losses(context, 0, step_generator(context.config.seed, 0), log)
+            loss = next(left)
+        params = list(model.trainable().values())
+        slopes = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+
+        def begun(step: int, generator: torch.Generator, entered: dict[str, float]) -> Iterator[Tensor]:
+            model.add_nfe(nfe.total)
+            # the loss that was computed, with its gradient
+            pairs = [(p, slope) for p, slope in zip(params, slopes, strict=True) if slope is not None]
+            yield loss.detach() + sum(((p - p.detach()) * slope).sum() for p, slope in pairs)
+            yield from left
+            entered |= log
+
+        self._begun = begun
+        return preflight.gradients(model, loss)
+
+
+def pathwise_losses(
+    context: AlignContext, step: int, generator: torch.Generator, log: dict[str, float]
+) -> Iterator[Tensor]:
+    """-r of rollouts a chunk, with the gradient through their last steps, over the dimension of a state."""
+    config, s = context.config, context.schedule
+    prompt = choose(context, generator)
+    x_1 = context.model.noise(len(prompt), generator)
+    K = len(s)
+    stop = K - config.truncate
+    if config.random_stop:
+        stop = int(torch.randint(2 * K // 3, K, (1,), generator=generator))
+    total = 0.0
+    for at in torch.arange(len(prompt)).split(config.chunk):
+        x, p, grid = x_1[at], prompt[at], s.times.to(x_1)
+        with torch.no_grad():
+            for k in range(stop):
+                x = euler(context.predict(x, grid[k], p), grid[k + 1])
+        for k in range(stop, K):
+            pred = context.predict(x, grid[k], p)
+            x = pred.x_0 if config.random_stop else euler(pred, grid[k + 1])
+            if config.random_stop:
+                break
+        check_images(x, f"at step {step} with lr={config.lr:g}")
+        reward = context.value(p)(x)
+        total += reward.detach().sum().item() * config.temperature
+        yield -reward.sum() / len(prompt) / x[0].numel()
+    log["reward"], log["reward calls"] = total / len(prompt), float(len(prompt))

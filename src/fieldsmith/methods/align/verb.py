@@ -1,0 +1,9 @@
+"""`align` as data for verb.py."""
+
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.measure import measure
+from fieldsmith.methods.align.report import report
+from fieldsmith.methods.align.step import prepare
+from fieldsmith.verb import Verb
+
+ALIGN = Verb("align", AlignConfig, prepare, measure, report)

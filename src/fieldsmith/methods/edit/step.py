@@ -1,0 +1,259 @@
+"""`edit` prepared: what trains attached, collections of sessions made into each update's losses, the preflight.
+
+In: an editing model, a configuration, sessions and their judge. Out: a Job for verb.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import psutil
+import torch
+from torch import Tensor
+
+from fieldsmith import preflight, processes
+from fieldsmith.errors import InputError
+from fieldsmith.methods.edit.batch import Batch, planned_batch, rollout_batch
+from fieldsmith.methods.edit.config import EditConfig
+from fieldsmith.methods.edit.rollouts import Collection, EditContext, Inputs
+from fieldsmith.methods.policy import losses as L
+from fieldsmith.methods.policy.advantages import optimality
+from fieldsmith.methods.policy.checks import on_policy
+from fieldsmith.methods.policy.collections import Collections
+from fieldsmith.methods.policy.rollouts import Transitions
+from fieldsmith.models.core import Model
+from fieldsmith.models.editing import check_editor
+from fieldsmith.paths import noised
+from fieldsmith.preflight import Check
+from fieldsmith.training import Fit, Optimisation, step_generator
+from fieldsmith.verb import Job, attach
+
+NO_VARIANCE = "no group's scores differ"
+
+
+def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
+    """Train the editor on its own sessions, in place.
+
+    Raises InputError where model, sessions and settings do not fit, before anything is attached.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    processes.check_share(config.groups * config.rollouts, "groups x rollouts")
+    check_editor(model)
+    context = EditContext.of(model, config, inputs)
+    check_memory(context)
+    x, step = model.noise(1, step_generator(config.seed, 0, stream=1)), torch.zeros(1, dtype=torch.long)
+    source = torch.zeros_like(x)
+    attached = attach(model, config, lambda: context.output(x, step, context.nothing, source), seed=config.seed)
+    # as parameters without gradient, so that checkpoints hold them
+    old = {f"old.{name}": p.detach().clone() for name, p in model.trainable().items()} if config.old != "fresh" else {}
+    silent = 0  # collections in a row without a signal
+
+    def collect(epoch: int, log: dict[str, float]) -> Batch:
+        nonlocal silent
+        with _swapped(model, old):
+            batch = (rollout_batch if config.rolls else planned_batch)(context, epoch, log)
+        if config.objective in ("nft", "grpo"):
+            silent = 0 if len(batch.rows) else silent + 1
+        return batch
+
+    collections = Collections(model, collect)
+
+    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        epoch, update = divmod(step, config.updates)
+        batch = collections.at(epoch, log)
+        order = torch.randperm(len(batch.rows), generator=step_generator(config.seed, epoch, stream=6))
+        mine = order.tensor_split(config.updates)[update]
+        yield torch.zeros(())
+        for at in mine.split(config.chunk) if len(mine) else ():
+            yield row_losses(context, batch, batch.rows[at]).sum() / len(mine)
+        if config.identity:
+            yield from identity_losses(context, batch.collection, generator, log)
+        if config.steady and config.lossy:
+            yield from steady_losses(context, batch.collection, generator, log)
+
+    def checks(resumes: bool) -> list[Check]:
+        memory = preflight.memory(model, config.chunk)
+        preflight.require([memory], quiet=True)  # before anything large runs
+        return [attached, *([] if resumes else _check_batch(context, collections.first({}))), memory]
+
+    def stop(done: int, log: dict[str, float]) -> str | None:
+        if done % config.updates:
+            return None
+        if old:  # here, so that a checkpoint holds what the next collection is made with
+            _follow(model, old, config, done)
+        if silent >= config.patience:
+            return NO_VARIANCE
+        return "budget" if config.budget and log["nfe"] >= config.budget else None
+
+    optimisation = Optimisation(
+        config.epochs * config.updates, config.lr, config.weight_decay, clip=config.gradient_clip, ema=config.ema,
+        checkpoint_every=10 * config.updates, block=config.updates, seed=config.seed, optimizer=config.optimizer,
+    )  # fmt: skip
+    return Job(
+        model, losses, optimisation, {**model.trainable(), **old}, checks, stop, inputs=inputs,
+        facts=lambda: {"method": config.preset or config.objective}, advice=lambda done: _advice(config, done),
+    )  # fmt: skip
+
+
+def check_memory(context: EditContext) -> None:
+    """Raises InputError where a collection's states do not fit beside the model, and says how many turns would."""
+    config, model = context.config, context.model
+    state = model.noise(1, torch.Generator().manual_seed(0)).numel() * 4
+    rows = int(context.plan.is_stochastic.sum()) if config.objective == "grpo" else config.renoise
+    # source and result, four states a row, and three images of the size of states
+    each = config.groups * config.rollouts * ((2 + 4 * rows) * state + 3 * 3 * state)
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    if each * config.turns > free:
+        raise InputError(
+            f"turns={config.turns} of {config.groups} x {config.rollouts} sessions need "
+            f"{each * config.turns / 1e9:.1f} GB for their states, {free / 1e9:.1f} GB are free; "
+            f"{int(free // each)} turns fit, or lower groups"
+        )
+
+
+def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
+    """Groups teach, the policy agrees with itself, and gradients are where they should be and nowhere else."""
+    config, collection, rows = context.config, batch.collection, batch.rows
+    checks = []
+    if config.objective in ("nft", "grpo"):
+        share = batch.signal
+        fix = "the judge gives all sessions of every group the same; raise rollouts or steps, or ask for harder turns"
+        checks.append(Check("groups with a signal", share, "above 0", share > 0, fix))
+        if not len(rows):
+            return checks  # there is no gradient to look at
+    if config.objective == "grpo":
+        some = rows[: config.chunk].to(context.model.device)
+        with torch.no_grad():
+            output = context.output(
+                some.x, some.step, collection.condition(some.prompt), collection.source[some.prompt]
+            )
+        checks.append(on_policy(output, some, context.schedule))
+    if len(rows):
+        most = batch.advantage[rows.prompt].abs().argsort(descending=True)[: config.chunk]
+        loss = row_losses(context, batch, rows[most]).mean()
+    else:
+        branch = identity_losses if config.identity else steady_losses
+        loss = next(iter(branch(context, collection, step_generator(config.seed, 0, stream=8), {})))
+    return [*checks, *preflight.gradients(context.model, loss)]
+
+
+def _advice(config: EditConfig, done: Fit) -> list[str]:
+    if done.stopped != NO_VARIANCE:
+        return []
+    return [
+        f"[bold]{config.patience} collections in a row taught nothing[/bold]: the judge gives every session of a group "
+        "the same; raise --rollouts or --steps, ask for harder sessions, or lower --min-spread"
+    ]
+
+
+def _follow(model: Model, old: dict[str, Tensor], config: EditConfig, step: int) -> None:
+    """theta_old <- eta theta_old + (1 - eta) theta, after an epoch that ends with `step` steps done."""
+    eta = {"ramp": min(0.001 * step, 0.5), "late": min(max(0.0075 * (step - 75), 0.0), 0.999), "slow": 0.8}[config.old]
+    with torch.no_grad():
+        for name, p in model.trainable().items():
+            before = old[f"old.{name}"]
+            before.copy_(eta * before + (1 - eta) * p)
+
+
+@contextlib.contextmanager
+def _swapped(model: Model, old: dict[str, Tensor]) -> Iterator[None]:
+    """The old policy in the present one's place, where there is one."""
+
+    def swap() -> None:
+        with torch.no_grad():
+            for name, p in model.trainable().items() if old else ():
+                before = old[f"old.{name}"]
+                present = p.detach().clone()
+                p.copy_(before)
+                before.copy_(present)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def row_losses(context: EditContext, batch: Batch, rows: Transitions) -> Tensor:
+    """The objective's loss of each row, (n,), over a row's dimension."""
+    config, collection, s = context.config, batch.collection, context.schedule
+    rows = rows.to(context.model.device)
+    condition, source = collection.condition(rows.prompt), collection.source[rows.prompt]
+    f = context.output(rows.x, rows.step, condition, source)
+    dim = f[0].numel()
+    advantage = batch.advantage[rows.prompt].to(f)
+    if config.objective == "supervised":
+        return L.square(f - s.target(rows.x_next, rows.noise, rows.step)) / dim
+    if config.objective == "nft":
+        target = s.target(rows.x_next, rows.noise, rows.step)
+        gain = s.gain[rows.step].abs() if config.adaptive else None
+        r = optimality(advantage, config.advantage_clip)
+        loss = L.nft_loss(f, rows.output_old, target, r, config.nft_beta, gain) / config.nft_beta
+    else:
+        w, sigma = s.w[rows.step], s.sigma[rows.step].to(f)
+        log_rho = L.trust_log_ratio(config.trust, f, rows.output_old, rows.noise, w)
+        strength = torch.ones_like(log_rho)
+        loss = L.policy_loss(log_rho, advantage, strength, config.trust, config.clip, sigma, dim) / dim
+    if config.kl:
+        with torch.no_grad(), context.model.reference():
+            reference = context.output(rows.x, rows.step, condition, source)
+        nft = config.objective == "nft"
+        kl = L.square(f - reference) if nft else L.gaussian_kl(f, reference, s.w[rows.step])
+        loss = loss + config.kl * kl / dim
+    return loss
+
+
+def identity_losses(
+    context: EditContext, collection: Collection, generator: torch.Generator, log: dict[str, float]
+) -> Iterator[Tensor]:
+    """The identity branch (MT-OPSD): a result is the source, nothing is asked, the result is the target.
+
+    Every other source is as the next turn gets it, through the channel, the others are whole, so that the model still
+    learns to keep those as they are.
+    """
+    config, s = context.config, context.schedule
+    n = max(1, len(collection.x_0) // config.updates)
+    total = 0.0
+    for at in torch.randperm(len(collection.x_0), generator=generator)[:n].split(config.chunk):
+        images = context.images(collection.x_0[at])
+        whole = context.states(images)
+        source, half = whole.clone(), len(at) // 2
+        if half:
+            source[:half] = context.states(context.inputs.channel(images[:half], generator))
+        eps = torch.randn(whole.shape, generator=generator).to(whole)
+        steps = torch.randint(len(s), (len(at),), generator=generator)
+        x_t = noised(s.path, whole, eps, s.times[steps].to(whole))
+        f = context.output(x_t, steps, context.nothing.repeat(len(at)), source)
+        loss = L.square(f - s.target(whole, eps, steps)).sum() / whole[0].numel() / n
+        total += loss.item()
+        yield config.identity * loss
+    log["identity"] = total
+
+
+def steady_losses(
+    context: EditContext, collection: Collection, generator: torch.Generator, log: dict[str, float]
+) -> Iterator[Tensor]:
+    """The steady branch, at results of turns after the first, each noised anew at one time: the output on a source that
+    the channel changed is drawn to the same model's output on the source as it was."""
+    config, s = context.config, context.schedule
+    sessions = config.groups * config.rollouts
+    later = torch.arange(sessions, len(collection.x_0))
+    n = max(1, len(later) // config.updates)
+    total = 0.0
+    for at in later[torch.randperm(len(later), generator=generator)[:n]].split(config.chunk):
+        images = context.images(collection.x_0[at - sessions])  # what the turn before made
+        whole, source = context.states(images), context.states(context.inputs.channel(images, generator))
+        x_0 = collection.x_0[at]
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        steps = torch.randint(len(s), (len(at),), generator=generator)
+        x_t = noised(s.path, x_0, eps, s.times[steps].to(x_0))
+        with torch.no_grad():
+            target = context.output(x_t, steps, collection.condition(at), whole)
+        f = context.output(x_t, steps, collection.condition(at), source)
+        loss = L.square(f - target).sum() / x_0[0].numel() / n
+        total += loss.item()
+        yield config.steady * loss
+    log["steady"] = total

@@ -1,0 +1,64 @@
+"""What `erase` looks at, before and after, at equal seeds: the target, its neighbours, unrelated prompts, attacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fieldsmith.measure.attacks import battery
+from fieldsmith.measure.detection import Asked, ask_groups, detected
+from fieldsmith.measure.drawing import Sampler, sampler
+from fieldsmith.measure.intervals import Interval
+from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.step import Judged
+from fieldsmith.verb import Job, Side
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One erased concept on a world whose judge is exact."""
+
+    groups: dict[str, Asked]  # target, neighbours, unrelated
+    paraphrases: Interval  # share of images of other words for the target that show it
+    anchor_leak: Interval  # share of the anchor's images that show the target
+    attacks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was seen of one model."""
+
+    concepts: dict[Any, Concept]  # where a world judges
+    shown: dict[str, Tensor] = field(default_factory=dict)  # elsewhere: images (4, 3, h, w) of targets and kept prompts
+    kept: Tensor | None = None  # images of kept prompts, for their statistics
+
+
+def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
+    """Judged on the model's world where it has one; elsewhere images of targets and kept prompts."""
+    draw = sampler(model, max(28, config.steps), config.rollout_guidance)  # every method is judged with one sampler
+    judged: Judged | None = job.inputs.judged
+    if judged is None:
+        names = list(dict.fromkeys((*config.targets[:4], *config.keep[:8])))
+        shown = {prompt: draw([prompt] * 4, config.seed) for prompt in names}
+        return Measured({}, shown, draw(kept_prompts(config), config.seed))
+    seen = {target: _concept(draw, judged, target, config) for target in judged.groups}
+    if side == "after" and config.attacks and model.family == "flux" and config.method != "projection":
+        for target, one in seen.items():
+            one.attacks.update(battery(model, judged.world, target, judged.groups[target]["target"], config.seed))
+    return Measured(seen)
+
+
+def _concept(draw: Sampler, judged: Judged, target: Any, config: EraseConfig) -> Concept:
+    world, n, seed = judged.world, config.evaluate, config.seed
+    return Concept(
+        ask_groups(draw, world, judged.groups[target], n, seed),
+        detected(draw, world, target, judged.paraphrases[target], n, seed + 9),
+        detected(draw, world, target, list(config.anchors), 2 * n, seed + 8),
+    )
+
+
+def kept_prompts(config: EraseConfig) -> list[str]:
+    """Prompts that the run should leave alone, each as often as it is drawn."""
+    return [prompt for prompt in (config.keep or ("",)) for _ in range(max(4, config.evaluate // 2))]

@@ -1,0 +1,148 @@
+"""The page of an erasure and its numbers: verdict, groups before and after, attacks, side effects, the run's curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fieldsmith.measure.detection import Erasure, erasure
+from fieldsmith.measure.distances import pixel_features
+from fieldsmith.measure.side_effects import compare
+from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.measure import Concept, kept_prompts
+from fieldsmith.report.page import Caption, Page, Pair
+from fieldsmith.training import step_generator
+from fieldsmith.verb import Outcome, curves
+
+GROUPS = {"target": "What was asked for", "neighbours": "Near it", "unrelated": "Unrelated prompts"}
+CURVES = {
+    "distances": ("d_plus", "d_minus"),
+    "progress": ("lambda", "active"),
+    "drift on kept prompts": ("drift",),
+    "loss": ("loss",),
+}
+
+
+def report(page: Page, outcome: Outcome) -> dict[str, Any]:
+    """Judged exactly on a model whose world is known, by side effects alone elsewhere."""
+    config: EraseConfig = outcome.config
+    names = ", ".join(f"'{target}'" for target in config.targets[:4])
+    more = f" and {len(config.targets) - 4} more" if len(config.targets) > 4 else ""
+    page.title, page.subtitle = f"Erased {names}{more} from {config.model}", f"{config.method}, seed {config.seed}"
+    metrics: dict[str, Any] = {"method": config.method}
+    metrics |= _judged(page, outcome) if outcome.after.concepts else _unjudged(page, outcome)
+    curves(page, outcome, CURVES)
+    return metrics
+
+
+def _judged(page: Page, outcome: Outcome) -> dict[str, Any]:
+    config: EraseConfig = outcome.config
+    metrics: dict[str, Any] = {"before": {}, "after": {}, "concepts": {}}
+    targets = list(outcome.after.concepts)
+    for place, target in enumerate(targets):
+        old, new = outcome.before.concepts[target], outcome.after.concepts[target]
+        e = erasure(old.groups, new.groups, target)
+        _verdict(page, e, target)
+        if place == 0:
+            page.numbers(_cards(e), "At a glance")
+            for side, one, label in (("before", old, " before"), ("after", new, "")):
+                metrics[side] = _numbers(e, one, label)
+        for group, title in GROUPS.items():
+            if group in e.after:
+                page.before_after(f"{title}: {target}" if len(targets) > 1 else title, _pairs(e, group, target))
+        rows = [(name, interval.short(), interval.n) for name, interval in e.numbers.items()]
+        rows.append(("paraphrases detected", new.paraphrases.short(), new.paraphrases.n))
+        leak = old.anchor_leak
+        rows.append(("anchor leak: the anchor's own images, before, that show it", leak.short(), leak.n))
+        page.table(f"Judged: {target}", ["measure", "value [95% interval]", "n"], rows)
+        if new.attacks:
+            page.table(f"Bringing it back: {target}", ["attack", "share that shows it again"], _flat(new.attacks))
+            metrics.setdefault("attacks", {})[str(target)] = new.attacks
+        metrics["concepts"][str(target)] = {
+            **e.to_json(), "paraphrases detected": new.paraphrases.value, "anchor leak": leak.value
+        }  # fmt: skip
+        kept = [name for name in ("neighbours", "unrelated") if name in e.after]
+        if kept:
+            asked = [str(c) for name in kept for c in e.after[name].asked]
+            images = [torch.cat([side[name].images for name in kept]) for side in (e.before, e.after)]
+            metrics["rest"] = _side_effects(page, f"Side effects: {target}", *images, asked, config.seed)
+    return metrics
+
+
+def _verdict(page: Page, e: Erasure, target: Any) -> None:
+    n = e.numbers
+    lost = n.get("unrelated drop points")  # nothing is unrelated to 'a colored shape'
+    gone = n["target detected"].value < 0.05 and n["target invalid"].value <= 0.05
+    well = (lost is None or lost.value <= 2) and n["invalid rise points"].value <= 2
+    sentence = (
+        f"'{target}' shows in {n['target detected'].short()} of images that ask for it "
+        f"(before: {n['target detected before'].short()}); unrelated prompts: "
+        f"{lost.short() if lost else 'none'} lost, invalid images: {n['invalid rise points'].short()} more."
+    )
+    page.verdict(sentence, (gone and well) if gone == well else None)
+
+
+def _numbers(e: Erasure, one: Concept, label: str) -> dict[str, Any]:
+    """The first target's shares, as metrics.json has them for one side."""
+    names = [name for name in e.numbers if name.endswith(" before")]
+    rows = {name.removesuffix(" before"): e.numbers[name.removesuffix(" before") + label] for name in names}
+    rows |= {"paraphrases detected": one.paraphrases, "anchor leak": one.anchor_leak}
+    return {name: row.to_json() for name, row in rows.items()}
+
+
+def _unjudged(page: Page, outcome: Outcome) -> dict[str, Any]:
+    """A model whose images nobody here can judge: pictures at equal seeds and side effects on kept prompts."""
+    before, after = outcome.before, outcome.after
+    rows = [Pair(prompt, before.shown[prompt], after.shown[prompt]) for prompt in before.shown]
+    page.verdict("No judge knows this model's images: look at the pairs, drawn at equal seeds.", None, "Look")
+    page.before_after("Before and after", rows)
+    prompts = kept_prompts(outcome.config)
+    title = "Side effects, on kept prompts"
+    return {"rest": _side_effects(page, title, before.kept, after.kept, prompts, outcome.config.seed)}
+
+
+def _side_effects(page: Page, title: str, old: Any, new: Any, asked: list[str], seed: int) -> dict[str, Any]:
+    effects = compare(old, new, asked, pixel_features(8), step_generator(seed, 0, stream=7))
+    headers, lines = effects.table()
+    page.table(title, headers, lines, note=effects.verdict)
+    return effects.to_json()
+
+
+def _flat(attacked: dict[str, Any]) -> list[tuple[str, str]]:
+    """Attacks as rows; shares with an interval, steps as they are, one row a sampler or scale."""
+    rows = []
+    for name, result in attacked.items():
+        if isinstance(result, int):
+            rows.append((name, f"{result} until half of the images show it again (40: never)"))
+        elif "low" in result:
+            rows.append((name, f"{100 * result['value']:.1f}% [{100 * result['low']:.1f}, {100 * result['high']:.1f}]"))
+        else:
+            rows += [(f"{name}: {key}", f"{100 * value:.1f}%") for key, value in result.items()]
+    return rows
+
+
+def _cards(e: Erasure) -> list[tuple[str, str, str]]:
+    names = ("target detected", "unrelated right", "neighbours right", "target invalid")
+    return [
+        (name, f"{100 * e.numbers[name].value:.1f}%", f"before: {e.numbers[f'{name} before'].short()}")
+        for name in names
+        if name in e.numbers
+    ]
+
+
+def _pairs(e: Erasure, group: str, target: Any, most: int = 6, columns: int = 8) -> list[Pair]:
+    rows = []
+    old, new = e.before[group], e.after[group]
+    prompts = list(dict.fromkeys(old.asked))
+    for concept in prompts[:: max(1, len(prompts) // most)][:most]:
+        places = [i for i, asked in enumerate(old.asked) if asked == concept][:columns]
+        marks = []
+        for side in (old, new):
+            names, right, shows = side.seen.names(), side.right(), side.seen.shows(target)
+            # after an erasure a target prompt is right where the target is gone and something is still there
+            gone = side.seen.valid & ~shows
+            good = gone if group == "target" and side is new else right
+            marks.append([Caption(names[i], bool(good[i])) for i in places])
+        rows.append(Pair(str(concept), old.images[places], new.images[places], *marks))
+    return rows

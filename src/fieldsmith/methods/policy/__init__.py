@@ -1,0 +1,1 @@
+"""What methods that train on their own rollouts share, `align` and `edit`: rollouts, schedules, advantages, losses."""

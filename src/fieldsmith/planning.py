@@ -1,0 +1,253 @@
+"""What a run would take: its verb's own preparation and first updates, on shapes instead of weights.
+
+In: a verb's name and its config. Out: a `Plan`. What judges images is stood in for by `Judged`, which counts; nothing is
+downloaded but JSON, and nothing is trained or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fieldsmith import api, rewards, training, verb
+from fieldsmith.commands.plan import Plan
+from fieldsmith.errors import InputError
+from fieldsmith.models.core import Model
+from fieldsmith.models.estimate_memory import (
+    EMA,
+    MOMENTS,
+    REFERENCE,
+    TRAINABLE,
+    components,
+    modules,
+    moments_of,
+    size_of,
+    tensors,
+)
+from fieldsmith.models.memory import checkpoint_activations
+from fieldsmith.models.meta_model import MetaModel, meta_model
+from fieldsmith.models.rehearsal import count_gradients
+from fieldsmith.training import Fit
+from fieldsmith.verb import Job, Verb
+
+ELSEWHERE = "parts that wait on the CPU"
+EQUAL, MOST = 3, 24  # collections that are rehearsed: until so many in a row cost the same, and at most
+
+
+class Judged:
+    """Stands in for rewards: makes numbers up and counts the images that it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._generator = torch.Generator().manual_seed(0)
+
+    def numbers(self, images: Tensor) -> Tensor:
+        """One for each image."""
+        self.calls += len(images)
+        return torch.rand(len(images), generator=self._generator)
+
+    def load(self, words: str, world: Any = None) -> MadeUp:
+        """In place of the reward that words name. Raises InputError where they name none; loads no large network."""
+        free = any(name in rewards.FREE for _, name, _ in rewards.parse(words))
+        return MadeUp(
+            words, not words.startswith("remote") if free else rewards.load(words, world).differentiable, self
+        )
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A reward in name."""
+
+    name: str
+    differentiable: bool
+    judged: Judged
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        numbers = self.judged.numbers(images)
+        return images.flatten(1).mean(1) if images.requires_grad else numbers
+
+
+def align_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
+    return api.align_inputs(config, judged.load)
+
+
+def erase_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
+    return config, api.erase_inputs(config)
+
+
+INPUTS: dict[str, tuple[Verb, Callable[[Any, Judged], tuple[Any, Any]]]] = {
+    "align": (api.ALIGN, align_inputs),
+    "erase": (api.ERASE, erase_inputs),
+}
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What was seen: bytes by part when most are alive, network evaluations and reward calls of the whole run."""
+
+    job: Job
+    memory: dict[str, int]
+    kept: int  # bytes of a checkpoint
+    nfe: float
+    cost: dict[str, Any]
+    reward_calls: int
+    varies: bool  # whether collections cost more or less by chance
+
+
+def plan(name: str, config: Any) -> Plan:
+    """The plan of a run with these settings. Raises InputError as the verb itself does before it starts."""
+    config.check()
+    config = config.replace(**{key: None for key in ("out", "bank_folder") if hasattr(config, key)})
+    judged = Judged()
+    of, inputs_of = INPUTS[name]
+    config, inputs = inputs_of(config, judged)
+    verb.check_memory(of, config)
+    source = getattr(config, of.source)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else None
+    meta = meta_model(source, getattr(config, "resolution", None), dtype)
+    parts = components(meta.model)
+    seen = rehearse(of, meta, config, inputs, lambda: judged.calls)
+    learner = seen.job.model
+    if learner.network is not meta.model.network:
+        own = components(learner)[0]
+        parts.append(dataclasses.replace(own, name=f"{own.name} that trains"))
+    trained = list(learner.trainable().values())
+    whole = sum(part.bytes for part in components(learner))
+    disk = {
+        "download": meta.downloads, "a checkpoint (two for a moment)": seen.kept,
+        f"{'adapter' if learner.spec else 'model'}/": size_of(trained) if learner.spec else whole,
+    }  # fmt: skip
+    if getattr(config, "bank", 0):  # two branches of fp16 numbers a row, one for each evaluation of the teacher
+        one = learner.noise(1, torch.Generator().manual_seed(0)).numel()
+        disk["bank/"] = 2 * one * seen.cost["teacher forwards"]
+    return Plan(
+        name, source, parts, sum(p.numel() for p in trained), seen.memory, sum(seen.memory.values()), seen.nfe,
+        seen.reward_calls, disk, _notes(seen, config),
+    )  # fmt: skip
+
+
+def _notes(seen: Rehearsed, config: Any) -> list[str]:
+    notes = []
+    if seen.varies:
+        notes.append("network evaluations are a mean: what a collection takes hangs on chance")
+    if seen.reward_calls:
+        notes.append("rewards are taken to differ between all images: rows without a signal cost less")
+    if config.offload and not torch.cuda.is_available():
+        notes.append("offload moves nothing on this machine, which has no GPU; the peak is that of one")
+    return notes
+
+
+def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callable[[], int] = lambda: 0) -> Rehearsed:
+    """Prepare the verb on a model of shapes and take its first updates; `calls` tells the reward calls so far.
+
+    Raises InputError as the verb does, and where the method trains nothing.
+    """
+    model, rehearsal = meta.model, meta.rehearsal
+    with ExitStack() as stack:
+        live = stack.enter_context(rehearsal.open())
+        nfe = stack.enter_context(model.count_nfe())
+        for name, part in modules(model).items():
+            waits = config.offload and part is not model.network
+            live.hold(tensors(part), ELSEWHERE if waits else f"frozen weights: {name}")
+        job = of.prepare(model, config, inputs)
+        if not job.optimisation.steps:
+            raise InputError(f"method '{config.method}' trains nothing, so there is nothing to plan")
+        if job.model is not model:  # a student or a guide has a count of its own
+            nfe = stack.enter_context(job.model.count_nfe())
+            _hold_both(live, model, job.model)
+        if config.checkpointing:
+            checkpoint_activations(job.model)
+        live.hold(job.model._base.values(), REFERENCE)
+        live.hold(job.parameters.values(), TRAINABLE)
+        job.begin()
+        stack.enter_context(job.around())
+        updates = Updates(job, rehearsal)
+        stack.callback(lambda: [hook.remove() for hook in updates.hooks])
+        costs = [(nfe.total, calls())]
+
+        def collect(at: int) -> tuple[int, int]:
+            before = nfe.total, calls()
+            updates.collection(at)
+            return nfe.total - before[0], calls() - before[1]
+
+        every = -(-job.optimisation.steps // job.optimisation.block)
+        prepared = costs.pop()
+        while len(costs) < min(every, MOST) and not _settled(costs):
+            costs.append(collect(len(costs)))
+        last = collect(every - 1) if every > len(costs) else costs[-1]
+        spent, asked, taken = _extrapolated(job, prepared, costs, last, every)
+        varies = every > len(costs) and not _settled(costs)
+        cost = job.cost(Fit(taken, 0.0, "steps"), round(spent))
+    memory = {kind: size for kind, size in live.peak.items() if size and kind != ELSEWHERE}
+    kept = size_of(job.parameters.values()) + size_of(updates.moments) + size_of(updates.averages)
+    return Rehearsed(job, memory, kept, cost["nfe"], cost, asked, varies)
+
+
+def _hold_both(live: Any, model: Model, learner: Model) -> None:
+    """Weights of two networks under names of their own."""
+    for whose, one in (("teacher", model), ("student", learner)):
+        for name, part in modules(one).items():
+            if part is one.network and (whose == "teacher" or part is not model.network):
+                live.hold(tensors(part), f"frozen weights: the {whose}'s {name}")
+
+
+def _settled(costs: list[tuple[int, int]]) -> bool:
+    return len(costs) >= EQUAL and len(set(costs[-EQUAL:])) == 1
+
+
+def _extrapolated(
+    job: Job, prepared: tuple[int, int], costs: list[tuple[int, int]], last: tuple[int, int], every: int
+) -> tuple[float, int, int]:
+    """Network evaluations, reward calls and steps of the whole run, which may stop early at its budget."""
+    block = job.optimisation.block
+    some = costs[-EQUAL:] if _settled(costs) else costs
+    mean = [sum(part) / len(some) for part in zip(*some, strict=True)]
+    nfe, calls = map(float, prepared)
+    for at in range(every):
+        cost = costs[at] if at < len(costs) else last if at == every - 1 else mean
+        nfe, calls = nfe + cost[0], calls + cost[1]
+        done = min((at + 1) * block, job.optimisation.steps)
+        if job.stop and job.stop(done, {"nfe": nfe}):
+            break
+    return nfe, round(calls), done
+
+
+class Updates:
+    """A job's updates as `training.fit` takes them, rehearsed."""
+
+    def __init__(self, job: Job, rehearsal: Any):
+        self.job, self.rehearsal, self.live = job, rehearsal, rehearsal.live
+        self.params = [p for p in job.parameters.values() if p.requires_grad]
+        self.optimizer, self.moments = moments_of(self.params, job.optimisation.optimizer)
+        self.averages = [p.detach().clone() for p in job.parameters.values()] if job.optimisation.ema else []
+        self.live.hold(self.averages, EMA)
+        self.live.hold(self.moments, MOMENTS)
+        self.hooks = count_gradients(self.live, self.params)
+        self.taken = 0
+
+    def collection(self, at: int) -> None:
+        """The updates that share collection `at`."""
+        block, steps = self.job.optimisation.block, self.job.optimisation.steps
+        for step in range(at * block, min((at + 1) * block, steps)):
+            if self.taken in (0, 1, block):  # moments are there from update 1 on, one more collection from the second
+                self.rehearsal.again()
+            self._update(step)
+            self.taken += 1
+
+    def _update(self, step: int) -> None:
+        training.gradient(step, self.params, self._losses, self.optimizer, self.job.optimisation)
+        self.optimizer.step()
+        states = self.optimizer.state.values()
+        self.moments = self.moments or [v for state in states for key, v in state.items() if key != "step"]
+        self.live.hold(self.moments, MOMENTS)
+        if self.averages:
+            torch._foreach_lerp_(self.averages, [p.detach() for p in self.job.parameters.values()], 0.5)
+
+    def _losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        yield from self.job.losses(step, generator, log)

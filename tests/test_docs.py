@@ -1,0 +1,82 @@
+"""Every Python block of README.md and docs/ runs as it stands, and every command that needs no network.
+
+The zoo's names stand for tiny pipelines of the same families and vocabularies, so that a block takes seconds. Commands of
+blocks marked `norun` (large models, servers) are parsed to the last flag, but not run.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import shutil
+from typing import Any
+
+import pytest
+
+from fieldsmith import cli, models
+from fieldsmith.commands import verbs
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|sh)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: pathlib.Path, language: str) -> list[tuple[str, str]]:
+    """(what stands behind the language, the block) of every block of a page."""
+    return [(m[2].strip(), m[3]) for m in BLOCK.finditer(page.read_text(encoding="utf-8")) if m[1] == language]
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of each command of ours in a shell block, continuation lines joined."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["fieldsmith"]]
+
+
+@pytest.fixture
+def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tiny_zoo: pathlib.Path) -> pathlib.Path:
+    """An empty folder to stand in, where the zoo's names are tiny pipelines."""
+    for module in (models, *(__import__(f"fieldsmith.{name}", fromlist=["ZOO"]) for name in ("worlds.model_cards",))):
+        monkeypatch.setattr(module, "ZOO", tiny_zoo)
+    shutil.copytree(ROOT / "docs" / "examples", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def with_blocks(language: str) -> list[pathlib.Path]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+@pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run_one_after_another(page: pathlib.Path, here: pathlib.Path) -> None:
+    names: dict[str, Any] = {"__name__": "page"}
+    for kind, block in blocks(page, "python"):
+        if kind != "norun":
+            exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", with_blocks("sh"), ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page: pathlib.Path, here: pathlib.Path) -> None:
+    for kind, block in blocks(page, "sh"):
+        for words in commands(block):
+            if kind == "norun":
+                if words[0] in cli.METHODS:
+                    verbs.settings(words[0], words[1:])
+            else:
+                assert cli.main(words) == 0, " ".join(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: pathlib.Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_a_verb_of_ones_own_is_a_file_of_under_120_lines() -> None:
+    longest = max(len(block.splitlines()) for _, block in blocks(ROOT / "docs" / "extend.md", "python"))
+    assert longest < 120

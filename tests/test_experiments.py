@@ -1,0 +1,128 @@
+"""experiments: the studies' and recipes' command line, and how a summary counts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from experiments.__main__ import STUDIES
+from experiments.__main__ import main as experiment
+from experiments.distill.tables import Runs, cost_at_equal, shapley
+from experiments.pretrain import RECIPES
+from experiments.study import Claim, Records, Run, Stage, Study, StudyConfig, Tables, mean, run
+from fieldsmith.errors import InputError
+from fieldsmith.methods.distill import curriculum
+from fieldsmith.models import load
+
+
+@pytest.mark.parametrize("words", [[], *[[name, "--help"] for name in STUDIES],
+                                   *[["pretrain", name, "--help"] for name in RECIPES]], ids=" ".join)  # fmt: skip
+def test_help_is_success(capsys, words):
+    try:
+        assert experiment(words) == 0
+    except SystemExit as end:  # tyro's own help
+        assert not end.code
+    assert "usage" in capsys.readouterr().out.lower() or not words
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["ease"], "'ease'.*did you mean 'erase'"),
+        (["pretrain"], "no recipe named.*shapes-flux"),
+        (["pretrain", "shapes-flix"], "'shapes-flix'.*did you mean 'shapes-flux'"),
+        (["pretrain", "shapes-flux"], "no out folder given; add --out"),
+        (["pretrain", "shapes-flux", "--steps", "0", "--out", "o"], "steps=0"),
+        (["erase", "--images", "0"], "images=0"),
+        (["distill", "--seeds", "0"], "at least 2 different seeds"),
+        (["distill", "--worlds", "cats"], "'cats'.*digits, shapes"),
+        (["distill", "--part", "2", "2"], "no share of the runs"),
+        (["distill", "--steps", "0"], "steps=0"),
+        (["edit", "--arms", "base", "nothing"], "'nothing'"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert experiment(words) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_may_leave_its_curriculum_to_its_students(tmp_path, capsys):
+    small = ["--steps", "3", "--batch", "8", "--widths", "16", "24"]
+    assert experiment(["pretrain", "digits-unet", *small, "--curriculum", "tirt", "--out", str(tmp_path / "t")]) == 0
+    teacher = load(str(tmp_path / "t" / "model"))
+    importance = curriculum.read(tmp_path / "t" / "model", "the teacher", teacher.path)
+    assert bool((importance != 0).any())
+    for flags, says in ((["--data", "cats"], "data=cats is unknown"), (["--widths", "10"], "multiples of 8"),
+                        (["--label-dropout", "0"], "label_dropout=0")):  # fmt: skip
+        assert experiment(["pretrain", "digits-unet", *flags, "--out", str(tmp_path / "x")]) == 2
+        assert says in capsys.readouterr().err
+
+
+def toy(done: list[str], folder: pathlib.Path, lr: float = 0.1) -> tuple[Study, StudyConfig]:
+    """Two arms by two seeds after a sweep of one run; `done` grows by every run that is made."""
+
+    def stages(config: StudyConfig) -> list[Stage]:
+        def one(arm: str, seed: int) -> Run:
+            name = f"{arm}_{seed}"
+
+            def work() -> dict[str, Any]:
+                done.append(name)
+                return {"arm": arm, "seed": seed, "settings": {"lr": lr, "other": 1}, "value": seed + len(arm)}
+
+            return Run(arm, config.out / "runs" / f"{name}.json", work, {"settings": {"lr": lr}})
+
+        return [[[one("sweep", 9)]], [[one(arm, seed) for arm in ("a", "bb")] for seed in config.seeds]]
+
+    def tables(config: StudyConfig, records: Records) -> Tables:
+        values = [record["value"] for name, record in records.items() if name.startswith("bb")]
+        claim = Claim("toy.value", "a value", mean(values), "", "not", 0)
+        return Tables([claim], {"files": list(records)}, {"steps": [], "samplers": [], "starts": []}, {})
+
+    return Study("bench", "none", StudyConfig, stages, tables), StudyConfig(folder, seeds=(0, 1))
+
+
+def test_a_study_is_shared_resumed_and_made_again_where_its_settings_changed(tmp_path, capsys):
+    done: list[str] = []
+    study, config = toy(done, tmp_path)
+    run(study, replace(config, part=(0, 2)))
+    assert done == ["sweep_9", "a_0", "bb_0"] and "2 runs are still missing" in capsys.readouterr().out
+    run(study, replace(config, arms=("bb",), part=(1, 2)))
+    assert done[3:] == ["bb_1"] and not (tmp_path / "summary.json").exists()
+    run(study, replace(config, partial=True))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["files"] == ["sweep_9", "bb_0", "bb_1"]
+    assert (summary["claims"][0]["value"], summary["claims"][0]["seeds"]) == (2.5, [0, 1])
+    run(study, config)
+    assert done[4:] == ["a_1"] and "toy.value" in (tmp_path / "README.md").read_text()
+    run(study, config)
+    assert len(done) == 5
+    run(*toy(done, tmp_path, lr=0.2))
+    assert len(done) == 10
+    for wrong, says in (({"arms": ("c",)}, "arms of this study"), ({"seeds": (1, 1)}, "2 different seeds")):
+        with pytest.raises(InputError, match=says):
+            run(study, replace(config, **wrong))
+
+
+def test_shares_and_costs_of_the_summary_are_what_they_say():
+    values = {on: 10.0 - 6 * on[0] - 1 * on[1] - 3 * on[0] * on[2] for on in itertools.product((0, 1), repeat=3)}
+    assert shapley(values) == pytest.approx([7.5, 1.0, 1.5])  # the last two share what only both together give
+    runs = Runs({})
+
+    def arm(name, *pairs):
+        runs.arms["w", name] = [{"price": price, "quality": q} for price, q in pairs]
+
+    arm("ours x 0.5", (100, 4.0), (100, 4.0))
+    arm("ours", (400, 1.0), (400, 3.0))
+    arm("rival", (1000, 2.5), (1000, 2.0))
+    found, missed = cost_at_equal(runs, "w", "rival", lambda run: run["quality"])
+    assert missed == 1  # seed 1 never gets there and counts with all it spent; seed 0 does half way in log-cost
+    assert found.value == pytest.approx((0.2 * 0.4) ** 0.5)
