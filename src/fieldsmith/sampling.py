@@ -1,4 +1,4 @@
-"""Images from a model by name or object: prompts in a grid, an editing session, DDPM's own steps, schedules of guidance."""
+"""Images from a model: of prompts, of an editing session, by DDPM's own steps, under schedules of guidance."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from fieldsmith.models.editing import check_editor
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.read import read_prompts
+from fieldsmith.rewards import Reward
 from fieldsmith.rewards import load as load_reward
 from fieldsmith.rewards.edits import MODES, edit_judge
 from fieldsmith.samplers import flow_grid
@@ -171,8 +172,7 @@ def audit(config: Audit) -> dict[str, Any]:
     world = world_of(name)
     if not prompts and world:
         prompts = tuple(caption(concept) for concept in concepts())
-    reward = load_reward(config.reward, world) if isinstance(config.reward, str) else config.reward
-    return {"model": model, "reward": checked(reward), "prompts": prompts}
+    return {"model": model, "reward": load_reward(config.reward, world), "prompts": prompts}
 
 
 def _triangle(config: Audit) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _triangle(config: Audit) -> dict[str, Any]:
 
     return {
         "model": Exact(mixture, path, flow_grid(config.steps)),
-        "reward": Named("linear", True, lambda images, _: images @ b.to(images) + 3),
+        "reward": Reward("linear", True, lambda images, _: images @ b.to(images) + 3),
         "prompts": ("a point",),
         "exact": Truths(lambda x, t: pulled(x, t, 1e5), lambda x, t: pulled(x, t, config.temperature)),
     }

@@ -54,9 +54,7 @@ class Exact:
     against: Against = "first"
     partial: float = 0.2
 
-    def __call__(
-        self, sessions: SceneSessions, turn: int, before: Tensor, after: Tensor, first: Tensor
-    ) -> EditScores:
+    def __call__(self, sessions: SceneSessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
         verdicts = scenes_judge.judge(sessions, turn, before, after, first)
         following = (1 - self.partial) * verdicts.done + self.partial * verdicts.following
         return EditScores.of(following, verdicts.kept_first if self.against == "first" else verdicts.kept)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RewardError, RunError
+from fieldsmith.errors import InputError, RewardError
 from fieldsmith.functions import call, check_signature, load_function, name_of
 from fieldsmith.servers import Server, Unreadable
 from fieldsmith.worlds import pictures
