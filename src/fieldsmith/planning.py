@@ -7,7 +7,6 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,8 +19,18 @@ from fieldsmith import api, rewards, training, verb
 from fieldsmith.commands.plan import Plan
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
-from fieldsmith.models.estimate_memory import EMA, MOMENTS, REFERENCE, TRAINABLE, Live
-from fieldsmith.models.estimate_memory import components, modules, moments_of, size_of, tensors
+from fieldsmith.models.estimate_memory import (
+    EMA,
+    MOMENTS,
+    REFERENCE,
+    TRAINABLE,
+    Live,
+    components,
+    modules,
+    moments_of,
+    size_of,
+    tensors,
+)
 from fieldsmith.models.memory import checkpoint_activations
 from fieldsmith.models.meta_model import MetaModel, meta_model
 from fieldsmith.models.rehearsal import count_gradients
@@ -47,7 +56,9 @@ class Judged:
     def load(self, words: str, world: Any = None) -> MadeUp:
         """In place of the reward that words name. Raises InputError where they name none; loads no large network."""
         free = any(name in rewards.FREE for _, name, _ in rewards.parse(words))
-        return MadeUp(words, not words.startswith("remote") if free else rewards.load(words, world).differentiable, self)
+        return MadeUp(
+            words, not words.startswith("remote") if free else rewards.load(words, world).differentiable, self
+        )
 
 
 @dataclass(frozen=True)
