@@ -102,11 +102,11 @@ class Judge(JudgeConfig):
 SETTINGS: dict[str, Any] = {"guidance": Guidance, "smoothness": Smoothness, "exposure": Exposure,
                             "concepts": Concepts, "audit": Audit, "judge": Judge}  # fmt: skip
 NEEDED = {
-    "guidance": {"model": "the student", "teacher": "what it was distilled from"},
-    "smoothness": {"model": "a DDPM pipeline"},
-    "exposure": {"model": "an editing model of the scenes world"},
-    "concepts": {"model": "a model whose card.json names its world"},
-    "audit": {"model": "a model"},
+    "guidance": {"model": "FOLDER, the student", "teacher": "FOLDER, what it was distilled from"},
+    "smoothness": {"model": "FOLDER, a DDPM pipeline"},
+    "exposure": {"model": "FOLDER, an editing model of the scenes world"},
+    "concepts": {"model": "FOLDER, a model whose card.json names its world"},
+    "audit": {"model": "FOLDER"},
     "judge": {"judge": "remote:http://HOST:PORT/v1?model=MODEL"},
 }
 
@@ -150,7 +150,7 @@ def run(kind: str, config: Any) -> Diagnosis:
     """
     for name, what in NEEDED[kind].items():
         if getattr(config, name) is None:
-            raise InputError(f"no {name} given; add --{name} NAME, {what}")
+            raise InputError(f"no {name} given; add --{name} {what}")
     config.check()
     arguments.at_least(config, 1, *(["resolution"] if hasattr(config, "resolution") else []))
     directory = arguments.directory_of(config, f"diagnose {kind}") if config.out else None
