@@ -19,7 +19,7 @@ from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
 from fieldsmith.measure import sweep
 from fieldsmith.measure.classifier import train_classifier
-from fieldsmith.methods.distill import measure
+from fieldsmith.methods.distill import bank, measure, teacher
 from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.objectives import OBJECTIVES
 from fieldsmith.models import load
@@ -38,8 +38,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, says: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def hurry():
-    """A judge of 30 steps and few states: what these tests look at does not depend on how good they are."""
+    """A judge of 30 steps, few states, small shards: what these tests look at does not depend on how good they are."""
     with pytest.MonkeyPatch.context() as patch:
+        for module in (bank, teacher):
+            patch.setattr(module, "SHARD", 64)
         patch.setattr(sweep, "train_classifier", partial(train_classifier, steps=30))
         patch.setattr(measure, "STATES", 100)
         yield
@@ -88,7 +90,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(made, tmp_path, monkeypa
             raise KeyboardInterrupt
         return real(step, *rest)
 
-    words = ["distill", *QUICK, "--out", str(tmp_path / "cut")]
+    words = ["distill", *QUICK, "--evaluate", "0", "--out", str(tmp_path / "cut")]
     monkeypatch.setattr(training, "_gradient", cut)
     assert main(words) == 130
     monkeypatch.setattr(training, "_gradient", real)
@@ -186,11 +188,13 @@ def test_bad_input_is_one_sentence_and_writes_nothing(words, says, capsys, tmp_p
 
 def test_no_out_folder_a_bank_of_another_teacher_and_other_classes(capsys, tmp_path):
     refused(capsys, *QUICK, says="no out folder given")
-    bank = tmp_path / "bank"
-    assert main(["distill", *QUICK, "--bank-folder", str(bank), "--out", str(tmp_path / "a")]) == 0
-    meta = json.loads((bank / "bank.json").read_text())
-    (bank / "bank.json").write_text(json.dumps({**meta, "teacher": "0" * 16}))
-    words = [*QUICK, "--bank-folder", str(bank), "--out", str(tmp_path / "b")]
+    folder = tmp_path / "bank"
+    words = [*QUICK, "--evaluate", "0", "--bank-folder", str(folder)]
+    assert main(["distill", *words, "--out", str(tmp_path / "a")]) == 0
+    assert "nothing was measured" in (tmp_path / "a" / "report.html").read_text()
+    meta = json.loads((folder / "bank.json").read_text())
+    (folder / "bank.json").write_text(json.dumps({**meta, "teacher": "0" * 16}))
+    words += ["--out", str(tmp_path / "b")]
     refused(capsys, *words, says="was made with another teacher.*--bank-folder")
     assert not (tmp_path / "b").exists()
     UNet(unet_pipeline(size=8, channels=1, class_rows=3), "t", classes=("a", "b")).save(tmp_path / "odd")
