@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fieldsmith import training
 from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
 from fieldsmith.measure import sweep
@@ -80,24 +79,6 @@ def test_a_run_repeats_from_its_own_config_to_the_last_bit(made, tmp_path):
     name = "model/unet/diffusion_pytorch_model.safetensors"
     first, again = load_file(made / name), load_file(tmp_path / "again" / name)
     assert all(torch.equal(first[key], again[key]) for key in first)
-
-
-def test_an_interrupted_run_resumes_to_the_same_weights(made, tmp_path, monkeypatch):
-    real = training._gradient
-
-    def cut(step, *rest):
-        if step == 7:
-            raise KeyboardInterrupt
-        return real(step, *rest)
-
-    words = ["distill", *QUICK, "--evaluate", "0", "--out", str(tmp_path / "cut")]
-    monkeypatch.setattr(training, "_gradient", cut)
-    assert main(words) == 130
-    monkeypatch.setattr(training, "_gradient", real)
-    assert main(words) == 0
-    name = "model/unet/diffusion_pytorch_model.safetensors"
-    whole, resumed = load_file(made / name), load_file(tmp_path / "cut" / name)
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_a_student_that_takes_the_scale_has_one_branch(tmp_path):
