@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+import fieldsmith as fs
 from fieldsmith.cli import main
+from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
@@ -95,11 +98,28 @@ def test_a_judge_that_throws_loses_nothing(model, tmp_path, capsys):
     judge.write_text("def broken(images):\n    raise RuntimeError('no')\ndef bright(images):\n"
                      "    return [(bool(x.mean() > 0.5), 'dark') for x in images]\n")  # fmt: skip
     words = ["sharpen", "--model", model, "--scale", "laptop", "--data", str(tmp_path / "images"), *SHORT]
-    assert main([*words, "--judge", f"{judge}:broken", "--out", str(tmp_path / "run")]) == 2
+    assert main([*words, "--judge", f"{judge}:broken", "--out", str(tmp_path / "run")]) == 3
     assert "RuntimeError: no" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main([*words, "--judge", f"{judge}:bright", "--preset", "neighbours", "--bank", "4",
                  "--out", str(tmp_path / "run")]) == 0  # fmt: skip
     assert metrics_of(tmp_path / "run")["world"] == str(tmp_path / "images")
+
+
+def test_images_and_a_judge_in_python(model):
+    """Images in memory, a judge that is a function, and a run that writes nothing and leaves the model as it was."""
+    network = load(model)
+    before = {name: weight.clone() for name, weight in network.network.state_dict().items()}
+    images = [torch.full((1, 32, 32), i / 8) for i in range(8)]
+    settings = {"scale": "laptop", "steps": 2, "batch": 4, "sampler_steps": 3}
+    result = fs.sharpen(network, images, lambda x: x.mean((1, 2, 3)) > 0.5, samples=4, **settings)
+    assert result.out is None and result.config.data == "given:list" and result.metrics["before"]["images"] == 4
+    assert len(result.pairs) == 1 and result.show() and "<img" in result._repr_html_()
+    after = network.network.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    bare = fs.sharpen(network, samples=0, **settings)
+    assert bare.metrics["steps"] == 2 and "after" not in bare.metrics and not bare.pairs
+    with pytest.raises(InputError, match="need a judge"):
+        fs.sharpen(network, images, samples=4, **settings)
 
 
 def test_diagnose_smoothness_profiles_paths_and_tries_detectors(model, tmp_path, capsys):
