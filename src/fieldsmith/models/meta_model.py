@@ -80,13 +80,13 @@ class Meta(Model):
         return self.rehearsal.watch(faked(network, self.rehearsal.mode))
 
     def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
-        return self.rehearsal.call("network", self.network, self._off, super()._forward, x_t, t, *condition)
+        return self.rehearsal.call(super()._forward, self.network, (x_t, t, *condition))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.rehearsal.call("decoder", self.network, self._off, super()._decode, latents)
+        return self.rehearsal.call(super()._decode, self.network, (latents,))
 
     def _encode_images(self, images: Tensor) -> Tensor:
-        return self.rehearsal.call("encoder", self.network, self._off, super()._encode_images, images)
+        return self.rehearsal.call(super()._encode_images, self.network, (images,))
 
 
 class MetaPrompted(Meta, Prompted):
