@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fieldsmith import training
+import fieldsmith as fs
 from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
+from fieldsmith.errors import InputError
 from fieldsmith.measure import sweep
 from fieldsmith.measure.classifier import train_classifier
-from fieldsmith.methods.distill import measure
+from fieldsmith.methods.distill import bank, measure, teacher
 from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.objectives import OBJECTIVES
 from fieldsmith.models import load
+from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 
@@ -38,8 +40,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, says: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def hurry():
-    """A judge of 30 steps and few states: what these tests look at does not depend on how good they are."""
+    """A judge of 30 steps, few states, small shards: what these tests look at does not depend on how good they are."""
     with pytest.MonkeyPatch.context() as patch:
+        for module in (bank, teacher):
+            patch.setattr(module, "SHARD", 64)
         patch.setattr(sweep, "train_classifier", partial(train_classifier, steps=30))
         patch.setattr(measure, "STATES", 100)
         yield
@@ -80,24 +84,6 @@ def test_a_run_repeats_from_its_own_config_to_the_last_bit(made, tmp_path):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(made, tmp_path, monkeypatch):
-    real = training._gradient
-
-    def cut(step, *rest):
-        if step == 7:
-            raise KeyboardInterrupt
-        return real(step, *rest)
-
-    words = ["distill", *QUICK, "--out", str(tmp_path / "cut")]
-    monkeypatch.setattr(training, "_gradient", cut)
-    assert main(words) == 130
-    monkeypatch.setattr(training, "_gradient", real)
-    assert main(words) == 0
-    name = "model/unet/diffusion_pytorch_model.safetensors"
-    whole, resumed = load_file(made / name), load_file(tmp_path / "cut" / name)
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
 def test_a_student_that_takes_the_scale_has_one_branch(tmp_path):
     out = tmp_path / "run"
     assert main(["distill", *QUICK, "--preset", "w-conditioned", "--bank", "0", "--out", str(out)]) == 0
@@ -128,6 +114,22 @@ def test_folders_of_images_and_a_student_of_ones_own(tmp_path):
         == 0
     )
     assert load(tmp_path / "o" / "model").network.config.block_out_channels == [8, 16]
+
+
+def test_pairs_and_a_student_in_python(tmp_path):
+    """Images with classes in memory, a student of one's own, no folder: the result has both."""
+    teacher = UNet(unet_pipeline(size=8, widths=(16, 24), class_rows=3), "t", classes=("cat", "owl"))
+    student = shrink(teacher, 2.0)
+    pairs = [(torch.rand(3, 8, 8), name) for name in ("owl", "cat") for _ in range(4)]
+    small = {"scale": "laptop", "batch": 8, "bank": 64, "warmup": 1, "sampler_steps": 2}
+    result = fs.distill(teacher, pairs, student, steps=2, evaluate=4, **small)
+    assert result.model is student and result.config.data == "given:list" and result.out is None
+    assert result.metrics["parameters"]["student"] < result.metrics["parameters"]["teacher"]
+    assert [pair.label for pair in result.pairs] == ["cat", "owl"]
+    result.save(tmp_path / "student", format="merged")
+    assert load(tmp_path / "student").classes == ("cat", "owl")
+    with pytest.raises(InputError, match="other classes than the model"):
+        fs.distill(teacher, [(image, "dog") for image, _ in pairs], 2.0, **small)
 
 
 def test_every_objective_has_a_preset():
@@ -186,11 +188,13 @@ def test_bad_input_is_one_sentence_and_writes_nothing(words, says, capsys, tmp_p
 
 def test_no_out_folder_a_bank_of_another_teacher_and_other_classes(capsys, tmp_path):
     refused(capsys, *QUICK, says="no out folder given")
-    bank = tmp_path / "bank"
-    assert main(["distill", *QUICK, "--bank-folder", str(bank), "--out", str(tmp_path / "a")]) == 0
-    meta = json.loads((bank / "bank.json").read_text())
-    (bank / "bank.json").write_text(json.dumps({**meta, "teacher": "0" * 16}))
-    words = [*QUICK, "--bank-folder", str(bank), "--out", str(tmp_path / "b")]
+    folder = tmp_path / "bank"
+    words = [*QUICK, "--evaluate", "0", "--bank-folder", str(folder)]
+    assert main(["distill", *words, "--out", str(tmp_path / "a")]) == 0
+    assert "nothing was measured" in (tmp_path / "a" / "report.html").read_text()
+    meta = json.loads((folder / "bank.json").read_text())
+    (folder / "bank.json").write_text(json.dumps({**meta, "teacher": "0" * 16}))
+    words += ["--out", str(tmp_path / "b")]
     refused(capsys, *words, says="was made with another teacher.*--bank-folder")
     assert not (tmp_path / "b").exists()
     UNet(unet_pipeline(size=8, channels=1, class_rows=3), "t", classes=("a", "b")).save(tmp_path / "odd")

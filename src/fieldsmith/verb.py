@@ -182,10 +182,10 @@ def train(
             job = verb.prepare(model, config, inputs)
             if job.model is not model:  # a student or a guide has a count of its own
                 nfe = stack.enter_context(job.model.count_nfe())
-            with job.model.uncounted():
-                preflight.require(job.checks(resumes), quiet)
             if config.checkpointing:
                 checkpoint_activations(job.model)
+            with job.model.uncounted():
+                preflight.require(job.checks(resumes), quiet)
         except BaseException:
             # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:

@@ -55,7 +55,9 @@ class Reward:
             output = call(self.function, what, images_of(prompts), copy, list(prompts))
             values = as_numbers(output, what, prompts).to(images.device, _dtype(images), copy=True)
             if self.differentiable and images.requires_grad and torch.is_grad_enabled() and not values.requires_grad:
-                raise RewardError(f"{what} is said to be differentiable but gave no gradient; mark it black box")
+                raise RewardError(
+                    f"{what} is said to be differentiable but gave no gradient; set differentiable = False"
+                )
         return values if self.differentiable else values.detach()
 
 

@@ -127,7 +127,7 @@ def _ask_server(server: Server, images: Tensor) -> list[Verdict]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Unreadable(f"it gave no verdicts ({type(error).__name__}: {error})") from error
 
-    return server.post("", {"images": [_png(image) for image in images]}, read)
+    return server.post("", {"images": [_png(image) for image in images]}, read, f"{len(images)} images")
 
 
 def _png(image: Tensor) -> str:
