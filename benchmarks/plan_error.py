@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from fieldsmith.commands.memory import Memory
+from fieldsmith.models.blueprint import blueprint
+from fieldsmith.models.footprint import measured
 
 from fieldsmith.commands import plan
-from fieldsmith.commands.memory import Memory
 from fieldsmith.methods.align.config import preset as align_preset
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.models import load
-from fieldsmith.models.blueprint import blueprint
-from fieldsmith.models.footprint import measured
 from fieldsmith.models.memory import checkpoint_activations
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
@@ -136,6 +136,7 @@ def _erase(model: Any, config: Any, memory: Memory) -> Run:
 
 def _align(model: Any, config: Any, memory: Memory) -> Run:
     from fieldsmith.methods.align.loop import align
+
     from fieldsmith.rewards import load as reward
 
     return lambda: align(model, config, reward(config.reward, None))
@@ -143,6 +144,7 @@ def _align(model: Any, config: Any, memory: Memory) -> Run:
 
 def _edit(model: Any, config: Any, memory: Memory) -> Run:
     from fieldsmith.methods.edit.loop import edit
+
     from fieldsmith.methods.edit.rollouts import Task
     from fieldsmith.rewards.sessions import Exact
     from fieldsmith.worlds.scenes import ScenesWorld
@@ -154,8 +156,9 @@ def _edit(model: Any, config: Any, memory: Memory) -> Run:
 
 
 def _distill(model: Any, config: Any, memory: Memory) -> Run:
-    from fieldsmith.methods.distill.bank import Source
     from fieldsmith.methods.distill.loop import distill
+
+    from fieldsmith.methods.distill.bank import Source
     from fieldsmith.models.shrink import shrink
 
     return lambda: distill(

@@ -262,7 +262,7 @@ def test_a_certain_step_has_no_density_and_no_strength():
     assert s.noisy.tolist() == [True] * 11 + [False]
     assert s.w[-1] == 0 and multiplier("pcpo", s)[-1] == 0
     for name in ("ratio", "squared", "base-snr", "jacobian", "discount"):
-        assert strength(name, s).weight[-1] == 0
+        assert strength(name, s).C1[-1] == 0
 
 
 def test_first_order_strengths_are_refused_to_policy_gradients():
@@ -537,7 +537,7 @@ def toy(gap: int, index: int = 389) -> Schedule:
 
 
 def log_ratio_to_reference(found: Rollout, s: Schedule) -> Tensor:
-    rows = found.rows
+    rows = found.transitions
     reference = torch.cat(
         [triangle().eps(rows.x[at], s.times[rows.step[at]], TOY) for at in torch.arange(len(rows)).split(50_000)]
     )
@@ -560,9 +560,13 @@ def test_t5_soft_returns_are_the_value_of_the_next_state_at_the_optimum():
     left_over = {}
     for gap in (10, 1):
         s, found = toy(gap), chain(points, 500, gap, tilted, seed=5)
-        log_rho, first = log_ratio_to_reference(found, s), found.rows.step == 0
+        log_rho, first = log_ratio_to_reference(found, s), found.transitions.step == 0
         soft = soft_returns(found, linear(found.x_0), log_rho)[first]
-        after, here, noise = found.rows.x_next[first], found.rows.prompt[first], found.rows.noise[first]
+        after, here, noise = (
+            found.transitions.x_next[first],
+            found.transitions.prompt[first],
+            found.transitions.noise[first],
+        )
         law, law_star = triangle().marginal(s.times[1], TOY), tilted.marginal(s.times[1], TOY)
         value = law_star.log_prob(after) - law.log_prob(after)
         left_over[gap] = float(advantages(soft - value, here, "mean").std())
@@ -596,7 +600,7 @@ def gaussian_chain(b: Tensor) -> dict:
 
     plan = Plan("sde", torch.ones(8, dtype=torch.long), s.noisy)
     found = roll(predict, generator(20, 3, seed=6), torch.zeros(20).long(), s, plan, "ddim", 1.0, seeded(7))
-    rows = found.rows
+    rows = found.transitions
     reference = world.eps(rows.x, s.times[rows.step], TOY)
     log_rho = -L.log_ratio(reference, rows.output_old, rows.noise, s.w[rows.step])
 
@@ -611,7 +615,7 @@ def test_t5_on_a_gaussian_the_soft_return_is_the_chains_own_value_exactly():
     b = f64(0.6, -0.4, 1.0)
     chain_ = gaussian_chain(b)
     found, log_rho, value = chain_["found"], chain_["log_rho"], chain_["value"]
-    rows = found.rows
+    rows = found.transitions
     here, ahead = value(rows.x, rows.step), value(rows.x_next, rows.step + 1)
     soft = soft_returns(found, found.x_0 @ b, log_rho)
     torch.testing.assert_close(soft, ahead)
@@ -628,8 +632,8 @@ def test_t6_plain_rewards_keep_a_floor_that_soft_returns_do_not():
     rmse = {"plain": [], "soft": []}
     for i in range(0, 12, 3):
         found = chain(points[i : i + 3], copies, 10, tilted, seed=i)
-        first = found.rows.step == 0
-        here, noise = found.rows.prompt[first], found.rows.noise[first]
+        first = found.transitions.step == 0
+        here, noise = found.transitions.prompt[first], found.transitions.noise[first]
         soft = soft_returns(found, linear(found.x_0), log_ratio_to_reference(found, s))[first]
         for name, returns in (("plain", linear(found.x_0)), ("soft", soft)):
             advantage = advantages(returns, here, "leave-one-out")
@@ -678,7 +682,7 @@ def test_t7_a_policy_gradient_is_reward_score_matching_at_any_weights(path, rewa
         kappa = L.over(s.kappa[step], f)
         psi_hat = G.reverse_noise(r, rows["noise"], step, s)
         weight = alpha * (s.Omega**2 / (2 * s.sigma**2))[step]
-        torch.testing.assert_close(weight, alpha * strength("ratio", s).weight[step])
+        torch.testing.assert_close(weight, alpha * strength("ratio", s).C1[step])
         outputs = [kappa * part for part in (f, rows["reference"], rows["old"])]
         return 4 * rsm_loss(*outputs, psi_hat, weight, torch.full_like(r, 1 / alpha), r / alpha)
 

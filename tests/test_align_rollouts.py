@@ -416,8 +416,7 @@ def test_the_lean_adjoint_is_the_gradient_through_the_reference_chain(path):
 
 def test_next_state_guidance_carries_omega_and_current_state_guidance_does_not():
     now, ahead = (
-        collect(setting(TOY, estimator="terminal", state=state, rollouts=4), None, 0, {})
-        for state in ("current", "next")
+        collect(setting(TOY, estimator="terminal", state=state, rollouts=4), 0, {}) for state in ("current", "next")
     )
     rows = now.rollout.transitions
     torch.testing.assert_close(now.guidance, torch.tensor([-1.0, 0.0]).expand(len(rows), 2))
@@ -482,8 +481,8 @@ def test_t13_the_rewards_scale_over_the_temperature_is_all_that_counts():
         {"estimator": "terminal"}, {"estimator": "tweedie"}, {"estimator": "adjoint", "sde": "ddim"},
         {"advantage": "raw", "soft": True}, {"advantage": "leave-one-out"},
     ):  # fmt: skip
-        plain = collect(setting(FLOW, temperature=2.0, **kw), None, 0, {})
-        scaled = collect(setting(FLOW, loud, temperature=20.0, **kw), None, 0, {})
+        plain = collect(setting(FLOW, temperature=2.0, **kw), 0, {})
+        scaled = collect(setting(FLOW, loud, temperature=20.0, **kw), 0, {})
         torch.testing.assert_close(scaled.advantage, plain.advantage)
         if plain.guidance is not None:
             assert plain.guidance.any()
@@ -502,7 +501,7 @@ def test_soft_collections_are_soft_returns_of_the_reference():
     """At the start policy and reference agree, so that r_tilde is r; then the last layer moves."""
     one = setting(FLOW, advantage="raw", soft=True, rollouts=4, advantage_clip=1e9)
     batch = collect(one, 0, {})
-    normalised = collect(replace(one, config=replace(one.config, advantage="std")), None, 0, {})
+    normalised = collect(replace(one, config=replace(one.config, advantage="std")), 0, {})
     torch.testing.assert_close(normalised.returns, batch.returns)  # log-ratios are in nats, so that r must be too
     plain = batch.rollout.mean_over_endpoints(batch.rewards) / 0.5
     torch.testing.assert_close(batch.advantage, plain)

@@ -271,7 +271,7 @@ def measured(model: Exact) -> dict[str, float | list[float]]:
         [triangle().eps(rows.x[at].double(), times[at], TOY) for at in torch.arange(len(times)).split(20_000)]
     )
     kl = L.gaussian_kl(rows.output_old.double(), base, setting.schedule.w[rows.step]).sum() / 4000
-    return {"reward": float(REWARD(x, []).mean()), "modes": triangle().fractions(x).tolist(), "kl": float(kl)}
+    return {"reward": float(REWARD.function(x, []).mean()), "modes": triangle().fractions(x).tolist(), "kl": float(kl)}
 
 
 def seeded(seed: int) -> torch.Generator:

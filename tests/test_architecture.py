@@ -81,7 +81,8 @@ def outside(*names: str) -> tuple[str, ...]:
         ("preflight", ("errors", "models", "paths", "samplers")),
         ("rewards", ("errors", "functions", "run", "servers", "worlds")),
         ("methods", ("errors", "models", "paths", "preflight", "processes", "rewards", "runs", "samplers", "training")),
-        ("diagnose", ("errors", "metrics", "models", "paths", "samplers", "worlds")),
+        ("report", ("runs",)),
+        ("measure", ("errors", "methods", "models", "paths", "report", "samplers", "training")),
     ],
 )
 def test_a_room_imports_only_rooms_below_it(room, may_use):
@@ -130,7 +131,6 @@ def test_what_help_needs_does_not_import_torch():
         ".commands.distill",
         ".methods.distill.config",
         ".commands.align",
-        ".commands.audit",
         ".commands.diagnose",
         ".methods.align.config",
         ".commands.sharpen",

@@ -1,4 +1,4 @@
-"""`fieldsmith audit`: estimators against closed forms (RSM notes, 8.3), break points by simulation, the command."""
+"""`fieldsmith diagnose audit`: estimators against closed forms (RSM notes, 8.3), break points by simulation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fieldsmith.commands.audit import AuditConfig, check
 from torch import Tensor
 
 from fieldsmith.cli import main
+from fieldsmith.diagnose.config import AuditConfig
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.advice import along_steps, breaks, decided, outlook, outlooks, outside, recommend
 from fieldsmith.methods.align.audit import Moment, Row, Truths, compare, measure, ratio
@@ -345,6 +345,7 @@ TINY = ["--model", "zoo:shapes-flux-small", "--times", "2", "--states", "3", "--
 
 def test_a_model_of_the_users_own_is_audited_at_published_thresholds_where_there_are_some(tmp_path, flux_folder):
     words = [
+        "diagnose",
         "audit",
         "--model",
         str(flux_folder),
@@ -363,21 +364,24 @@ def test_a_model_of_the_users_own_is_audited_at_published_thresholds_where_there
 
 def test_the_command_on_a_model_and_a_differentiable_reward(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["audit", *TINY, "--out", str(out)]) == 0
+    assert main(["diagnose", "audit", *TINY, "--out", str(out)]) == 0
     assert {f.name for f in out.iterdir()} == {"config.toml", "metrics.json", "report.html"}
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["method"] == "audit" and metrics["reference"] == "pathwise" and metrics["forward_equivalents"] > 0
+    assert metrics["instrument"] == "audit" and metrics["reference"] == "pathwise"
+    assert metrics["forward_equivalents"] > 0
     assert [m["step"] for m in metrics["times"]] == [0, 3]
     assert {"tweedie", "adjoint", "16 siblings, ODE"} <= set(metrics["times"][1]["variances"])
     assert metrics["recommendation"].split()[1].strip(".") in RECIPES
     page = (out / "report.html").read_text()
     assert metrics["recommendation"][:30] in page.replace("&#39;", "'") and "<svg" in page
     assert "Use " in " ".join(capsys.readouterr().err.split())
-    assert main(["audit", *TINY, "--out", str(out)]) == 0 and "is complete" in " ".join(capsys.readouterr().err.split())
+    assert main(["diagnose", "audit", *TINY, "--out", str(out)]) == 0 and "is complete" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_black_box_has_zeroth_order_rows_only(tmp_path):
-    assert main(["audit", *TINY, "--reward", "right", "--out", str(tmp_path / "run")]) == 0
+    assert main(["diagnose", "audit", *TINY, "--reward", "right", "--out", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["reference"] == "zeroth order"
     assert all("siblings" in name for m in metrics["times"] for name in m["variances"])
@@ -386,11 +390,11 @@ def test_a_black_box_has_zeroth_order_rows_only(tmp_path):
 
 def test_an_exact_world_is_held_against_its_closed_form(tmp_path):
     words = ["--model", "world:triangle", "--reward", "linear", "--steps", "12", "--states", "4", "--samples", "16"]
-    assert main(["audit", *words, "--out", str(tmp_path / "a")]) == 0
+    assert main(["diagnose", "audit", *words, "--out", str(tmp_path / "a")]) == 0
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert metrics["reference"] == "closed form" and not metrics["times"][0]["certain"]  # t = 1 says nothing of x_0
     assert metrics["times"][2]["estimators"]["tweedie"]["bias"] < 0.01 and metrics["times"][2]["soft"] > 0
-    assert main(["audit", *words, "--reference", "zeroth-order", "--out", str(tmp_path / "b")]) == 0
+    assert main(["diagnose", "audit", *words, "--reference", "zeroth-order", "--out", str(tmp_path / "b")]) == 0
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["reference"] == "zeroth order"
 
 
@@ -417,7 +421,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monk
 
     monkeypatch.syspath_prepend(str(__import__("pathlib").Path(__file__).parent))
     model = [] if "--model" in words else TINY[:2]
-    assert main(["audit", *model, *words, "--out", str(tmp_path / "run")]) == 2
+    assert main(["diagnose", "audit", *model, *words, "--out", str(tmp_path / "run")]) == 2
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(says, sentence), sentence
     assert not (tmp_path / "run").exists()
@@ -428,7 +432,7 @@ def same(images: Tensor, prompts: Any) -> Tensor:
 
 
 def test_no_out_and_small_chunks_are_refused(capsys):
-    assert main(["audit"]) == 2
+    assert main(["diagnose", "audit"]) == 2
     assert "no out folder given; add --out" in capsys.readouterr().err
     with pytest.raises(InputError, match="chunk=2 must be at least 8"):
-        check(AuditConfig(chunk=2))
+        AuditConfig(chunk=2).check()

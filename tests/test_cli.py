@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from fieldsmith import __version__, training
 from fieldsmith.cli import VERBS, main
+from fieldsmith.diagnose.config import KINDS
 from fieldsmith.methods.erase import losses
 from fieldsmith.methods.erase.config import preset
 
@@ -61,7 +62,8 @@ def test_version_of_the_module():
     assert output.stdout.strip() == __version__
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["help"], *[[verb, "--help"] for verb in VERBS]], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"], *[[verb, "--help"] for verb in VERBS],
+                                   *[["diagnose", kind, "--help"] for kind in KINDS]], ids=" ".join)  # fmt: skip
 def test_help_is_success(capsys, words):
     assert main(words) == 0
     assert "usage" in capsys.readouterr().out.lower()
@@ -126,9 +128,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monk
         (["sample", "--prompts", "star", "--each", "0"], "each=0"),
         (["sample", "--prompts", "star", "--out", "."], "out '.' is a folder"),
         (["sample", "--prompts", "star", "--adapter", "gone"], "'gone' holds no LoRA"),
-        (["evaluate", "--steps", "0"], "steps=0"),
-        (["evaluate", "--model", "zoo:nothing"], "'zoo:nothing' is not in the zoo"),
-        (["evaluate", "--model", "some/model"], "no judge knows the images of 'some/model'.*use a zoo model"),
+        (["diagnose", "concepts", "--out", "o", "--model", "m", "--steps", "0"], "steps=0"),
+        (["diagnose", "concepts", "--out", "o", "--model", "zoo:nothing"], "'zoo:nothing' is not in the zoo"),
+        (["diagnose", "concepts", "--out", "o", "--model", "some/model"], "no judge knows the images of 'some/model'"),
         (["demo", "--uot", "here"], "did you mean '--out'"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
@@ -328,7 +330,7 @@ def test_its_page_loads_nothing_from_elsewhere(erased):
 def test_plain_diffusers_draws_the_same_with_the_adapter(erased):
     import diffusers
 
-    from fieldsmith.measure.detection import sampler
+    from fieldsmith.measure.drawing import sampler
     from fieldsmith.models import load, load_adapter, pipeline_folder
 
     ours = load("zoo:shapes-flux")
@@ -356,15 +358,20 @@ def test_sample_draws_a_grid_with_and_without_the_adapter(capsys, tmp_path, eras
     assert base.tobytes() != changed.tobytes()
 
 
-def test_evaluate_writes_its_table(capsys, tmp_path):
-    assert main(["evaluate", "--each", "1", "--steps", "6", "--out", str(tmp_path / "numbers.json")]) == 0
-    rows = json.loads((tmp_path / "numbers.json").read_text())
+def test_concepts_are_judged_prompt_by_prompt(capsys, tmp_path):
+    words = ["diagnose", "concepts", "--model", "zoo:shapes-flux", "--each", "1", "--steps", "6"]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    numbers = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    rows = numbers["right"]
     assert rows["all trained"]["n"] == 23 and 0 <= rows["triangle"]["low"] <= rows["triangle"]["value"] <= 1
-    assert "all trained" in capsys.readouterr().out
+    assert "low" not in rows["held out: yellow cross"]  # one image has no interval
+    assert numbers["words"] in (tmp_path / "a" / "report.html").read_text()
+    assert "all trained" in capsys.readouterr().err
 
 
-def test_evaluate_needs_a_world(capsys, flux_folder):
-    refused(capsys, "evaluate", "--model", flux_folder, says="no judge knows.*no card.json.*use a zoo model")
+def test_concepts_need_a_world(capsys, flux_folder):
+    words = ["diagnose", "concepts", "--model", flux_folder, "--out", "never"]
+    refused(capsys, *words, says="no judge knows.*no card.json.*use a zoo model")
 
 
 def test_an_erasure_with_nothing_unrelated_is_judged_too(tmp_path):

@@ -274,7 +274,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_the_command_measures_both_kinds_of_states_and_writes_a_page(tmp_path, pair, capsys):
-    words = ["diagnose", "--guidance", "--model", pair[0], "--teacher", pair[1], "--data", "digits", *SMALL]
+    words = ["diagnose", "guidance", "--model", pair[0], "--teacher", pair[1], "--data", "digits", *SMALL]
     out = tmp_path / "run"
     assert main([*words, "--out", str(out)]) == 0
     assert {f.name for f in out.iterdir()} == {"config.toml", "metrics.json", "report.html"}
@@ -292,7 +292,7 @@ def test_the_command_measures_both_kinds_of_states_and_writes_a_page(tmp_path, p
 
 
 def test_a_teacher_against_itself_is_healthy_and_text_models_are_measured_on_their_path(tmp_path, pair, flux_folder):
-    words = ["diagnose", "--guidance", *SMALL]
+    words = ["diagnose", "guidance", *SMALL]
     same = ["--model", pair[1], "--teacher", pair[1], "--data", "digits", "--out", str(tmp_path / "a")]
     assert main([*words, *same]) == 0
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
@@ -306,7 +306,6 @@ def test_a_teacher_against_itself_is_healthy_and_text_models_are_measured_on_the
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"--guidance": None}, "no instrument named; add either --guidance"),
         ({"--teacher": None}, "no teacher given; add --teacher"),
         ({"--model": None}, "no model given; add --model"),
         ({"--data": None}, "no data given.*add --data digits"),
@@ -331,12 +330,12 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, pair, capsys
         "no-null": {"class_rows": 10}, "plain": {"classes": None}, "three": {"classes": ("cat", "dog", "owl")},
         "large": {"size": 16}, "x_0": {"prediction_type": "sample"}, "schedule": {"beta_schedule": "squaredcos_cap_v2"},
     }  # fmt: skip
-    settings: dict[str, str | None] = {"--guidance": "", "--model": pair[0], "--teacher": pair[1], "--data": "digits"}
+    settings: dict[str, str | None] = {"--model": pair[0], "--teacher": pair[1], "--data": "digits"}
     for flag, value in change.items():
         settings[flag] = saved(tmp_path / "odd", **made[value]) if value in made else value
     words = [word for flag, value in settings.items() if value is not None for word in (flag, value) if word]
     small = [] if "--tuples" in change else SMALL
-    assert main(["diagnose", *words, *small, "--out", str(tmp_path / "run")]) == 2
+    assert main(["diagnose", "guidance", *words, *small, "--out", str(tmp_path / "run")]) == 2
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(says, sentence), sentence
     assert not re.search(r"[.!] [A-Z]|Traceback", sentence), sentence
@@ -344,7 +343,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, pair, capsys
 
 
 def test_models_that_read_text_refuse_data_and_need_prompts(tmp_path, flux_folder, capsys):
-    words = ["diagnose", "--guidance", "--model", str(flux_folder), "--teacher", str(flux_folder), *SMALL]
+    words = ["diagnose", "guidance", "--model", str(flux_folder), "--teacher", str(flux_folder), *SMALL]
     assert main([*words, "--out", str(tmp_path / "run")]) == 2 and "--prompts" in capsys.readouterr().err
     assert main([*words, "--data", "digits", "--out", str(tmp_path / "run")]) == 2
     assert "leave out --data" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`fieldsmith diagnose --judge-of-edits` against servers that know the truth and say it with a bias, or with noise."""
+"""`fieldsmith diagnose judge` against servers that know the truth and say it with a bias, or with noise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from fieldsmith.commands.diagnose_judge import UPSCALE, verdict_of, words_of
 from PIL import Image
 
 from fieldsmith.cli import main
+from fieldsmith.diagnose.judge import UPSCALE, Advice, verdict_of
 from fieldsmith.errors import InputError
-from fieldsmith.rewards.edits import CONSISTENCY
+from fieldsmith.measure.judges import Recommendation
+from fieldsmith.rewards.edits import CONSISTENCY, MODES
 from fieldsmith.worlds.scenes import OPERATIONS, ScenesWorld
 from fieldsmith.worlds.scenes_graded import KINDS, graded
 from fieldsmith.worlds.scenes_judge import judge
@@ -99,7 +100,7 @@ def server() -> Iterator[Server]:
 
 
 def measured(server: Server, out: pathlib.Path, options: str = "mode=direct") -> dict[str, Any]:
-    words = ["diagnose", "--judge-of-edits", server.address(options), "--samples", str(GROUPS), "--out", str(out)]
+    words = ["diagnose", "judge", "--judge", server.address(options), "--samples", str(GROUPS), "--out", str(out)]
     assert main(words) == 0
     return dict(json.loads((out / "metrics.json").read_text()))
 
@@ -156,9 +157,9 @@ def test_a_biased_judge_needs_one_reply(tmp_path, server, capsys):
     server.say = lambda truth, mode: 0.4 + 0.5 * truth
     found = measured(server, tmp_path / "run")
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.toml", "metrics.json", "report.html"}
-    assert (found["method"], found["instrument"], found["judge"]) == ("diagnose", "judge of edits", "remote:eye")
+    assert (found["method"], found["instrument"], found["judge"]) == ("diagnose", "judge", "remote:eye")
     assert found["replies"] == 4 and found["refused"] == {}
-    assert found["recomfixed"]["4"]["mode"] == "direct" and found["recomfixed"]["4"]["n"] == 1
+    assert found["recommended"]["4"]["mode"] == "direct" and found["recommended"]["4"]["n"] == 1
     one = found["modes"]["direct"]["following"]
     assert one["bias_at"]["0.0"]["value"] == pytest.approx(0.4, abs=0.06)
     assert one["bias_at"]["1.0"]["value"] == pytest.approx(-0.1, abs=0.01)
@@ -167,7 +168,7 @@ def test_a_biased_judge_needs_one_reply(tmp_path, server, capsys):
     assert found["kinds"]["following"]["unchanged"] == {"truth": 0, "direct": pytest.approx(0.4)}
     assert list(found["kinds"]["consistency"]) == list(KINDS)
     text = " ".join(capsys.readouterr().err.split())
-    assert "96 questions, 4 replies to each, in mode direct" in text and "Use mode=direct and n=1: direct with" in text
+    assert "Use mode=direct and n=1: direct with" in text
     page = (tmp_path / "run" / "report.html").read_text()
     assert "To be trusted" in page and page.count("data:image/png") == 4 * (1 + len(KINDS))
     (command,) = re.findall(r"fieldsmith edit --judge &#34;(.+?)&#34;", page)
@@ -180,10 +181,10 @@ def test_a_noisy_judge_needs_several(tmp_path, server):
     server.say = noisy(0.4)
     found = measured(server, tmp_path / "run", "mode=reasoning&n=6")
     one = found["modes"]["reasoning"]["both"]
-    assert found["recomfixed"]["4"] == {**found["recomfixed"]["4"], "mode": "reasoning", "n": 4}
-    assert found["recomfixed"]["16"]["n"] == one["replies_needed"] > 4
+    assert found["recommended"]["4"] == {**found["recommended"]["4"], "mode": "reasoning", "n": 4}
+    assert found["recommended"]["16"]["n"] == one["replies_needed"] > 4
     assert one["variance"]["value"] > 0.03 and one["correlation_within"]["value"] < 0.9
-    reached = [found["recomfixed"][calls]["correlation_within"] for calls in ("1", "4", "16")]
+    reached = [found["recommended"][calls]["correlation_within"] for calls in ("1", "4", "16")]
     for name in ("following", "consistency", "both"):
         assert [part[name] for part in reached] == sorted(part[name] for part in reached)
     assert reached[1]["following"] > reached[1]["consistency"] and "By question that is" in found["words"]
@@ -191,15 +192,15 @@ def test_a_noisy_judge_needs_several(tmp_path, server):
 
 @pytest.mark.parametrize(("worse", "good"), [(0.8, True), (0.5, None), (0.2, False), (-0.3, False)])
 def test_the_question_that_a_judge_answers_worse_decides(worse, good):
-    advice = {"mode": "direct", "n": 2, "correlation_within": {"both": 0.9, "following": 0.95, "consistency": worse}}
-    assert verdict_of({"recomfixed": {4: advice}})[0] is good
+    reached = {"both": 0.9, "following": 0.95, "consistency": worse}
+    assert verdict_of(Advice(Recommendation("direct", 2, ""), reached))[0] is good
 
 
 def test_of_two_modes_the_one_that_ranks_better_for_its_cost_is_named(tmp_path, server, capsys):
     random_reply = noisy(0.5)
     server.say = lambda truth, mode: random_reply(truth, mode) if mode == "reasoning" else 0.4 + 0.5 * truth
     found = measured(server, tmp_path / "run", "mode=reasoning&mode=expected&mode=direct&n=2")
-    assert list(found["modes"]) == ["reasoning", "direct"] and found["recomfixed"]["4"]["mode"] == "direct"
+    assert list(found["modes"]) == ["reasoning", "direct"] and found["recommended"]["4"]["mode"] == "direct"
     # a server without log-probabilities is measured in its other modes
     assert list(found["refused"]) == ["expected"] and "gave no log-probabilities" in found["refused"]["expected"]
     assert "mode expected failed" in " ".join(capsys.readouterr().err.split())
@@ -209,8 +210,7 @@ def test_of_two_modes_the_one_that_ranks_better_for_its_cost_is_named(tmp_path, 
 def test_a_judge_that_says_one_thing_is_not_to_be_trusted(tmp_path, server):
     server.say = lambda truth, mode: 0.7
     found = measured(server, tmp_path / "run", "mode=direct&n=2")
-    assert found["recomfixed"] == {}
-    assert found["words"] == words_of({**found, "recomfixed": {4: None}})
+    assert found["recommended"] == {}
     assert "no better than chance in mode direct; take another model" in found["words"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Not to be trusted" in page and "fieldsmith edit --judge" not in page
@@ -218,10 +218,10 @@ def test_a_judge_that_says_one_thing_is_not_to_be_trusted(tmp_path, server):
 
 def test_all_modes_are_asked_where_none_is_named(tmp_path, server, capsys):
     server.down_after = 0
-    words = ["diagnose", "--judge-of-edits", server.address("n=2"), "--samples", "2", "--out", str(tmp_path / "run")]
+    words = ["diagnose", "judge", "--judge", server.address("n=2"), "--samples", "2", "--out", str(tmp_path / "run")]
     assert main(words) == 3  # it was there when the run began
     text = " ".join(capsys.readouterr().err.split())
-    assert "in mode direct, reasoning, expected, checklist" in text and "failed after 2 attempts: status 500" in text
+    assert all(f"mode {mode} failed" in text for mode in MODES) and "failed after 2 attempts: status 500" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -239,13 +239,12 @@ def test_all_modes_are_asked_where_none_is_named(tmp_path, server, capsys):
         ("model=ear", [], "'ear'"),
         ("checks=Done?&mode=direct", [], "means nothing in mode=direct"),
         ("", ["--samples", "1"], "samples=1 is too few"),
-        ("", ["--exposure"], "--exposure and --judge-of-edits are 2 instruments"),
     ],
     ids=lambda part: str(part)[:40],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, server, capsys, address, more, says):
     full = address if ":" in address or address == "exact" else server.address(address)
-    assert main(["diagnose", "--judge-of-edits", full, *more, "--out", str(tmp_path / "run")]) == 2
+    assert main(["diagnose", "judge", "--judge", full, *more, "--out", str(tmp_path / "run")]) == 2
     sentence = " ".join(capsys.readouterr().err.split())
     assert re.search(says, sentence), sentence
     assert not re.search(r"[.!] [A-Z]|Traceback", sentence), sentence

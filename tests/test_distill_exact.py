@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.methods.distill.config import OBJECTIVES, DistillConfig
+from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.curriculum import (
     Curriculum,
     base,
@@ -26,16 +26,15 @@ from fieldsmith.methods.distill.curriculum import (
     times_of,
     tirt,
 )  # fmt: skip
-from fieldsmith.methods.distill.losses import anchored_target, feature_loss, pair_loss, row_loss, square, weighted
-from fieldsmith.methods.distill.objectives import (
-    Objective,
+from fieldsmith.methods.distill.identifiability import (
     composite_form,
     composite_law,
     identifiability,
-    objective_of,
     quadratic_form,
     unseen_error,
 )  # fmt: skip
+from fieldsmith.methods.distill.losses import anchored_target, feature_loss, pair_loss, row_loss, square, weighted
+from fieldsmith.methods.distill.objectives import OBJECTIVES, Objective, objective_of
 from fieldsmith.paths import (
     Prediction,
     RectifiedFlow,
@@ -322,7 +321,7 @@ class Sample:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            s_c, s_u = self.output_old(theta)
+            s_c, s_u = self.outputs(theta)
             total = torch.stack(
                 [
                     pair_loss((s_c, s_u), (self.c, self.u), self.noise, **terms(objective), scale=w.expand(len(s_c)))
@@ -350,9 +349,9 @@ START, OTHER = generator(K + 4, 2, seed=7), generator(K + 4, 2, seed=8)
 )  # fmt: skip
 def test_full_rank_objectives_reach_one_optimum_from_anywhere(path, objective):
     sample = Sample(path)
-    best = sample.output_old(sample.optimum(objective))
+    best = sample.outputs(sample.optimum(objective))
     for start in (START, OTHER):
-        for found, wanted in zip(sample.output_old(sample.trained(objective, start)), best, strict=True):
+        for found, wanted in zip(sample.outputs(sample.trained(objective, start)), best, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
@@ -361,7 +360,7 @@ def test_full_rank_objectives_differ_where_the_student_cannot_fit_both():
     sample = Sample(FLOW)
 
     def errors(objective: Objective, w: float) -> float:
-        s_c, s_u = sample.output_old(sample.optimum(objective))
+        s_c, s_u = sample.outputs(sample.optimum(objective))
         return float(square(guide(s_c, s_u, w), guide(sample.c, sample.u, w)).mean())
 
     dash, multi = of("dash", anchor=0.0), of("composite", composite_scales=PICKED)
@@ -373,8 +372,8 @@ def test_full_rank_objectives_differ_where_the_student_cannot_fit_both():
 def test_a_composite_leaves_the_null_branch_where_it_started(path):
     """The composite at w0 is one; what two starts keep is e_u = d, e_c = (1 - 1 / w0) d: seen at every other scale."""
     sample, objective, w0 = Sample(path), of("composite"), 4.0
-    best = guide(*sample.output_old(sample.optimum(objective)), w0)
-    (c1, u1), (c2, u2) = (sample.output_old(sample.trained(objective, start)) for start in (START, OTHER))
+    best = guide(*sample.outputs(sample.optimum(objective)), w0)
+    (c1, u1), (c2, u2) = (sample.outputs(sample.trained(objective, start)) for start in (START, OTHER))
     for c, u in ((c1, u1), (c2, u2)):
         torch.testing.assert_close(guide(c, u, w0), best, atol=1e-4, rtol=0)
     drift = u2 - u1
@@ -389,8 +388,8 @@ def test_a_composite_leaves_the_null_branch_where_it_started(path):
 @PATHS
 def test_a_gap_alone_leaves_a_drift_that_both_branches_share(path):
     sample, objective = Sample(path), of("gap")
-    c, u = sample.output_old(sample.optimum(objective))
-    runs = [sample.output_old(sample.trained(objective, start)) for start in (START, OTHER)]
+    c, u = sample.outputs(sample.optimum(objective))
+    runs = [sample.outputs(sample.trained(objective, start)) for start in (START, OTHER)]
     for s_c, s_u in runs:
         torch.testing.assert_close(s_c - s_u, c - u, atol=1e-4, rtol=0)
         assert float(square(s_u, sample.u).mean()) > 0.5  # perfect gaps, useless branches
@@ -402,10 +401,10 @@ def test_a_gap_alone_leaves_a_drift_that_both_branches_share(path):
 @PATHS
 def test_conditional_alone_never_moves_the_null_offset(path):
     sample, objective = Sample(path), of("conditional")
-    best = sample.output_old(sample.optimum(objective))[0]
+    best = sample.outputs(sample.optimum(objective))[0]
     for start in (START, OTHER):
         theta = sample.trained(objective, start)
-        torch.testing.assert_close(sample.output_old(theta)[0], best, atol=1e-4, rtol=0)
+        torch.testing.assert_close(sample.outputs(theta)[0], best, atol=1e-4, rtol=0)
         assert torch.equal(theta[-1], start[-1])
 
 

@@ -12,16 +12,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fieldsmith import verb
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill import bank as banks
 from fieldsmith.methods.distill import curriculum as weights_of
-from fieldsmith.methods.distill import loop
+from fieldsmith.methods.distill import step as steps
+from fieldsmith.methods.distill import teacher as asked_of
 from fieldsmith.methods.distill.bank import SHARD, Bank, Source, draw, fingerprint, place, states_at
-from fieldsmith.methods.distill.config import PRESETS, DistillConfig, check, preset
+from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.curriculum import times_of
 from fieldsmith.methods.distill.features import blocks, places
-from fieldsmith.methods.distill.loop import Feed, Result, Step, check_pair, curriculum_for, distill
 from fieldsmith.methods.distill.objectives import objective_of
+from fieldsmith.methods.distill.step import Inputs, Step, check_pair
+from fieldsmith.methods.distill.teacher import Feed, curriculum_for
+from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.shrink import shrink
@@ -33,7 +37,7 @@ from fieldsmith.training import Optimisation, fit, step_generator
 from fieldsmith.worlds.classes import digits
 
 DATA = digits()
-SOURCE = Source(DATA.images * 2 - 1, DATA.labels, DATA.names)
+SOURCE = Source(DATA.images * 2 - 1, DATA.labels, DATA.names, "digits")
 ONLINE = DistillConfig(bank=0, steps=12, batch=16, warmup=2, ema=0.8, shrink=3.0)
 SPLIT = {"layout": "split", "null_share": 0.25}
 OWN_SPLIT = {**SPLIT, "natural": True}
@@ -82,7 +86,7 @@ def banked(cache: pathlib.Path) -> DistillConfig:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> int:
-    for module in (banks, loop):
+    for module in (banks, asked_of):
         monkeypatch.setattr(module, "SHARD", 64)
     return 64
 
@@ -94,9 +98,11 @@ def student_of(teacher: UNet, config: DistillConfig) -> UNet:
     return student
 
 
-def taught(teacher: UNet, config: DistillConfig, run: Run | None = None) -> tuple[UNet, Result]:
-    student = student_of(teacher, config)
-    return student, distill(teacher, student, SOURCE, config, run, "digits", quiet=True)
+def taught(
+    teacher: UNet, config: DistillConfig, run: Run | None = None, student: UNet | None = None, source: Source = SOURCE
+) -> tuple[UNet, verb.Trained]:
+    job, done = verb.train(DISTILL, teacher, config, Inputs(source=source, student=student), run)
+    return job.model, done
 
 
 def weights(model: UNet) -> dict[str, Tensor]:
@@ -130,7 +136,7 @@ LEARN = {"steps": 50, "batch": 32, "warmup": 5, "lr": 4e-3}
 @pytest.fixture
 def forgetful(teacher, monkeypatch) -> UNet:
     """The teacher's own network with new class rows, the null one too: what distillation alone can bring back."""
-    monkeypatch.setattr(loop, "check_pair", lambda *arguments: None)  # it is not smaller
+    monkeypatch.setattr(steps, "check_pair", lambda *arguments: None)  # it is not smaller
     student = tiny()
     student.network.load_state_dict(teacher.network.state_dict())
     with torch.no_grad():
@@ -150,7 +156,7 @@ def forgetful(teacher, monkeypatch) -> UNet:
 )
 def test_objectives_that_teach_the_null_branch_bring_it_back(teacher, banked, forgetful, settings):
     before = errors(teacher, forgetful)
-    distill(teacher, forgetful, SOURCE, replace(banked, **LEARN, **settings), None, "digits", quiet=True)
+    taught(teacher, replace(banked, **LEARN, **settings), student=forgetful)
     after = errors(teacher, forgetful)
     for branch in ("conditional", "unconditional"):
         assert after[branch] < 0.25 * before[branch]
@@ -161,7 +167,7 @@ def test_objectives_that_leave_a_direction_open_do_not(teacher, banked, forgetfu
     """What each of them sees does come back; the null branch does not, as DASH's diagnosis says."""
     before = errors(teacher, forgetful)
     row = forgetful.network.class_embedding.weight[-1].clone()
-    distill(teacher, forgetful, SOURCE, replace(banked, **LEARN, objective=objective), None, "digits", quiet=True)
+    taught(teacher, replace(banked, **LEARN, objective=objective), student=forgetful)
     after = errors(teacher, forgetful)
     seen = {"conditional": "conditional", "composite": "guided", "gap": "gap"}[objective]
     assert after[seen] < 0.3 * before[seen]
@@ -173,7 +179,7 @@ def test_objectives_that_leave_a_direction_open_do_not(teacher, banked, forgetfu
 
 
 def test_the_log_holds_both_branches_errors_and_they_fall(teacher, tmp_path):
-    config = replace(ONLINE, bank=SHARD, reuse=1e6, steps=40, batch=32, lr=4e-3)
+    config = replace(ONLINE, bank=SHARD, reuse=1e6, steps=40, batch=32, lr=4e-3, out=tmp_path / "run")
     run = Run(tmp_path / "run", "distill", config)
     taught(teacher, config, run)
     rows = run.history()
@@ -205,31 +211,31 @@ def test_the_account_is_what_the_networks_really_did(teacher, settings, asked, e
     config = replace(ONLINE, steps=3, **settings)
     student = student_of(teacher, config)
     with teacher.count_nfe() as of_teacher, student.count_nfe() as of_student:
-        result = distill(teacher, student, SOURCE, config, None, "digits", quiet=True)
-    assert of_teacher.total == result.teacher_forwards == 3 * asked
-    assert of_student.total == result.student_forwards == 3 * 3 * evaluations
-    assert result.teacher_cost > 1
-    assert result.forward_equivalents == result.student_forwards + result.teacher_cost * result.teacher_forwards
+        cost = taught(teacher, config, student=student)[1].cost
+    assert of_teacher.total == cost["teacher forwards"] == 3 * asked
+    assert of_student.total == cost["student forwards"] == 3 * 3 * evaluations
+    assert cost["teacher cost"] > 1
+    assert cost["nfe"] == cost["student forwards"] + cost["teacher cost"] * cost["teacher forwards"]
 
 
 def test_a_bank_counts_every_row_that_was_in_a_window(teacher, tmp_path, small_shards):
     """12 steps of 8 pairs at reuse 0.5 slide by three shards, whoever made them."""
     config = replace(ONLINE, bank=100, reuse=0.5, bank_folder=tmp_path / "bank")
     with teacher.count_nfe() as nfe:
-        result = taught(teacher, config)[1]
+        asked = taught(teacher, config)[1].cost["teacher forwards"]
     made = sorted(file.name for file in (tmp_path / "bank").glob("*.safetensors"))
     assert made == [f"shard-{k:05d}.safetensors" for k in range(4)]  # two at once, from the first to the third
-    assert result.teacher_forwards == 2 * 64 * 4 == nfe.total
+    assert asked == 2 * 64 * 4 == nfe.total
     with teacher.count_nfe() as nfe:
-        again = taught(teacher, config)[1]
-    assert again.teacher_forwards == result.teacher_forwards and nfe.total == 0
+        again = taught(teacher, config)[1].cost["teacher forwards"]
+    assert again == asked and nfe.total == 0
 
 
 # the bank
 
 
 def test_two_banks_share_their_shards(teacher, tmp_path, small_shards):
-    first, second = (Bank(tmp_path / "bank", teacher, SOURCE, "digits") for _ in range(2))
+    first, second = (Bank(tmp_path / "bank", teacher, SOURCE) for _ in range(2))
     with teacher.count_nfe() as nfe:
         rows = first.window(0, 2)
     assert first.teacher_states == nfe.total == 2 * 2 * small_shards
@@ -246,7 +252,7 @@ def test_two_banks_share_their_shards(teacher, tmp_path, small_shards):
 
 def test_what_a_bank_kept_is_what_the_teacher_says(teacher, tmp_path, small_shards):
     """To fp16 of each branch, and of the gap on its own: a difference of rounded branches would lose what is small."""
-    rows = Bank(tmp_path / "bank", teacher, SOURCE, "digits").window(0, 4)
+    rows = Bank(tmp_path / "bank", teacher, SOURCE).window(0, 4)
     assert bool((rows.t.diff() >= 0).all()) and len(rows) == 256
     output = branches(teacher, rows.x_t, rows.t, teacher.encode(SOURCE.prompts)[rows.prompt])
     half = 2**-11 + 1e-5  # relative rounding of fp16
@@ -259,7 +265,7 @@ def test_what_a_bank_kept_is_what_the_teacher_says(teacher, tmp_path, small_shar
 
 
 def test_a_banks_states_are_noised_data_at_every_time(teacher, tmp_path, small_shards):
-    rows = Bank(tmp_path / "bank", teacher, SOURCE, "digits").window(0, 1)
+    rows = Bank(tmp_path / "bank", teacher, SOURCE).window(0, 1)
     slices = (rows.t.double() * 1000 - 1).round() / 1000 * small_shards
     assert bool(((slices - torch.arange(small_shards)).abs() < 1.1).all())  # one time from each equal slice
     early = rows[rows.t < 0.3]
@@ -271,39 +277,39 @@ def test_a_banks_states_are_noised_data_at_every_time(teacher, tmp_path, small_s
 
 
 def test_the_seed_and_the_shard_decide_a_banks_states(teacher, tmp_path, small_shards):
-    window = {seed: Bank(tmp_path / str(seed), teacher, SOURCE, "digits", seed).window(0, 1) for seed in (0, 1)}
+    window = {seed: Bank(tmp_path / str(seed), teacher, SOURCE, seed).window(0, 1) for seed in (0, 1)}
     assert not torch.equal(window[0].x_t, window[1].x_t)
-    assert not torch.equal(window[0].x_t, Bank(tmp_path / "0", teacher, SOURCE, "digits").window(1, 1).x_t)
+    assert not torch.equal(window[0].x_t, Bank(tmp_path / "0", teacher, SOURCE).window(1, 1).x_t)
 
 
 @pytest.mark.parametrize("other", ["teacher", "schedule", "data", "contents of the data", "seed"])
 def test_a_bank_of_something_else_is_refused(teacher, tmp_path, small_shards, other):
     folder = tmp_path / "bank"
-    Bank(folder, teacher, SOURCE, "digits").window(0, 1)
-    model, source, data, seed = teacher, SOURCE, "digits", 0
+    Bank(folder, teacher, SOURCE).window(0, 1)
+    model, source, seed = teacher, SOURCE, 0
     if other == "teacher":
         model = tiny(seed=1)
     if other == "schedule":  # the same weights, which mean other states
         model = tiny(beta_schedule="linear")
         model.network.load_state_dict(teacher.network.state_dict())
     if other == "contents of the data":
-        source = Source(-SOURCE.states, SOURCE.prompt, SOURCE.prompts)
+        source = replace(SOURCE, states=-SOURCE.states)
     if other == "data":
-        data = "shapes"
+        source = replace(SOURCE, name="shapes")
     if other == "seed":
         seed = 1
     named = "teacher" if other == "schedule" else other
     with pytest.raises(InputError, match=f"was made with another {named} .*; name another --bank-folder") as refusal:
-        Bank(folder, model, source, data, seed)
+        Bank(folder, model, source, seed)
     assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_a_bank_folder_with_other_files_is_refused_and_an_empty_one_is_not(teacher, tmp_path):
-    Bank(tmp_path, teacher, SOURCE, "digits")
+    Bank(tmp_path, teacher, SOURCE)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
-        Bank(tmp_path / "full", teacher, SOURCE, "digits")
+        Bank(tmp_path / "full", teacher, SOURCE)
 
 
 def test_fingerprints_are_of_weights_and_not_of_names(teacher):
@@ -370,7 +376,7 @@ def test_a_bank_and_the_teacher_itself_give_one_loss(teacher, banked):
     for settings in ({}, SPLIT, {"objective": "composite"}, {"objective": "student-dropout", **OWN_SPLIT}):
         config = replace(banked, **settings)
         objective = objective_of(config)
-        feed = Feed(teacher, SOURCE, config, objective, Bank(config.bank_folder, teacher, SOURCE, "digits"))
+        feed = Feed(teacher, SOURCE, config, objective, Bank(config.bank_folder, teacher, SOURCE))
         step = Step(
             student_of(teacher, config), feed, config, objective, weights_of.Curriculum("uniform", teacher.path)
         )
@@ -453,7 +459,7 @@ def test_features_are_matched_through_regressors_that_are_not_shipped(teacher, t
     names = [name for name in step.parameters() if name.startswith("regressors.")]
     assert len(names) == 2 * matched
     run = Run(tmp_path / "run", "distill", config)
-    distill(teacher, student, SOURCE, config, run, "digits", quiet=True)
+    taught(teacher, config, run, student)
     rows = run.history()
     early, late = (sum(row["feature error"] for row in some) for some in (rows[:4], rows[-4:]))
     assert late < 0.8 * early
@@ -470,12 +476,12 @@ def test_regressors_train_along_with_the_student(teacher, monkeypatch):
     config = replace(ONLINE, objective="fitnets", steps=3)
     made = []
 
-    class Watched(loop.Regressors):
+    class Watched(steps.Regressors):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append((self, {name: p.detach().clone() for name, p in self.named_parameters()}))
 
-    monkeypatch.setattr(loop, "Regressors", Watched)
+    monkeypatch.setattr(steps, "Regressors", Watched)
     taught(teacher, config)
     regressors, start = made[0]
     assert all(not torch.equal(p, start[name]) for name, p in regressors.named_parameters())
@@ -513,13 +519,13 @@ def test_every_curriculum_trains(teacher, name, source, normalise):
 def test_a_fitted_curriculum_follows_the_frozen_teachers_losses(teacher, monkeypatch):
     """The teacher's losses fall with noise, so tirt and edm2 weigh high noise more; nothing of it is counted."""
     asked = []
-    found = loop.teacher_losses
+    found = asked_of.teacher_losses
 
     def once(*arguments):
         asked.append(found(*arguments) if not asked else asked[0])
         return asked[0]
 
-    monkeypatch.setattr(loop, "teacher_losses", once)
+    monkeypatch.setattr(asked_of, "teacher_losses", once)
     with teacher.count_nfe() as nfe:
         edm2, tirt = (curriculum_for(teacher, SOURCE, replace(ONLINE, curriculum=name)) for name in ("edm2", "tirt"))
     assert nfe.total == 0
@@ -534,16 +540,16 @@ def test_a_fitted_curriculum_follows_the_frozen_teachers_losses(teacher, monkeyp
 
 def test_a_learned_curriculum_moves_and_a_fitted_one_stays(teacher, monkeypatch):
     kept = []
-    found = loop.curriculum_for
+    found = steps.curriculum_for
 
     def watched(*arguments):
         kept.append(found(*arguments))
         return kept[-1]
 
-    monkeypatch.setattr(loop, "curriculum_for", watched)
+    monkeypatch.setattr(steps, "curriculum_for", watched)
     for source in ("learned", "teacher"):
         monkeypatch.setattr(weights_of, "read", lambda *arguments: torch.zeros(1000))
-        monkeypatch.setattr(loop, "pipeline_folder", lambda name: None)
+        monkeypatch.setattr(asked_of, "pipeline_folder", lambda name: None)
         taught(teacher, replace(ONLINE, curriculum="tirt", curriculum_from=source, steps=5))
     assert bool(kept[0].numbers.detach().any()) and not bool(kept[1].numbers.detach().any())
 
@@ -575,28 +581,27 @@ def test_a_teachers_own_curriculum_is_read_and_wrong_ones_are_refused(teacher, t
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_sound_at_both_scales(name):
     for scale in ("laptop", "paper"):
-        check(preset(name, scale))
-    assert preset(name, "paper").steps == 234_000
-    objective_of(preset(name))
+        DistillConfig.preset_of(name, scale, {}).check()
+    assert DistillConfig.preset_of(name, "paper", {}).steps == 234_000
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"objective": "dahs"}, "'dahs' is not in the vocabulary of distill's objectives; did you mean 'dash'?"),
+        ({"objective": "dahs"}, "objective 'dahs' is unknown; did you mean 'dash'?"),
+        ({"curriculum": "min-srn"}, "curriculum 'min-srn' is unknown; did you mean 'min-snr'?"),
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"batch": 0}, "batch=0 must be at least 1"),
-        ({"anchor": -0.1}, "anchor=-0.1 must be 0 or above"),
-        ({"gap": float("nan")}, "gap=nan must be 0 or above"),
-        ({"bank": -1}, "bank=-1 must be 0 or above"),
-        ({"lr": 0.0}, "lr=0.0 must be above 0"),
-        ({"reuse": 0.0}, "reuse=0.0 must be above 0"),
-        ({"ema": 1.0}, "ema=1.0 must be at least 0 and below 1"),
-        ({"shrink": 1.0}, "shrink=1.0 gives no smaller student"),
-        ({"null_share": 0.0}, "null_share=0.0 must lie between 0 and 1"),
-        ({"null_share": 1.0}, "null_share=1.0 must lie between 0 and 1"),
-        ({"times": (0.0, 1.0)}, r"times=\(0.0, 1.0\) are no Beta law"),
+        ({"anchor": -0.1}, "anchor=-0.1 must be at least 0"),
+        ({"gap": float("nan")}, "gap=nan should be a finite number"),
+        ({"ema": 1.0}, "ema=1.0 must be below 1"),
+        ({"shrink": 1.0}, "shrink=1.0 must be above 1"),
+        ({"null_share": 0.0}, "null_share=0.0 must be above 0"),
+        ({"times": (0.0, 1.0)}, "times=0.0 must be above 0"),
         ({"composite_scales": ()}, "no guidance scale given"),
+        ({"evaluate": 1}, "evaluate=1 is too few"),
+        ({"imitation": 0, "unconditional": 0, "anchor": 0}, "every weight of the objective is 0"),
+        ({"data": "nowhere"}, "data 'nowhere' is no folder"),
+        ({"student": "nowhere.json"}, "student config 'nowhere.json' cannot be read"),
         ({"objective": "gap", "layout": "split"}, "objective 'gap' needs both branches at each state"),
         ({"objective": "composite", "layout": "split"}, "objective 'composite' needs both branches"),
         ({"objective": "dash", "gap": 1.0, "layout": "split"}, "objective 'dash' needs both branches"),
@@ -611,16 +616,8 @@ def test_every_preset_is_sound_at_both_scales(name):
 )
 def test_settings_that_cannot_work_are_refused(settings, says):
     with pytest.raises(InputError, match=says) as refusal:
-        check(replace(ONLINE, **settings))
+        replace(ONLINE, **settings).check()
     assert "\n" not in str(refusal.value)
-
-
-def test_an_objective_without_any_weight_is_refused_before_anything_is_asked(teacher):
-    with teacher.count_nfe() as nfe, pytest.raises(InputError, match="every weight of the objective is 0"):
-        taught(teacher, replace(ONLINE, objective="dash", imitation=0.0, unconditional=0.0, anchor=0.0))
-    assert nfe.total == 0
-    with pytest.raises(InputError, match="'min-srn' is not in the vocabulary of distill's curricula"):
-        taught(teacher, replace(ONLINE, curriculum="min-srn"))
 
 
 def test_pairs_of_networks_that_do_not_go_together_are_refused(teacher):
@@ -656,7 +653,7 @@ def test_a_teacher_whose_branches_are_one_is_refused_and_nothing_is_written(tmp_
     student = student_of(flat, config)
     for _ in range(2):  # the second time, too: a refusal leaves the student free
         with pytest.raises(InputError, match="the teacher's branches are one: train it with its labels dropped"):
-            distill(flat, student, SOURCE, config, run, "digits", quiet=True)
+            taught(flat, config, run, student)
     assert not run.folder.exists()
 
 
@@ -668,13 +665,19 @@ def test_seeds_share_a_bank_and_other_data_is_refused_before_the_run_begins(teac
     assert nfe.total == 0 and not same(weights(first), weights(other))
     run = Run(tmp_path / "run", "distill", config)
     with pytest.raises(InputError, match=r"another data \(digits, here shapes\)"):
-        distill(teacher, student_of(teacher, config), SOURCE, config, run, "shapes", quiet=True)
+        taught(teacher, config, run, source=replace(SOURCE, name="shapes"))
     assert not run.folder.exists()
     assert json.loads((tmp_path / "bank" / "bank.json").read_text())["data"] == "digits"
 
 
-def test_a_bank_needs_a_folder_and_data_needs_an_image(teacher):
-    with pytest.raises(InputError, match="a cached teacher needs a folder; add --bank-folder, or --bank 0"):
-        taught(teacher, replace(ONLINE, bank=64))
+def test_without_a_folder_a_bank_is_kept_in_memory(teacher, tmp_path, small_shards):
+    config = replace(ONLINE, bank=100, reuse=0.5)
+    there = taught(teacher, replace(config, bank_folder=tmp_path / "bank"))[0]
+    with teacher.count_nfe() as nfe:
+        assert same(weights(taught(teacher, config)[0]), weights(there))
+    assert nfe.total == 2 * 64 * 4
+
+
+def test_data_needs_an_image():
     with pytest.raises(InputError, match="there is no data to distil on"):
-        Source(SOURCE.states[:0], SOURCE.prompt[:0], SOURCE.prompts)
+        replace(SOURCE, states=SOURCE.states[:0], prompt=SOURCE.prompt[:0])

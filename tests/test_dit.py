@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.measure.detection import sampler
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model

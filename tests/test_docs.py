@@ -1,7 +1,7 @@
 """Every Python block of README.md and docs/ runs as it stands, and every command that needs no network.
 
-The zoo's names stand for tiny pipelines of the same families and vocabularies, so that a block takes seconds. Commands of
-blocks marked `norun` (large models, servers) are parsed to the last flag, but not run.
+The zoo's names stand for tiny pipelines of the same families and vocabularies, so that a block takes seconds. Commands
+of blocks marked `norun` (large models, servers) are parsed to the last flag, but not run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rates, reductions, detectors' curves and the feature likelihood, against closed forms and scikit-learn."""
+"""Rates, detectors' scores and the feature likelihood, against closed forms and counts by hand."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ import math
 
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from experiments.oracles.likelihood import feature_likelihood, fitted_log_variances
 from fieldsmith.measure.hallucination import (
     auroc,
-    average_precision,
     coverage,
     detectable_difference,
     hallucination,
-    novelty,
-    paired_reduction,
-    retention_curve,
     threshold,
     tpr_at,
 )
@@ -79,21 +74,7 @@ def test_unreadable_images_count_as_hallucinated():
         hallucination([], seeded())
 
 
-def test_a_paired_reduction_is_the_mean_over_seeds():
-    found = paired_reduction([flagged(20, 100), flagged(40, 100)], [flagged(15, 100), flagged(20, 100)])
-    assert found.value == pytest.approx(0.375) and found.n == 2 and found.unit == "%"
-    half = 12.7062 * 0.125 * math.sqrt(2) / math.sqrt(2)
-    assert (found.low, found.high) == pytest.approx((0.375 - half, 0.375 + half), rel=1e-4)
-    assert found.short().startswith("37.5% [")
-    with pytest.raises(ValueError, match="nothing can reduce"):
-        paired_reduction([flagged(0, 10), flagged(1, 10)], [flagged(0, 10)] * 2)
-    with pytest.raises(ValueError, match="equal seeds"):
-        paired_reduction([flagged(1, 10)], [flagged(0, 10)] * 2)
-
-
 def test_contents_of_valid_images():
-    held = {("A", 1), ("B", 2)}
-    assert novelty([("A", 1), ("C", 3), ("C", 3), ("B", 2)], held.__contains__) == wilson(2, 4)
     assert coverage("aabbc", 4).share == 0.75
     many = torch.randint(10_000, (5000,), generator=seeded()).tolist()
     assert coverage(many, 10_000).relative == pytest.approx(1, abs=0.03)
@@ -103,19 +84,12 @@ def test_contents_of_valid_images():
         coverage("abc", 2)
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_curves_are_those_of_scikit_learn(ties):
-    labels = torch.rand(500, generator=seeded()) < 0.2
-    scores = torch.randn(500, generator=seeded(1)) + labels
-    if ties:
-        scores = (2 * scores).round()
-    assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
-    assert average_precision(scores, labels) == pytest.approx(average_precision_score(labels, scores))
-    false, true, _ = roc_curve(labels, scores, drop_intermediate=False)
-    assert tpr_at(scores, labels, 0.05) == pytest.approx(true[false <= 0.05].max())
-    curve = retention_curve(scores, labels)
-    assert (1 - curve.kept).tolist() == pytest.approx(false[1:].tolist())
-    assert curve.removed.tolist() == pytest.approx(true[1:].tolist())
+def test_a_detectors_scores_with_ties_are_counted_by_hand():
+    scores = torch.tensor([3.0, 2.0, 2.0, 1.0, 0.0, 0.0])
+    labels = torch.tensor([True, True, False, False, True, False])
+    assert auroc(scores, labels) == pytest.approx((3 + 2.5 + 0.5) / 9)
+    assert tpr_at(scores, labels, 0.0) == pytest.approx(1 / 3)
+    assert tpr_at(scores, labels, 0.34) == pytest.approx(2 / 3)
 
 
 def test_curves_need_both_labels_and_numbers():

@@ -291,7 +291,7 @@ def test_memory_stands_beside_the_settings_of_a_verb():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(InputError, match="'adam' is unknown; known: adamw"):
+    with pytest.raises(InputError, match="'adam' is unknown; did you mean 'adamw'"):
         optimizers.check("adam")
 
 

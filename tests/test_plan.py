@@ -10,7 +10,10 @@ import pytest
 import torch
 from fieldsmith.commands.memory import Memory
 from fieldsmith.methods.align.loop import align
+from fieldsmith.methods.edit.loop import edit
 from fieldsmith.methods.erase.loop import erase
+from fieldsmith.models.blueprint import adapt, blueprint
+from fieldsmith.models.footprint import Component, Live, Update, asked, components, footprint
 
 from fieldsmith.cli import main
 from fieldsmith.commands import costs, plan, plan_error
@@ -22,17 +25,14 @@ from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.config import preset as distill_preset
 from fieldsmith.methods.distill.loop import distill
 from fieldsmith.methods.edit.config import preset as edit_preset
-from fieldsmith.methods.edit.loop import edit
 from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import load
-from fieldsmith.models.blueprint import adapt, blueprint
 from fieldsmith.models.core import LoraSpec
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.footprint import Component, Live, Update, asked, components, footprint
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet

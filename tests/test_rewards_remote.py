@@ -357,7 +357,7 @@ def test_a_slow_server_times_out_and_is_asked_again(server):
         (b"<html>", "failed after 3 attempts: it sent no JSON"),
         (b"[1]", r"failed after 3 attempts: it sent \[1\], which is no chat completion"),
         (completion("I cannot help with that"), "failed after 3 attempts: it said 'I cannot help with that'"),
-        (completion("42"), "it said '42'"),
+        (completion("42"), r"it said '42' \(about prompt 'a'\); look at its log, then resume"),
         ((400, {}), "failed after 1 attempts: status 400.*too hot"),
         ((404, {}), "failed after 1 attempts: status 404"),
     ],

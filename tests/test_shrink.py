@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from fieldsmith.errors import InputError
-from fieldsmith.measure.detection import sampler
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model

@@ -27,11 +27,11 @@ from fieldsmith.worlds.judged import (
     generator_of,
     nearest,
     noisy,
-    pixels,
     place,
     readable,
     residual,
 )
+from fieldsmith.worlds.pictures import pixels
 
 LIGHT, DARK = "#ffce9e", "#d18b47"
 CLASSES = ".PNBRQKpnbrqk"  # what a square can hold; the index is its class

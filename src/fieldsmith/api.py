@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fieldsmith import rewards, verb
-from fieldsmith.config import Config, configure
+from fieldsmith.config import GIVEN, Config, configure
 from fieldsmith.errors import InputError
 from fieldsmith.functions import load_function, name_of
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.align.verb import ALIGN
-from fieldsmith.methods.edit.config import AUTO, GIVEN, EditConfig
+from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.step import Inputs as DistillInputs
+from fieldsmith.methods.distill.verb import DISTILL
+from fieldsmith.methods.edit.config import AUTO, EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.rollouts import World
 from fieldsmith.methods.edit.verb import EDIT
@@ -25,15 +28,22 @@ from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.step import Judged
 from fieldsmith.methods.erase.verb import ERASE
+from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
+from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
+from fieldsmith.models.features import load_features
 from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
+from fieldsmith.sampling import sample as sample
 from fieldsmith.sessions import UserSessions
 from fieldsmith.verb import Callback
-from fieldsmith.worlds import scenes_judge
-from fieldsmith.worlds.model_cards import card_of, world_of
+from fieldsmith.worlds import catalogue, classes, own, scenes_judge
+from fieldsmith.worlds.classes import Classes
+from fieldsmith.worlds.judged import JudgedWorld
+from fieldsmith.worlds.model_cards import card_of, data_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 from fieldsmith.worlds.shapes import open_captions, training_captions
@@ -202,6 +212,114 @@ def edit_inputs(
     return EditInputs(own.sample, scores, channel)
 
 
+def distill(
+    teacher: Model | str | None = None,
+    data: str | pathlib.Path | Classes | Iterable[tuple[Any, str]] | None = None,
+    student: float | str | pathlib.Path | Model | None = None,
+    *,
+    config: DistillConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a smaller student on both branches of a guided teacher (DASH, arXiv 2606.00798, its rivals, and ours).
+
+    `teacher` is a Model or a name to load. `data` is digits, shapes, a folder with a subfolder of images a class, or
+    pairs (image, class). `student` is how many times smaller, a JSON file of config fields, or an untrained Model.
+    Every field of DistillConfig is a keyword; `config` takes the whole. out=None writes nothing. The result's model is
+    the student. Raises InputError before anything is trained or written, RunError where training breaks.
+    """
+    given: dict[str, Any] = {"data": _data_name(data)}
+    if isinstance(student, (str, pathlib.Path)):
+        given["student"] = student
+    elif not isinstance(student, Model):
+        given["shrink"] = student
+    config = _with_objects(config, given)
+    config, teacher = settle(DistillConfig, teacher, "teacher", config, preset, scale, given, settings)
+
+    return verb.run(DISTILL, config, distill_inputs(config, data, student), teacher, callback)
+
+
+def distill_inputs(config: DistillConfig, data: Any = None, student: Any = None) -> DistillInputs:
+    """What `distill` is given beside its config: data and student as given, or as the config names them."""
+
+    def sized(size: int, channels: int) -> Classes:
+        if isinstance(data, Classes):
+            return data
+        if data is not None and not isinstance(data, (str, pathlib.Path)):
+            return classes.of_pairs(data, size, channels)
+        name = data_of(config.teacher, "digits, shapes") if config.data == "auto" else config.data
+        return classes.load(_there(name), size, channels)
+
+    return DistillInputs(sized, student=student if isinstance(student, Model) else None)
+
+
+def sharpen(
+    model: Model | str | None = None,
+    data: str | pathlib.Path | JudgedWorld | Iterable[Any] | None = None,
+    judge: str | Callable[..., Any] | None = None,
+    *,
+    config: SharpenConfig | None = None,
+    preset: str | None = None,
+    scale: str | None = None,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a model, or a guide beside it, so that fewer samples lie where its data have none (VSM, rivals, and ours).
+
+    `data` is columns, cards, a folder of images or images themselves, and then `judge` says which images are
+    valid: a function of images (n, channels, size, size) in [0, 1] that gives n bools or pairs (bool, reason), its
+    name, or an http address. Every field of SharpenConfig is a keyword; `config` takes the whole. out=None writes
+    nothing. Raises InputError before anything is trained or written, RunError where training or judging breaks.
+    """
+    given = {"data": _data_name(data), "judge": _name(judge)}
+    config = _with_objects(config, given)
+    config, model = settle(SharpenConfig, model, "model", config, preset, scale, given, settings)
+
+    return verb.run(SHARPEN, config, sharpen_inputs(config, data, judge), model, callback)
+
+
+def sharpen_inputs(config: SharpenConfig, data: Any = None, judge: Any = None) -> SharpenInputs:
+    """What `sharpen` is given beside its config: data and judge as given, or as the config names them."""
+
+    def sized(channels: int, size: int) -> JudgedWorld:
+        verdict = judge if callable(judge) else config.judge
+        if data is None or isinstance(data, (str, pathlib.Path)):
+            name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
+            return catalogue.load(_there(name), size, verdict, channels)
+        if hasattr(data, "sample"):
+            world: JudgedWorld = data
+            return world
+        if verdict is None:
+            raise InputError("these images need a judge; give judge=, a function that says which images are valid")
+        return own.of_images(data, verdict, size, channels)
+
+    return SharpenInputs(sized, features=load_features(config.extractor) if config.extractor else None)
+
+
+def _data_name(data: Any) -> str | None:
+    """How a config names data: a name as it is, an object as 'given:NAME'."""
+    if data is None or isinstance(data, (str, pathlib.Path)):
+        return None if data is None else str(data)
+    return f"{GIVEN}{getattr(data, 'name', None) or type(data).__name__}"
+
+
+def _with_objects(config: C | None, given: dict[str, Any]) -> C | None:
+    """Functions and objects may be given beside a config, which cannot hold them: move their names into it."""
+    if config is None:
+        return None
+    names = [name for name, value in given.items() if str(value).startswith((GIVEN, "function:"))]
+    return config.replace(**{name: given.pop(name) for name in names})
+
+
+def _there(name: str) -> str:
+    """The name. Raises InputError where it stands for an object of another session."""
+    if name.startswith(GIVEN):
+        raise InputError(f"'{name}' was an object in Python when this run was begun; hand it over again")
+    return name
+
+
 def settle(
     kind: type[C],
     model: Model | str | None,
@@ -227,3 +345,6 @@ def settle(
     if other or preset or scale:
         raise InputError(f"config and {', '.join(other) or 'preset'} are both given; put everything into the config")
     return config.replace(**given), model if isinstance(model, Model) else None
+
+
+open_run = Result.open

@@ -28,7 +28,6 @@ VERBS = {
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "sample": "Draw a grid of images from a model.",
-    "evaluate": "Judge what a model draws, prompt by prompt.",
     "demo": "Each verb once on small models, and the page that leads to what they made.",
 }
 
@@ -104,8 +103,7 @@ def _command(words: list[str]) -> None:
     if verb in METHODS:
         importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
     else:
-        module = "models" if verb in ("sample", "evaluate") else verb
-        getattr(importlib.import_module(f"fieldsmith.commands.{module}"), verb)(words[1:])
+        getattr(importlib.import_module(f"fieldsmith.commands.{verb}"), verb)(words[1:])
 
 
 def _stop(sentence: str, code: int) -> int:

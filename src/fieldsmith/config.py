@@ -8,7 +8,9 @@ sentence. Importing this costs no torch: the command line parses from it before 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
@@ -21,11 +23,14 @@ from fieldsmith.read import read_toml
 T = TypeVar("T")
 
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+GIVEN = "given:"  # how a config names data that were handed over as objects in Python
 
 TYPES = {
     "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
@@ -69,7 +74,10 @@ def _sentence(error: pydantic.ValidationError) -> str:
         case "less_than":
             return f"{name}={value} must be below {limits['lt']:g}"
         case "literal_error":
-            return f"{name} '{value}' is unknown; known: {limits['expected'].replace(' or ', ', ')}"
+            known = re.findall(r"'([^']*)'", limits["expected"])
+            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            return f"{name} '{value}' is unknown; {hint}"
         case kind if kind in TYPES:
             return f"{name}={value!r} should be {TYPES[kind]}"
     return f"{name}={value!r}: {first['msg']}"
@@ -126,6 +134,26 @@ class OptimConfig:
     """AdamW's weight decay."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps AdamW's moments in 8 bits; it comes with `pip install fieldsmith[8bit]`."""
+
+
+@config
+class FitConfig(Config, OptimConfig):
+    """How a network is fitted to data: AdamW with a warm-up and a cosine decay, clipped gradients, averaged weights."""
+
+    steps: Count = 400
+    """Updates."""
+    batch: Count = 32
+    """Rows of an update."""
+    lr: Positive = 1e-3
+    """AdamW's learning rate, decayed by a cosine."""
+    warmup: Natural = 0
+    """Updates over which the learning rate rises."""
+    clip: Positive = 1.0
+    """Largest gradient norm."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the averaged weights that are kept; 0: none."""
+    threads: Count | None = None
+    """Torch threads; None: as many as torch wants."""
 
 
 @config

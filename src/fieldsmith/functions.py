@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from fieldsmith.errors import InputError, RewardError
+from fieldsmith.errors import InputError, RewardError, RunError
 
 OURS = str(pathlib.Path(__file__).parent)
 LIBRARIES = tuple({path for name, path in sysconfig.get_paths().items() if "lib" in name})
@@ -84,6 +84,19 @@ def check_signature(function: Callable[..., Any], what: str, *arguments: str) ->
         ) from error
 
 
+def call(function: Callable[..., Any], what: str, about: str, *arguments: Any) -> Any:
+    """function(*arguments). Whatever it raises becomes a RewardError: `what` failed, e.g. "reward 'f'", and `about`
+    which inputs, e.g. "an image of prompt 'a cat'"; our own errors, which say what is wrong, stay as they are."""
+    try:
+        return function(*arguments)
+    except (InputError, RunError):
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's function may raise
+        raise RewardError(
+            f"{what} raised {describe(error)} for {about}; fix the function, --debug shows its lines"
+        ) from error
+
+
 def describe(error: BaseException) -> str:
     """An exception on one line, with the user's line that raised it: 'ValueError: too dark (mine.py, line 7)'."""
     words = " ".join(str(error).split())
@@ -100,9 +113,9 @@ def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def user_traceback(error: BaseException) -> str:
-    """What `--debug` prints: the user's own frames of the exception behind an error; '' where no such exception is."""
+    """What `--debug` prints: the user's own frames of the exception behind an error; '' where none of them failed."""
     cause = error.__cause__
-    if cause is None:
+    frames = user_frames(cause) if cause else []
+    if not frames:
         return ""
-    lines = traceback.format_list(user_frames(cause))
-    return "".join(["In your code:\n", *lines, *traceback.format_exception_only(cause)])
+    return "".join(["In your code:\n", *traceback.format_list(frames), *traceback.format_exception_only(cause)])

@@ -7,8 +7,7 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,18 @@ from fieldsmith import api, rewards, training, verb
 from fieldsmith.commands.plan import Plan
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
-from fieldsmith.models.estimate_memory import EMA, MOMENTS, REFERENCE, TRAINABLE
-from fieldsmith.models.estimate_memory import components, modules, moments_of, size_of, tensors
+from fieldsmith.models.estimate_memory import (
+    EMA,
+    MOMENTS,
+    REFERENCE,
+    TRAINABLE,
+    Live,
+    components,
+    modules,
+    moments_of,
+    size_of,
+    tensors,
+)
 from fieldsmith.models.memory import checkpoint_activations
 from fieldsmith.models.meta_model import MetaModel, meta_model
 from fieldsmith.models.rehearsal import count_gradients
@@ -29,7 +38,7 @@ from fieldsmith.training import Fit
 from fieldsmith.verb import Job, Verb
 
 ELSEWHERE = "parts that wait on the CPU"
-EQUAL, MOST = 3, 24  # collections that are rehearsed: until so many in a row cost the same, and at most
+EQUAL, MOST = 5, 24  # collections that are rehearsed: until so many in a row cost the same, and at most
 
 
 class Judged:
@@ -159,7 +168,7 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
         live.hold(job.parameters.values(), TRAINABLE)
         job.begin()
         stack.enter_context(job.around())
-        updates = Updates(job, rehearsal)
+        updates = Updates(job, live)
         stack.callback(lambda: [hook.remove() for hook in updates.hooks])
         costs = [(nfe.total, calls())]
 
@@ -181,7 +190,7 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
     return Rehearsed(job, memory, kept, cost["nfe"], cost, asked, varies)
 
 
-def _hold_both(live: Any, model: Model, learner: Model) -> None:
+def _hold_both(live: Live, model: Model, learner: Model) -> None:
     """Weights of two networks under names of their own."""
     for whose, one in (("teacher", model), ("student", learner)):
         for name, part in modules(one).items():
@@ -213,33 +222,26 @@ def _extrapolated(
 class Updates:
     """A job's updates as `training.fit` takes them, rehearsed."""
 
-    def __init__(self, job: Job, rehearsal: Any):
-        self.job, self.rehearsal, self.live = job, rehearsal, rehearsal.live
+    def __init__(self, job: Job, live: Live):
+        self.job, self.live = job, live
         self.params = [p for p in job.parameters.values() if p.requires_grad]
         self.optimizer, self.moments = moments_of(self.params, job.optimisation.optimizer)
         self.averages = [p.detach().clone() for p in job.parameters.values()] if job.optimisation.ema else []
         self.live.hold(self.averages, EMA)
         self.live.hold(self.moments, MOMENTS)
         self.hooks = count_gradients(self.live, self.params)
-        self.taken = 0
 
     def collection(self, at: int) -> None:
         """The updates that share collection `at`."""
         block, steps = self.job.optimisation.block, self.job.optimisation.steps
         for step in range(at * block, min((at + 1) * block, steps)):
-            if self.taken in (0, 1, block):  # moments are there from update 1 on, one more collection from the second
-                self.rehearsal.again()
             self._update(step)
-            self.taken += 1
 
     def _update(self, step: int) -> None:
-        training.gradient(step, self.params, self._losses, self.optimizer, self.job.optimisation)
+        training.gradient(step, self.params, self.job.losses, self.optimizer, self.job.optimisation)
         self.optimizer.step()
         states = self.optimizer.state.values()
         self.moments = self.moments or [v for state in states for key, v in state.items() if key != "step"]
         self.live.hold(self.moments, MOMENTS)
         if self.averages:
             torch._foreach_lerp_(self.averages, [p.detach() for p in self.job.parameters.values()], 0.5)
-
-    def _losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        yield from self.job.losses(step, generator, log)

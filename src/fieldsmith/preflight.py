@@ -41,6 +41,15 @@ def require(checks: list[Check], quiet: bool = False) -> None:
             raise InputError(f"preflight: {check.name} is {check.value:.3g}, healthy is {check.healthy}; {check.fix}")
 
 
+def check_sampled(model: Model, steps: int) -> None:
+    """Raises InputError where the model has no null prompt, in its own words, or cannot be sampled in these steps."""
+    model.encode([""])
+    try:
+        model.grid(steps)
+    except ValueError as error:
+        raise InputError(f"sampler_steps={steps}: {error}") from error
+
+
 @torch.no_grad()
 def adapter_off(model: Model, x: Tensor, t: Tensor, condition: Condition, base: Tensor) -> Check:
     """The reference gives the base model's output to the last bit; `base` was computed before anything was adapted."""

@@ -53,11 +53,17 @@ class Server:
         return self._client.get(self.address + path, cast_to=httpx2.Response, options=self._options).content
 
     def post(
-        self, path: str, body: dict[str, Any], read: Callable[[Any], T], stopped: threading.Event | None = None
+        self,
+        path: str,
+        body: dict[str, Any],
+        read: Callable[[Any], T],
+        about: str,
+        stopped: threading.Event | None = None,
     ) -> T:
         """`read` of the server's JSON answer to a body; `read` raises Unreadable at what must be asked again.
 
-        `stopped` ends the waiting between two attempts. Raises RewardError where trouble stays.
+        `stopped` ends the waiting between two attempts. Raises RewardError where trouble stays, which names what the
+        question is `about`.
         """
         stopped = stopped or threading.Event()
         jitter = random.Random(f"{self.seed} {json.dumps(body)}")
@@ -87,8 +93,8 @@ class Server:
             except (ValueError, RecursionError) as error:
                 trouble = f"it sent no JSON ({error})"
         raise RewardError(
-            f"judge at {self.address} failed after {attempt + 1} attempts: {trouble}; look at its log, then resume the "
-            "run"
+            f"judge at {self.address} failed after {attempt + 1} attempts: {trouble} (about {about}); look at its log, "
+            "then resume the run"
         )
 
     def describe(self, error: openai.APIError) -> str:

@@ -253,10 +253,10 @@ def _parsed(parse: Callable[[Any], Any], text: Any, otherwise: str) -> Any:
         raise InputError(otherwise) from error
 
 
-def _instructions(given: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(given, (list, tuple)) or not given:
+def _instructions(instructions: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(instructions, (list, tuple)) or not instructions:
         raise InputError(f"{where} has no list of instructions; write {LINE}")
-    for turn, instruction in enumerate(given, 1):
+    for turn, instruction in enumerate(instructions, 1):
         if not isinstance(instruction, str) or not instruction.strip():
             raise InputError(f"instruction {turn} at {where} is {instruction!r}; write it as text, in quotes")
-    return tuple(instruction.strip() for instruction in given)
+    return tuple(instruction.strip() for instruction in instructions)

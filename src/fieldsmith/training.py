@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fieldsmith import processes
+from fieldsmith.config import FitConfig
 from fieldsmith.errors import RunError
 from fieldsmith.optimizers import adamw
 from fieldsmith.run import Run
@@ -51,6 +52,15 @@ class Optimisation:
     block: int = 1  # steps that share what the first of them drew: checkpoints fall between blocks only
     seed: int = 0
     optimizer: str = "adamw"  # a name in optimizers.OPTIMIZERS
+
+
+def optimisation_of(config: FitConfig) -> Optimisation:
+    """How a network is fitted to data: a cosine after the warm-up, ten checkpoints or one every 100 steps."""
+    return Optimisation(
+        config.steps, config.lr, config.weight_decay, config.warmup, cosine=True, clip=config.clip,
+        ema=config.ema or None, checkpoint_every=max(100, config.steps // 10), seed=config.seed,
+        optimizer=config.optimizer,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

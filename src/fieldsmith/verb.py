@@ -100,6 +100,7 @@ class Verb:
     measure: Callable[[Any, Any, Job, Side], Any]  # a model, config, job, side -> what `report` compares; equal seeds
     report: Callable[[Page, Outcome], dict[str, Any]]  # fills the page; what goes into metrics.json
     source: str = "model"  # the config's field that names what is loaded
+    evaluated: str = "evaluate"  # the config's field that says how much is measured; 0: nothing
     frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
 
 
@@ -135,7 +136,7 @@ def run(
         **trained.cost, **job.facts(),
     }  # fmt: skip
     page = Page("")
-    if getattr(config, "evaluate", 1):
+    if getattr(config, verb.evaluated):
         console.print(f"{trained.steps} steps in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
         with job.model.uncounted():
             with job.reference() as base:
@@ -145,7 +146,7 @@ def run(
         metrics |= verb.report(page, Outcome(config, job, model, before, after, metrics, history, folder))
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
-        page.text("", "evaluate is 0: nothing was measured.")
+        page.text("", f"{verb.evaluated} is 0: nothing was measured.")
     result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
     if folder:
         page.command("Repeat it, load it", _repeat(verb, config, folder, shipped))
@@ -170,21 +171,27 @@ def train(
     Raises InputError before anything is trained or written, RunError where training breaks.
     """
     config.check()
+    if getattr(config, "threads", None):
+        torch.set_num_threads(config.threads)
     resumes = run is not None and run.resumes
     began_plain = not model.trains
     with contextlib.ExitStack() as stack:
         nfe = stack.enter_context(model.count_nfe())
+        job = None
         try:
             job = verb.prepare(model, config, inputs)
             if job.model is not model:  # a student or a guide has a count of its own
                 nfe = stack.enter_context(job.model.count_nfe())
-            with job.model.uncounted():
-                preflight.require(job.checks(resumes), quiet)
             if config.checkpointing:
                 checkpoint_activations(job.model)
+            with job.model.uncounted():
+                preflight.require(job.checks(resumes), quiet)
         except BaseException:
+            # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:
-                model.remove_training()  # refused before anything was trained: the model can be used again
+                model.remove_training()
+            if job and job.model is not model:
+                job.model.remove_training()
             raise
         if run:
             run.begin()
@@ -262,7 +269,7 @@ def curves(page: Page, outcome: Outcome, panels: dict[str, tuple[str, ...]]) -> 
     done = outcome.metrics
     calls = int(sum(row.get("reward calls", 0) for row in outcome.history))
     judged = f", {calls:,} reward calls" if calls else ""
-    cost = f"{done['nfe']:,} network evaluations (a forward of one state is 1, its backward 2)"
+    cost = f"{done['nfe']:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
     if drawn:
         page.curves("The run", drawn, note=f"{done['steps']} steps, {done['seconds']:.0f} s, {cost}{judged}.")
 
@@ -284,4 +291,7 @@ def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
             f'pipe = DiffusionPipeline.from_pretrained("{getattr(config, verb.source)}")',
             f'pipe.load_lora_weights("{run.folder / "adapter"}")',
         ]
+    if shipped == "model":
+        model = run.folder / "model"
+        lines += ["", "# in Python, with diffusers alone", f'pipe = DiffusionPipeline.from_pretrained("{model}")']
     return lines

@@ -6,7 +6,6 @@ kind's `diagnosis` asks for by name. Raises InputError where a name is unknown, 
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,17 +19,18 @@ from fieldsmith.diagnose.guidance import listed
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.measure.exposure import HELD_OUT
 from fieldsmith.methods.align.audit import Truths
-from fieldsmith.methods.align.setting import named_prompts
+from fieldsmith.methods.sharpen.step import world_for
 from fieldsmith.models import load, load_adapter, pipeline_folder
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow
-from fieldsmith.rewards import Named, checked
+from fieldsmith.read import read_prompts
+from fieldsmith.rewards import Reward
 from fieldsmith.rewards import load as load_reward
 from fieldsmith.rewards.edits import MODES, edit_judge
 from fieldsmith.samplers import flow_grid
-from fieldsmith.worlds import classes, judged, scenes_judge
+from fieldsmith.worlds import catalogue, classes, scenes_judge
 from fieldsmith.worlds.mixtures import triangle
 from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, OPERATIONS, ScenesWorld
@@ -55,7 +55,7 @@ def _name(given: Any) -> str:
 
 def guidance(config: Guidance) -> dict[str, Any]:
     student, teacher = (_model(given, config.resolution) for given in (config.model, config.teacher))
-    prompts = named_prompts(config.prompts)
+    prompts = read_prompts(config.prompts)
     return {"model": student, "teacher": teacher, "prompts": prompts, "data": _classes(config, teacher)}
 
 
@@ -100,22 +100,11 @@ def judged_world(model: Model, data: Any, judge: str | None) -> Any:
     """The world that `data` or the model's card names, at the model's size; None where nothing does."""
     if data is None:
         data = card_of(model.name).get("data")
-        if data not in judged.WORLDS:
+        if data not in catalogue.WORLDS:
             return None
     if not isinstance(data, str):
-        return data
-    shape = image_shape(model)
-    if data not in judged.WORLDS and judge is not None:
-        if not pathlib.Path(data).is_dir():
-            raise InputError(f"data '{data}' is no folder of images; name one, or columns, cards or chess")
-        return judged.FolderWorld(data, judge, size=shape[-1], channels=shape[0])
-    world = judged.load(data, shape[-1] if data in judged.WORLDS else None, judge)
-    if (world.channels, world.size, world.size) != shape:
-        raise InputError(
-            f"data '{data}' are {world.channels} x {world.size} x {world.size}; {model.name} draws "
-            f"{' x '.join(map(str, shape))}, so give a model of that size"
-        )
-    return world
+        return world_for(model, data)
+    return world_for(model, lambda channels, size: catalogue.load(data, size, judge, channels))
 
 
 # exposure
@@ -174,7 +163,7 @@ def concepts_of(config: Concepts) -> dict[str, Any]:
 
 def audit(config: Audit) -> dict[str, Any]:
     name = _name(config.model)
-    prompts = named_prompts(config.prompts)
+    prompts = read_prompts(config.prompts)
     if name.startswith("world:"):
         check_word(name, EXACT, "audit's exact worlds")
         check_word(str(config.reward), ("linear",), f"the rewards of {name}")
@@ -183,8 +172,7 @@ def audit(config: Audit) -> dict[str, Any]:
     world = world_of(name)
     if not prompts and world:
         prompts = tuple(caption(concept) for concept in concepts())
-    reward = load_reward(config.reward, world) if isinstance(config.reward, str) else config.reward
-    return {"model": model, "reward": checked(reward), "prompts": prompts}
+    return {"model": model, "reward": load_reward(config.reward, world), "prompts": prompts}
 
 
 def _triangle(config: Audit) -> dict[str, Any]:
@@ -199,7 +187,7 @@ def _triangle(config: Audit) -> dict[str, Any]:
 
     return {
         "model": Exact(mixture, path, flow_grid(config.steps)),
-        "reward": Named("linear", True, lambda images, _: images @ b.to(images) + 3),
+        "reward": Reward("linear", True, lambda images, _: images @ b.to(images) + 3),
         "prompts": ("a point",),
         "exact": Truths(lambda x, t: pulled(x, t, 1e5), lambda x, t: pulled(x, t, config.temperature)),
     }

@@ -12,7 +12,7 @@ import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError, check_word

@@ -1,14 +1,18 @@
-"""`fieldsmith sample` and `fieldsmith evaluate`: draw a grid of images, or judge what a model draws.
-
-In: the words after the command. Out: a PNG, or a table of verdicts and a JSON file.
-"""
+"""`fieldsmith sample`: draw a grid of images, one row a prompt, or run an editing session from an image."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Literal
 
+from fieldsmith.commands import arguments
 from fieldsmith.config import Count, Seed, config
+from fieldsmith.errors import InputError
+from fieldsmith.models import pipeline_folder
+from fieldsmith.read import read_prompts
+from fieldsmith.run import check_out
 
 
 @config
@@ -43,23 +47,24 @@ class SampleConfig:
     """Equal seeds give equal noise."""
 
 
-@config
-class EvaluateConfig:
-    """Judge what a model draws for every composition of its world, and print the table."""
+def sample(words: Sequence[str]) -> None:
+    """fieldsmith sample --prompts WORDS [--field value ...]. Raises InputError before anything is drawn."""
+    config = arguments.parse(SampleConfig(), list(words), "sample")
+    prompts = read_prompts(config.prompts)
+    if not prompts:
+        raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')
+    config = dataclasses.replace(config, prompts=prompts)
+    check_out(config.out, folder=False)
+    pipeline_folder(config.model)  # an unknown zoo model is refused now
+    from fieldsmith import sampling  # imports torch: once the words are known to be good
+    from fieldsmith.report.grid import save_grid
 
-    model: str = "zoo:shapes-flux"
-    """A zoo model, or a pipeline folder whose card.json names its world."""
-    adapter: pathlib.Path | None = None
-    """A LoRA folder to attach first, such as a run's adapter/."""
-    out: pathlib.Path | None = None
-    """A JSON file to write the numbers to."""
-    each: Count = 16
-    """Images per prompt."""
-    steps: Count = 28
-    """Sampler steps."""
-    guidance: float | None = None
-    """Guidance scale; none and 1 are off."""
-    resolution: Count | None = None
-    """Image side in pixels; None: the model's own."""
-    seed: Seed = 0
-    """Equal seeds give equal noise."""
+    if config.image:
+        turns = sampling.session(config)
+        images, columns = turns.flatten(0, 1), turns.shape[1]
+        what = f"{config.each} sessions of {len(prompts)} turns"
+    else:
+        images = sampling.sampler_of(config)([prompt for prompt in prompts for _ in range(config.each)], config.seed)
+        what, columns = f"{len(images)} images", config.each
+    save_grid(images, config.out, columns=columns, scale=max(1, 128 // images.shape[-1]))
+    print(f"{what}: {config.out}")

@@ -34,6 +34,10 @@ def settings(verb: str, words: Sequence[str]) -> Any:
 
 def run(verb: str, words: Sequence[str]) -> None:
     """The whole verb. Raises InputError before anything is written."""
+    if verb == "distill" and "--identifiability" in words:
+        show = importlib.import_module("fieldsmith.commands.identifiability").show  # imports torch
+        show([word for word in words if word != "--identifiability"])
+        return
     config = settings(verb, words)
     config.check()
     if config.out is None:

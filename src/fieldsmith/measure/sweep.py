@@ -85,12 +85,12 @@ class Sweep:
             return float(scale)
         return tag_schedule(self.teacher.path)
 
-    def scores(self, images: Tensor, scale: float | str) -> dict[str, float]:
+    def scores(self, images: Tensor, of_teacher: Tensor) -> dict[str, float]:
         """Frechet distance to the data, share of images whose class is the one asked for, drift from the teacher's."""
         found = {
             "distance": frechet_distance(self.judge(images), self.real),
             "accuracy": float((self.judge.read(images) == self.labels).float().mean()),
-            "drift": float((images - self.of_teacher(scale)).square().mean()),
+            "drift": float((images - of_teacher).square().mean()),
         }
         if self.data.read:
             found["judged right"] = float((self.data.read(images) == self.labels).float().mean())
@@ -101,7 +101,9 @@ class Sweep:
         known = getattr(model, "scales", None)
         some = [w for w in scales if not known or w in known]
         same = model is self.teacher
-        return {str(w): self.scores(self.of_teacher(w) if same else self.draw(model, w), w) for w in some}
+        return {
+            str(w): self.scores(self.of_teacher(w) if same else self.draw(model, w), self.of_teacher(w)) for w in some
+        }
 
 
 def best(curve: dict[str, dict[str, float]]) -> str:

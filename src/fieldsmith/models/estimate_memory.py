@@ -8,9 +8,10 @@ add its own context and the allocator's slack.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +27,23 @@ STORED, MOMENTS, EMA = "stored states", "optimiser moments", "EMA weights"
 TRAINABLE, REFERENCE = "trainable weights", "the reference's own weights"
 
 
+@dataclass
+class Most:
+    """Bytes: the most at once, and what was left."""
+
+    beyond: int = 0
+    left: int = 0
+
+
 class Live(TorchDispatchMode):
-    """Inside, counts bytes alive by kind. `peak` is the count when their sum was largest; `highest` is the largest sum
-    since it was last set, which anyone may do."""
+    """Inside, counts bytes alive by kind; `peak` is the count when their sum was largest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now: dict[str, int] = {}
         self.peak: dict[str, int] = {}
-        self.total = self.highest = self._peak = 0
+        self._total = self._peak = self._highest = 0
+        self._paused = False
         self._known: dict[int, tuple[str, int, Any]] = {}  # by storage: kind, bytes, what tells of its end
 
     def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
@@ -43,9 +52,30 @@ class Live(TorchDispatchMode):
             self._see(tensor, kind)
             self._move(tensor.untyped_storage()._cdata, kind)
 
-    def kind(self, tensor: Tensor) -> str:
-        """What a tensor's storage is counted under."""
-        return self._known.get(tensor.untyped_storage()._cdata, (WORKING,))[0]
+    def spike(self, size: int) -> None:
+        """For a moment, `size` bytes of working memory."""
+        if self._total + size > self._peak and not self._paused:
+            self.peak, self._peak = self.now | {WORKING: self.now.get(WORKING, 0) + size}, self._total + size
+        self._highest = max(self._highest, self._total + size)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, what is alive makes no peak."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @contextlib.contextmanager
+    def highest(self) -> Iterator[Most]:
+        """Of what comes alive inside: the most bytes at once, and what is left at the end."""
+        start, outside = self._total, self._highest
+        self._highest = start
+        most = Most()
+        yield most
+        most.beyond, most.left = self._highest - start, self._total - start
+        self._highest = max(self._highest, outside)
 
     def settle(self) -> None:
         """What is alive as working memory now is counted as stored states from here on."""
@@ -66,15 +96,15 @@ class Live(TorchDispatchMode):
         size = storage.nbytes()
         self._known[key] = (kind, size, weakref.ref(storage, functools.partial(self._ended, key)))
         self.now[kind] = self.now.get(kind, 0) + size
-        self.total += size
-        self.highest = max(self.highest, self.total)
-        if self.total > self._peak:
-            self.peak, self._peak = dict(self.now), self.total
+        self._total += size
+        self._highest = max(self._highest, self._total)
+        if self._total > self._peak and not self._paused:
+            self.peak, self._peak = dict(self.now), self._total
 
     def _ended(self, key: int, _: Any) -> None:
         kind, size, _ = self._known.pop(key)
         self.now[kind] -= size
-        self.total -= size
+        self._total -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

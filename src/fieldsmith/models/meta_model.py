@@ -1,7 +1,8 @@
 """A model from its JSON configs alone: whole in shape and type, without one weight.
 
 In: what `models.load` takes. Out: a `Model` whose weights are fake tensors, which cost nothing; of a hub id only JSON
-is fetched. Inside its `rehearsal` a run's own Python works on it; prompts become `Model.dummy_condition`, as it has no words.
+is fetched. Inside its `rehearsal` a run's own Python works on it; prompts become `Model.dummy_condition`, since it has no
+words.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fieldsmith import models
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition, LoraSpec, Model, stack
 from fieldsmith.models.prompted import Prompted
-from fieldsmith.models.rehearsal import BLOCKS, Rehearsal
+from fieldsmith.models.rehearsal import Rehearsal
 
 FETCHED = ("model_index.json", "*.json", "*/config.json", "*/*_config.json", "*/*.index.json")
 
@@ -79,13 +80,13 @@ class Meta(Model):
         return self.rehearsal.watch(faked(network, self.rehearsal.mode))
 
     def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
-        return self.rehearsal.call("network", self.network, self._off, super()._forward, x_t, t, *condition)
+        return self.rehearsal.call(super()._forward, self.network, (x_t, t, *condition))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.rehearsal.call("decoder", self.network, self._off, super()._decode, latents)
+        return self.rehearsal.call(super()._decode, self.network, (latents,))
 
     def _encode_images(self, images: Tensor) -> Tensor:
-        return self.rehearsal.call("encoder", self.network, self._off, super()._encode_images, images)
+        return self.rehearsal.call(super()._encode_images, self.network, (images,))
 
 
 class MetaPrompted(Meta, Prompted):

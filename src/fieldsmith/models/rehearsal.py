@@ -3,8 +3,8 @@
 In: networks whose weights are fake tensors (meta_model.py). Inside a `Rehearsal` every large tensor that follows from
 them is a fake one too, with a shape and a type but no numbers, and costs nothing. Few numbers (losses, rewards, times,
 norms: at most one dimension) are real, made up where they follow from fake ones, so that code that looks at them runs
-as it is. What was seen once is not run again: of a network's equal blocks one is run and the others take as much
-memory as it did, and so do calls that repeat, which makes 12 billion parameters a matter of seconds.
+as it is. What was seen once is not run again: of a network's equal blocks one is run, and of equal calls of the whole the
+first; the others take as much memory as those did, which makes 12 billion parameters a matter of seconds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fieldsmith.models.core import Condition
-from fieldsmith.models.estimate_memory import GRADIENTS, SAVED, WORKING, Live
+from fieldsmith.models.estimate_memory import GRADIENTS, SAVED, Live, size_of
 
 aten = torch.ops.aten
 FEW = 2**16  # numbers in a tensor of one dimension that is real
-BLOCKS = 6  # a network's list of as many equal blocks or more is run by one of them
+BLOCKS = 4  # a network's list of as many blocks or more is run by one of each kind
 DRAWS = (aten.randn.default, aten.randn.generator, aten.rand.default, aten.rand.generator)
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
@@ -83,16 +83,24 @@ def _without_masks(indices: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a call took: its outputs, and bytes beyond them, while it ran, until its backward pass, and in that."""
+    """What a call took: its outputs, and bytes beyond them while it ran, until its backward pass, and in that."""
 
-    outputs: Any  # tensors as (shape, dtype)
+    outputs: Any  # tensors as Spec
     forward: int
     saved: int = 0
     backward: int = 0
 
 
+@dataclass(frozen=True)
+class Spec:
+    """A tensor's shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Rehearsal:
-    """Open while a run is rehearsed: counts (`live`), makes up few numbers, recalls what calls took."""
+    """Open while a run is rehearsed: counts bytes (`live`), makes few numbers up, recalls what calls took."""
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # schedulers and tables of ids are real
@@ -100,17 +108,11 @@ class Rehearsal:
         with self.mode:
             self._fake = torch.empty(())
         self._seen: dict[Any, Seen] = {}
-        self._times: dict[Any, set[int]] = {}  # by call: in which graphs, or how often, it has been run
-        self._graph = 0
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Live]:
         with Shapes(self.mode), self.live:
             yield self.live
-
-    def again(self) -> None:
-        """Run calls in full again, since what waits beside them has changed, such as the optimiser's moments."""
-        self._times = {}
 
     def fake(self, tensor: Tensor) -> Tensor:
         """A tensor's shape and type."""
@@ -121,158 +123,89 @@ class Rehearsal:
         """The network, of whose long lists of blocks one of each kind will be run."""
         for blocks in (part for part in network.children() if isinstance(part, nn.ModuleList)):
             for block in blocks if len(blocks) >= BLOCKS else ():
-                block.forward = functools.partial(self.block, block)  # type: ignore[method-assign]
+                block.forward = functools.partial(self._block, block)  # type: ignore[method-assign]
         return network
 
-    def bytes(self, n: int) -> Tensor:
-        """A tensor of n bytes."""
-        return self._fake.new_empty(n, dtype=torch.uint8)
+    def _block(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.call(functools.partial(type(block).forward, block), block, args, kwargs)
 
-    def call(self, name: str, network: nn.Module, off: bool, function: Callable[..., Any], *given: Any) -> Any:
-        """function(*given) that asks the whole network; in full for its first two times, alone or in a graph."""
-        if not _plain(network):
-            return self._watched(function, *given)
-        grads = torch.is_grad_enabled()
-        key = (name, id(network), off, grads, _signature(given))
-        if grads and not self.live.now.get(SAVED):
-            self._graph += 1  # no activations wait: what this makes is a graph of its own
-        times = self._times.setdefault(key, set())
-        place = self._graph if grads else len(times)
-        if len(times) < 2 or (grads and place in times):
-            times.add(place)
-            start = self._start()
-            output = self._watched(function, *given)
-            self._seen[key] = Seen(tree_map(_spec, output), self._beyond(start, output))
-            return output
-        seen = self._seen[key]
-        self.bytes(seen.forward)
-        anchor = sum((p.sum() * 0 for p in _leaves(given) if isinstance(p, Tensor) and p.requires_grad), ANCHOR)
-        return self._make(seen.outputs, anchor if grads else None)
-
-    def _watched(self, function: Callable[..., Any], *given: Any) -> Any:
-        """With what its graph keeps counted as activations."""
-        live = self.live
-        live.settle()
-
-        def keep(tensor: Tensor) -> Tensor:
-            if live.kind(tensor) == WORKING:
-                live.hold([tensor], SAVED)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            return function(*given)
-
-    def block(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """One block's forward, run for the first of equal ones alone."""
-        forward = type(block).forward
-        if not _plain(block):
-            return forward(block, *args, **kwargs)
-        leaves, tree = tree_flatten((args, kwargs))
-        own = list(block.parameters())
-        state = tuple((p.shape, p.dtype, p.requires_grad) for p in own)
-        modules = tuple((m.training, getattr(m, "_disable_adapters", False)) for m in block.modules())
+    def call(self, function: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        """function(*args, **kwargs), which asks the module: run once for all calls that are alike."""
+        if not _plain(module):
+            return function(*args, **(kwargs or {}))
+        leaves, tree = tree_flatten(_opened((args, kwargs or {})))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        own = list(module.parameters())
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in (*own, *given))
-        key = (type(block), state, modules, _signature(leaves), learns)
 
-        def run(*given: Any) -> Any:
+        def run(*given: Tensor) -> Any:
             left = iter(given)
             filled = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = tree_unflatten(filled, tree)
-            return forward(block, *args, **kwargs)
+            args, kwargs = _closed(tree_unflatten(filled, tree))
+            return function(*args, **kwargs)
 
-        if not learns:
-            if key in self._seen:
-                self.bytes(self._seen[key].forward)
-                return self._make(self._seen[key].outputs)
-            start = self._start()
-            output = run(*given)
-            self._seen[key] = Seen(tree_map(_spec, output), self._beyond(start, output))
-            return output
+        key = (getattr(function, "func", function).__qualname__, _state(module), _signature(leaves), learns)
         if key not in self._seen:
-            self._seen[key] = self._try(run, given, own)
-        trained = [p for p in own if p.requires_grad]
-        outputs = _Recalled.apply(self, self._seen[key], *trained, *given)
-        return outputs if isinstance(self._seen[key].outputs, tuple) else outputs[0]
+            with self.live.paused():
+                self._seen[key] = self._try(run, given, own if learns else None)
+        self.live.settle()
+        seen = self._seen[key]
+        if not learns:
+            self.live.spike(seen.forward)
+            return self.make(seen.outputs)
+        outputs = _Recalled.apply(self, seen, *(p for p in own if p.requires_grad), *given)
+        return outputs if isinstance(seen.outputs, tuple) else outputs[0]
 
-    def _try(self, run: Callable[..., Any], given: list[Tensor], own: list[Tensor]) -> Seen:
-        """A block's forward and backward by itself."""
+    def _try(self, run: Callable[..., Any], given: list[Tensor], own: list[nn.Parameter] | None) -> Seen:
+        """A call by itself, and its backward pass where it has one (`own`: the module's parameters)."""
+        live = self.live
+        if own is None:
+            with live.highest() as most:
+                output = run(*given)
+            return Seen(tree_map(_spec, output), most.beyond - _bytes(output))
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in given]
-        start = self._start()
-        output = run(*inputs)
+        with live.highest() as most:
+            output = run(*inputs)
         outputs = [part for part in tree_leaves(output) if isinstance(part, Tensor)]
-        made = sum(part.numel() * part.element_size() for part in outputs)
-        saved, forward = self.live.total - start - made, self._beyond(start, output)
+        saved = max(0, most.left - _bytes(output))
         slopes = [torch.empty_like(part) for part in outputs]
         wanted = [tensor for tensor in (*inputs, *own) if tensor.requires_grad]
-        begin = self._start()
-        gradients = torch.autograd.grad(outputs, wanted, slopes, allow_unused=True)
-        backward = self._beyond(begin, gradients)
-        return Seen(tree_map(_spec, output), max(0, forward - saved), max(0, saved), backward)
+        with live.highest() as back:
+            gradients = torch.autograd.grad(outputs, wanted, slopes, allow_unused=True)
+        forward = max(0, most.beyond - _bytes(output) - saved)
+        return Seen(tree_map(_spec, output), forward, saved, max(0, back.beyond - _bytes(gradients)))
 
-    def _start(self) -> int:
-        self.live.highest = self.live.total
-        return self.live.total
+    def make(self, specs: Any) -> Any:
+        """Outputs by their shapes."""
+        return tree_map(
+            lambda spec: self._fake.new_empty(spec.shape, dtype=spec.dtype) if isinstance(spec, Spec) else spec, specs
+        )
 
-    def _beyond(self, start: int, output: Any) -> int:
-        """The most bytes alive since `start`, beyond the output."""
-        made = sum(part.numel() * part.element_size() for part in tree_leaves(output) if isinstance(part, Tensor))
-        return max(0, self.live.highest - start - made)
-
-    def _make(self, specs: Any, anchor: Tensor | None = None) -> Any:
-        """Outputs by their shapes, in a graph that leads to the anchor."""
-
-        def make(spec: Any) -> Any:
-            if not isinstance(spec, _Spec):
-                return spec
-            made = self._fake.new_empty(spec.shape, dtype=spec.dtype)
-            return made if anchor is None else made + anchor.to(spec.dtype)
-
-        return tree_map(make, specs)
-
-
-@dataclass(frozen=True)
-class _Spec:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _spec(part: Any) -> Any:
-    return _Spec(tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part
-
-
-def _signature(given: Any) -> tuple[Any, ...]:
-    return tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
-        for leaf in _leaves(given)
-    )
-
-
-def _leaves(given: Any) -> list[Any]:
-    """Tensors and numbers, those of conditions too."""
-    return tree_leaves(tree_map(lambda leaf: leaf.parts if isinstance(leaf, Condition) else leaf, given))
-
-
-ANCHOR = torch.zeros((), requires_grad=True)  # where recalled graphs end
+    def nothing(self, like: Tensor) -> Tensor:
+        """A gradient of the tensor's shape that has no bytes of its own."""
+        zero: Tensor = self._fake.new_zeros((1,) * (like.ndim or 1), dtype=like.dtype)
+        return zero.expand(like.shape) if like.ndim else zero.squeeze()
 
 
 class _Recalled(torch.autograd.Function):
-    """A block as one that was tried: memory alone."""
+    """A call as one that was tried: memory alone."""
 
     @staticmethod
     def forward(ctx: Any, rehearsal: Rehearsal, seen: Seen, *tensors: Tensor) -> Any:
-        rehearsal.bytes(seen.saved + seen.forward)
+        saved = rehearsal.make(Spec((seen.saved,), torch.uint8))
+        rehearsal.live.hold([saved], SAVED)
+        rehearsal.live.spike(seen.forward)
         ctx.rehearsal, ctx.seen = rehearsal, seen
-        ctx.save_for_backward(rehearsal.bytes(seen.saved), *tensors)
-        outputs = rehearsal._make(seen.outputs)
+        ctx.save_for_backward(saved, *tensors)
+        outputs = rehearsal.make(seen.outputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         _, *tensors = ctx.saved_tensors
-        ctx.rehearsal.bytes(ctx.seen.backward)
-        needed = ctx.needs_input_grad[2:]
-        return None, None, *(torch.empty_like(t) if n else None for t, n in zip(tensors, needed, strict=True))
+        ctx.rehearsal.live.spike(ctx.seen.backward)
+        needed = zip(tensors, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(ctx.rehearsal.nothing(tensor) if needs else None for tensor, needs in needed)
 
 
 def _plain(module: nn.Module) -> bool:
@@ -280,6 +213,42 @@ def _plain(module: nn.Module) -> bool:
     if torch._C._len_torch_function_stack() or torch._C._functorch.maybe_current_level() is not None:
         return False
     return not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def _state(module: nn.Module) -> Any:
+    """What a call depends on beside its inputs; equal for blocks that are alike."""
+    weights = tuple((p.shape, p.dtype, p.requires_grad) for p in module.parameters())
+    return weights, tuple((type(m), m.training, getattr(m, "_disable_adapters", False)) for m in module.modules())
+
+
+def _signature(leaves: list[Any]) -> Any:
+    return tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in leaves
+    )
+
+
+def _opened(given: Any) -> Any:
+    """Conditions as dicts, into which torch's trees lead."""
+    return tree_map(lambda leaf: {CONDITION: leaf.parts} if isinstance(leaf, Condition) else leaf, given)
+
+
+def _closed(given: Any) -> Any:
+    def close(node: Any) -> Any:
+        return Condition(node[CONDITION]) if isinstance(node, dict) and CONDITION in node else node
+
+    return tree_map(close, given, is_leaf=lambda node: isinstance(node, dict) and CONDITION in node)
+
+
+CONDITION = "a condition's parts"
+
+
+def _spec(part: Any) -> Any:
+    return Spec(tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part
+
+
+def _bytes(tree: Any) -> int:
+    return size_of(part for part in tree_leaves(tree) if isinstance(part, Tensor))
 
 
 def count_gradients(live: Live, parameters: list[Tensor]) -> list[Any]:

@@ -93,7 +93,7 @@ class EditJudge:
     """
 
     def __init__(self, base: str, options: EditOptions):
-        self.options = options
+        self.options, self.replies = options, options.n
         self.server = RemoteJudge(base, options)
         self.name = f"edits:{self.server.model}:{options.mode}" + (f":n={options.n}" if options.n > 1 else "")
 

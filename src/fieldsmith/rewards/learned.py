@@ -59,9 +59,9 @@ def classifier(heldout: bool = False) -> Reward:
                 f"images of {images.shape[2]} x {images.shape[3]} pixels; reward '{name}' reads {card['size']} x "
                 f"{card['size']}"
             )
-        asked = [parse(prompt) for prompt in prompts]
-        weights = torch.zeros(len(asked), len(SHAPES) + len(COLOURS))  # 1 / number of attributes named, where named
-        for row, concept in zip(weights, asked, strict=True):
+        concepts = [parse(prompt) for prompt in prompts]
+        weights = torch.zeros(len(concepts), len(SHAPES) + len(COLOURS))  # 1 / number of attributes named, where named
+        for row, concept in zip(weights, concepts, strict=True):
             named = [SHAPES.index(concept.shape)] if concept.shape else []
             named += [len(SHAPES) + COLOURS.index(concept.colour)] if concept.colour else []
             row[named] = 1 / max(1, len(named))

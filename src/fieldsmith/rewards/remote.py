@@ -16,7 +16,7 @@ import pathlib
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -117,10 +117,11 @@ class RemoteJudge:
             bodies.append(self._body(content, n, logprobs))
         keys = [hashlib.sha256(json.dumps(body).encode()).hexdigest() for body in bodies]
         stopped = threading.Event()
-        futures = {
-            key: self._pool.submit(self._answer, key, body, readable, stopped)
-            for key, body in dict(zip(keys, bodies, strict=True)).items()
-        }
+        futures: dict[str, Future[dict[str, Any]]] = {}
+        for key, body, prompt in zip(keys, bodies, prompts, strict=True):
+            if key not in futures:  # equal questions are asked once
+                about = f"prompt '{prompt[:120]}'"
+                futures[key] = self._pool.submit(self._answer, key, body, readable, about, stopped)
         try:
             for future in as_completed(futures.values()):
                 future.result()
@@ -140,7 +141,7 @@ class RemoteJudge:
         return body | ({"n": n} if n > 1 else {}) | ({"logprobs": True, "top_logprobs": 20} if logprobs else {})
 
     def _answer(
-        self, key: str, body: dict[str, Any], readable: Callable[[str], bool], stopped: threading.Event
+        self, key: str, body: dict[str, Any], readable: Callable[[str], bool], about: str, stopped: threading.Event
     ) -> dict[str, Any]:
         """The server's answer to one body, from the cache where it was asked before and is readable."""
         file = pathlib.Path(self.options.cache) / f"{key}.json" if self.options.cache else None
@@ -150,7 +151,7 @@ class RemoteJudge:
                 self._known[key] = json.loads(file.read_text(encoding="utf-8"))
             return _readable_answer(self._known.get(key), readable)
         read = partial(_readable_answer, readable=readable)
-        answer = self._known[key] = self._server.post("/chat/completions", body, read, stopped)
+        answer = self._known[key] = self._server.post("/chat/completions", body, read, about, stopped)
         if file:
             with contextlib.suppress(OSError):  # a full disk costs a request later, not the run
                 write_atomically(file, json.dumps(answer))

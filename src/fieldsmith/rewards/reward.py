@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError, RewardError, RunError
-from fieldsmith.functions import describe
+from fieldsmith.functions import call
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,12 @@ class Reward:
         what = f"reward '{self.name}'"
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             copy = images.clone() if self.differentiable else images.detach().clone()
-            try:
-                output = self.function(copy, list(prompts))
-            except (InputError, RunError):  # of our own judges, which say what is wrong
-                raise
-            except (Exception, SystemExit) as error:  # whatever a user's function may raise
-                raise RewardError(failure(what, error, prompts)) from error
+            output = call(self.function, what, images_of(prompts), copy, list(prompts))
             values = as_numbers(output, what, prompts).to(images.device, _dtype(images), copy=True)
             if self.differentiable and images.requires_grad and torch.is_grad_enabled() and not values.requires_grad:
-                raise RewardError(f"{what} is said to be differentiable but gave no gradient; mark it black box")
+                raise RewardError(
+                    f"{what} is said to be differentiable but gave no gradient; set differentiable = False"
+                )
         return values if self.differentiable else values.detach()
 
 
@@ -81,11 +78,6 @@ def check_images(images: Tensor, where: str = "") -> None:
         )
 
 
-def failure(what: str, error: BaseException, prompts: Sequence[str]) -> str:
-    """The sentence for a user's function that raised while it judged n images."""
-    return f"{what} raised {describe(error)} for {_first(prompts)}; fix the function, --debug shows its lines"
-
-
 def as_numbers(output: Any, what: str, prompts: Sequence[str]) -> Tensor:
     """What a function returned for n prompts as a tensor (n,) of real, finite numbers; a tensor keeps its gradient.
 
@@ -102,7 +94,7 @@ def as_numbers(output: Any, what: str, prompts: Sequence[str]) -> Tensor:
             raise ValueError(f"its shape is {tuple(values.shape)}")
         bad = (~values.detach().float().isfinite()).nonzero().flatten().tolist()
     except Exception as error:  # a stranger's object may raise anything
-        raise RewardError(f"{what} returned {_shown(output)} for {_first(prompts)}; {fix}") from error
+        raise RewardError(f"{what} returned {_shown(output)} for {images_of(prompts)}; {fix}") from error
     if bad:
         others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise RewardError(f"{what} returned {values[bad[0]].item()} for {_image(bad[0], prompts)}{others}; {fix}")
@@ -148,7 +140,8 @@ def _image(row: int, prompts: Sequence[str]) -> str:
     return f"image {row + 1} of {len(prompts)}, prompt '{prompts[row][:80]}'"
 
 
-def _first(prompts: Sequence[str]) -> str:
+def images_of(prompts: Sequence[str]) -> str:
+    """n images in words, for messages."""
     if len(prompts) == 1:
         return f"an image of prompt '{prompts[0][:80]}'"
     only = len(set(prompts)) == 1

@@ -5,17 +5,17 @@ In: sessions, the turn, images before and after it and at the start (n, 3, h, w)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fieldsmith.errors import InputError, RewardError, RunError
-from fieldsmith.functions import check_signature, load_function, name_of
+from fieldsmith.errors import InputError, RewardError
+from fieldsmith.functions import call, check_signature, load_function, name_of
 from fieldsmith.rewards.edits import EditJudge, EditScores, disagreement, edit_judge
-from fieldsmith.rewards.reward import as_numbers, check_images, failure
+from fieldsmith.rewards.reward import as_numbers, check_images, images_of
 from fieldsmith.sessions import Sessions
 from fieldsmith.worlds import scenes_judge
 from fieldsmith.worlds.scenes import SceneSessions
@@ -32,20 +32,18 @@ def load(judge: str | Callable[..., Any], against: Against = "first") -> TurnJud
     InputError at other words, a bad address or a server that does not answer, RewardError at a function that takes
     other arguments.
     """
-    if isinstance(judge, (Exact, Remote, OfFunction)):
-        return judge
     if not isinstance(judge, str):
-        return OfFunction(judge, name_of(judge), against)
+        return judge if isinstance(judge, (Exact, ByEdit)) else ByEdit(FunctionJudge(judge, name_of(judge)), against)
     kind, _, address = judge.partition(":")
     if judge == "exact":
         return Exact(against)
     if kind == "remote":
-        return Remote(edit_judge(address), against)
+        return ByEdit(edit_judge(address), against)
     if not address:
         raise InputError(
             f"judge '{judge}' is unknown; use exact, remote:http://HOST:PORT/v1?model=MODEL or file.py:name"
         )
-    return OfFunction(load_function(judge, "judge"), judge, against)
+    return ByEdit(FunctionJudge(load_function(judge, "judge"), judge), against)
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,12 @@ class Exact:
 
 
 @dataclass
-class Remote:
-    """A vision-language model asked two questions a turn. Raises InputError where its first replies to equal questions
-    differ more than the edits do."""
+class ByEdit:
+    """A judge of single edits, asked of turns; against the first image, consistency is a question of its own at later
+    turns, with all instructions since. Raises InputError where a judge's first replies to equal questions differ more
+    than the edits do."""
 
-    judge: EditJudge
+    judge: EditJudge | FunctionJudge
     against: Against = "first"
     trusted: bool = False
 
@@ -76,56 +75,50 @@ class Remote:
         if self.against == "previous" or turn == 1:
             scores = self.judge(before, after, instructions)
         else:
+            so_far = [list(row) for row in zip(*(sessions.prompts(t) for t in range(1, turn + 1)), strict=True)]
             following = self.judge.following(before, after, instructions)
-            scores = EditScores.of(following, self.judge.consistency(first, after, _so_far(sessions, turn)))
-        trouble = None if self.trusted else disagreement(scores, self.judge.options.n)
+            scores = EditScores.of(following, self.judge.consistency(first, after, so_far))
+        trouble = None if self.trusted else disagreement(scores, self.judge.replies)
         if trouble:
             raise InputError(trouble)
         self.trusted = True
         return scores
 
 
-class OfFunction:
-    """A user's judge(before, after, instructions) -> (following, consistency).
+class FunctionJudge:
+    """A user's judge(before, after, instructions) -> (following, consistency), asked as `EditJudge` is.
 
-    Against the first image it is asked a second time at turns after the first: with that image as `before` and all
-    instructions since, joined by '; then: ', for the consistency.
+    For the consistency with the first image it is called once more, with that image as `before` and the instructions
+    joined by '; then: '. Calls raise RewardError where it raises or returns anything else.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, against: Against):
-        check_signature(function, f"judge '{name}'", "before", "after", "instructions")
-        self.function, self.name, self.against = function, name, against
+    replies = 1
 
-    def __call__(self, sessions: Sessions, turn: int, before: Tensor, after: Tensor, first: Tensor) -> EditScores:
-        following, consistency = self._ask(before, after, sessions.prompts(turn))
-        if self.against == "first" and turn > 1:
-            joined = ["; then: ".join(instructions) for instructions in _so_far(sessions, turn)]
-            consistency = self._ask(first, after, joined)[1]
-        return EditScores.of(following, consistency)
+    def __init__(self, function: Callable[..., Any], name: str):
+        self.function, self.what = function, f"judge '{name}'"
+        check_signature(function, self.what, "before", "after", "instructions")
+
+    def __call__(self, before: Tensor, after: Tensor, instructions: Sequence[str]) -> EditScores:
+        return EditScores.of(*self._ask(before, after, instructions))
+
+    def following(self, before: Tensor, after: Tensor, instructions: Sequence[str]) -> Tensor:
+        return self._ask(before, after, instructions)[0]
+
+    def consistency(self, first: Tensor, after: Tensor, instructions_so_far: Sequence[Sequence[str]]) -> Tensor:
+        return self._ask(first, after, ["; then: ".join(instructions) for instructions in instructions_so_far])[1]
 
     @torch.no_grad()
-    def _ask(self, before: Tensor, after: Tensor, instructions: list[str]) -> list[Tensor]:
-        """Following and consistency, (n,) float32 each. Raises RewardError at anything else."""
-        what = f"judge '{self.name}'"
-        for images in (before, after):
-            check_images(images)
-        try:
-            output = self.function(before.clone(), after.clone(), list(instructions))
-        except (InputError, RunError):
-            raise
-        except (Exception, SystemExit) as error:  # whatever a user's function may raise
-            raise RewardError(failure(what, error, instructions)) from error
+    def _ask(self, before: Tensor, after: Tensor, instructions: Sequence[str]) -> list[Tensor]:
+        """Following and consistency, (n,) float32 each."""
+        check_images(after)
+        about = images_of(instructions)
+        output = call(self.function, self.what, about, before.clone(), after.clone(), list(instructions))
         try:
             following, consistency = output
         except (TypeError, ValueError) as error:
             raise RewardError(
-                f"{what} returned a {type(output).__name__} that is no pair; return (following, consistency), with one "
-                "number an edit each"
+                f"{self.what} returned a {type(output).__name__} that is no pair; return (following, consistency), "
+                "with one number an edit each"
             ) from error
         parts = {"following": following, "consistency": consistency}
-        return [as_numbers(part, f"{what} ({name})", instructions).cpu().float() for name, part in parts.items()]
-
-
-def _so_far(sessions: Sessions, turn: int) -> list[list[str]]:
-    """Each session's instructions up to a turn."""
-    return [list(row) for row in zip(*(sessions.prompts(t) for t in range(1, turn + 1)), strict=True)]
+        return [as_numbers(part, f"{self.what} ({name})", instructions).cpu().float() for name, part in parts.items()]

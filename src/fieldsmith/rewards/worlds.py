@@ -40,11 +40,11 @@ def reward(name: str, argument: str | None, world: ShapesWorld | None) -> Reward
         elif name == "position":
             verdicts = in_half(pixels, argument or "")
         else:
-            seen = judge_of.judge(pixels)
-            asked = [_part(name, parse(prompt)) if name != "valid" else Concept() for prompt in prompts]
-            # shows() reads the whole batch, so it is asked once a different concept
-            rows = {concept: seen.shows(concept) for concept in set(asked)}
-            verdicts = torch.tensor([bool(rows[concept][i]) for i, concept in enumerate(asked)])
+            judged = judge_of.judge(pixels)
+            wanted = [_part(name, parse(prompt)) if name != "valid" else Concept() for prompt in prompts]
+            # shows() reads the whole batch, so it is called once for each concept
+            rows = {concept: judged.shows(concept) for concept in set(wanted)}
+            verdicts = torch.tensor([bool(rows[concept][i]) for i, concept in enumerate(wanted)])
         return verdicts.to(images.device, torch.float32)
 
     return Reward(f"{name}:{argument}" if argument else name, False, judge)

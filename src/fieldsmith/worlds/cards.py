@@ -26,11 +26,11 @@ from fieldsmith.worlds.judged import (
     generator_of,
     nearest,
     noisy,
-    pixels,
     place,
     readable,
     residual,
 )
+from fieldsmith.worlds.pictures import pixels
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10")
 SUITS = "♥♦♠♣"  # two red, then two black; a card's id is 10 suit + rank

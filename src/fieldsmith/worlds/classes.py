@@ -6,18 +6,19 @@ In: 'digits', 'shapes' or a folder whose subfolders hold images. Out: `Classes`,
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.worlds import pictures
 from fieldsmith.worlds.shapes import SHAPES, ShapesWorld, concepts
 
 HELD_OUT = 297  # of the 1,797 digits; the first in a fixed random order
 POOL = 20_000  # shapes drawn for training
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,18 @@ class Classes:
     labels: Tensor
     held_images: Tensor
     held_labels: Tensor
-    read: Callable[[Tensor], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] | None = None  # labels (n,) from pixels alone, where that can be done
+
+    def in_order(self, names: tuple[str, ...]) -> Classes:
+        """The same data with labels into these names. Raises InputError where they are not the same classes."""
+        if set(names) != set(self.names):
+            odd = sorted(set(names) ^ set(self.names))[0]
+            raise InputError(
+                f"data '{self.name}' has other classes than the model ('{odd}' is in one only); name the folders as "
+                "the classes are"
+            )
+        places = torch.tensor([names.index(name) for name in self.names])
+        return replace(self, names=names, labels=places[self.labels], held_labels=places[self.held_labels])
 
 
 def load(source: str, size: int, channels: int, seed: int = 0) -> Classes:
@@ -53,7 +65,7 @@ def digits(size: int = 8, channels: int = 1) -> Classes:
     """scikit-learn's 8-pixel handwritten digits, 1,500 to train on and 297 held out."""
     if (size, channels) != (8, 1):
         raise InputError(f"the digits are 8 x 8 with 1 channel; this model takes {size} x {size} with {channels}")
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # slow to import, and of no use to other data
 
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
@@ -78,9 +90,7 @@ def shapes(size: int = 16, channels: int = 3, seed: int = 0) -> Classes:
 
 
 def folder(path: pathlib.Path, size: int, channels: int) -> Classes:
-    """One subfolder a class; images are resized to size x size, every sixth of a class is held out and at least one."""
-    from PIL import Image, UnidentifiedImageError
-
+    """One subfolder a class; images are resized to size x size. Raises InputError where one has fewer than 2."""
     if not path.is_dir():
         raise InputError(
             f"data '{path}' is no folder; give digits, shapes, or a folder with a subfolder of images a class"
@@ -88,23 +98,31 @@ def folder(path: pathlib.Path, size: int, channels: int) -> Classes:
     names = tuple(sorted(part.name for part in path.iterdir() if part.is_dir()))
     if not names:
         raise InputError(f"data folder '{path}' has no subfolders; put the images of each class into one of their own")
+    return of_pairs(
+        ((file, name) for name in names for file in pictures.files_in(path / name)), size, channels, str(path), names
+    )
+
+
+def of_pairs(
+    pairs: Iterable[tuple[Any, str]], size: int, channels: int, name: str = "data", names: Sequence[str] = ()
+) -> Classes:
+    """Pairs (image, class): tensors, PIL images, arrays or paths; every sixth of a class is held out, at least one.
+
+    `names` are the classes, None: those that appear. Raises InputError where a class has fewer than 2 images.
+    """
+    by_class: dict[str, list[Tensor]] = {one: [] for one in names}
+    for image, label in pairs:
+        by_class.setdefault(str(label), []).append(pictures.convert(image, size, channels))
     images, labels, out = [], [], []
-    for label, name in enumerate(names):
-        files = sorted(file for file in (path / name).iterdir() if file.suffix.lower() in SUFFIXES)
-        if len(files) < 2:
-            raise InputError(f"class '{name}' in '{path}' has {len(files)} images; it needs at least 2")
-        for i, file in enumerate(files):
-            try:
-                with Image.open(file) as image:
-                    small = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BOX)
-            except (UnidentifiedImageError, OSError) as error:
-                raise InputError(f"'{file}' cannot be read as an image; remove it or save it again") from error
-            pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float() / 255
-            images.append(pixels.reshape(size, size, channels).permute(2, 0, 1))
-            labels.append(label)
-            out.append(i % 6 == min(len(files), 6) - 1)  # of each class: a random split could take all of a small one
+    for place, (label, some) in enumerate(by_class.items()):
+        if len(some) < 2:
+            raise InputError(f"class '{label}' in '{name}' has {len(some)} images; it needs at least 2")
+        images += some
+        labels += [place] * len(some)
+        # of each class: a random split could take all of a small one
+        out += [i % 6 == min(len(some), 6) - 1 for i in range(len(some))]
     together, known, held = torch.stack(images), torch.tensor(labels), torch.tensor(out)
-    return Classes(str(path), names, together[~held], known[~held], together[held], known[held])
+    return Classes(name, tuple(by_class), together[~held], known[~held], together[held], known[held])
 
 
 def _split(name: str, names: tuple[str, ...], images: Tensor, labels: Tensor, held: int) -> Classes:

@@ -24,10 +24,10 @@ from fieldsmith.worlds.judged import (
     Verdicts,
     generator_of,
     noisy,
-    pixels,
     readable,
     residual,
 )
+from fieldsmith.worlds.pictures import pixels
 
 SHAPES = ("triangle", "square", "pentagon")
 Pattern = tuple[bool, bool, bool]  # which columns hold their shape

@@ -9,6 +9,7 @@ import json
 import pathlib
 from typing import Any
 
+from fieldsmith.errors import InputError
 from fieldsmith.worlds.shapes import ShapesWorld
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
@@ -19,6 +20,15 @@ def card_of(name: str) -> dict[str, Any]:
     folder = ZOO / name.removeprefix("zoo:") if name.startswith("zoo:") else pathlib.Path(name)
     file = folder / "card.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def data_of(name: str, known: str) -> str:
+    """What the card says that the model was trained on. Raises InputError where it does not; `known` names choices."""
+    card = card_of(name)
+    source = card.get("data") or card.get("world")
+    if not source:
+        raise InputError(f"'{name}' does not say what it was trained on; add --data {known} or a folder")
+    return str(source)
 
 
 def world_of(name: str) -> ShapesWorld | None:

@@ -39,6 +39,7 @@ class Source:
     states: Tensor
     prompt: Tensor
     prompts: tuple[str, ...]
+    name: str = ""  # of the data
 
     def __post_init__(self) -> None:
         if not len(self.states):
@@ -94,20 +95,27 @@ def states_at(model: Model, source: Source, t: Tensor, generator: torch.Generato
 
 
 class Bank:
-    """Shards of a teacher's answers in a folder. `teacher_states` counts what this process asked of the teacher."""
+    """Shards of a teacher's answers in a folder, or in memory alone where that is None.
 
-    def __init__(self, folder: pathlib.Path, teacher: Model, source: Source, data: str, seed: int = 0):
+    `teacher_states` counts what this process asked of the teacher.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, teacher: Model, source: Source, seed: int = 0):
         """Raises InputError where the folder holds a bank of another teacher, other data or another seed."""
         self.folder, self.teacher, self.source, self.seed = folder, teacher, source, seed
         self.conditions: Condition = teacher.encode(source.prompts)
         self.teacher_states = 0
         self._shards: dict[int, Rows] = {}
         self._window: tuple[range, Rows] | None = None
-        contents = _checksum({"states": source.states, "prompt": source.prompt, "prompts": "\n".join(source.prompts)})
-        self.meta = {
-            "teacher": fingerprint(teacher), "data": data, "contents of the data": contents, "seed": seed,
-            "rows a shard": SHARD,
-        }  # fmt: skip
+        if folder:
+            contents = {"states": source.states, "prompt": source.prompt, "prompts": "\n".join(source.prompts)}
+            self.meta = {
+                "teacher": fingerprint(teacher), "data": source.name, "contents of the data": _checksum(contents),
+                "seed": seed, "rows a shard": SHARD,
+            }  # fmt: skip
+            self._check(folder)
+
+    def _check(self, folder: pathlib.Path) -> None:
         file = folder / META
         if file.is_file():
             try:
@@ -138,34 +146,39 @@ class Bank:
         return rows
 
     def _shard(self, k: int) -> Rows:
-        file = self.folder / f"shard-{k:05d}.safetensors"
         generator = step_generator(self.seed, k, stream=11)
         path = self.teacher.path
         # one time from each of SHARD equal slices, whatever the number of indices
         place = (torch.arange(SHARD) + torch.rand(SHARD, generator=generator)) / SHARD * length_of(path)
         t = times_of(path)[place.long().clamp(max=length_of(path) - 1)].float()
         x_t, prompt, noise = states_at(self.teacher, self.source, t, generator)
-        if not file.is_file():
-            self._ask(x_t, t, prompt, file)
-        try:
-            output = load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"'{file}' is no whole shard of a bank; delete it, it is made again") from error
+        if self.folder is None:
+            output = self._ask(x_t, t, prompt)
+        else:
+            file = self.folder / f"shard-{k:05d}.safetensors"
+            if not file.is_file():
+                self._write(self._ask(x_t, t, prompt), file)
+            try:
+                output = load_file(file)
+            except SafetensorError as error:
+                raise InputError(f"'{file}' is no whole shard of a bank; delete it, it is made again") from error
         return Rows(x_t, t, prompt, noise, output["conditional"].float(), output["gap"].float())
 
     @torch.no_grad()
-    def _ask(self, x_t: Tensor, t: Tensor, prompt: Tensor, file: pathlib.Path) -> None:
+    def _ask(self, x_t: Tensor, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         parts = [
             branches(self.teacher, x_t[rows], t[rows].to(x_t.device), self.conditions[prompt[rows]])
             for rows in torch.arange(len(t)).split(256)
         ]
         self.teacher_states += 2 * len(t)
-        if not (self.folder / META).is_file():
-            write_atomically(self.folder / META, json.dumps(self.meta, indent=1) + "\n")
-        tensors = {
+        return {
             "conditional": torch.cat([part.conditional for part in parts]).half().cpu(),
             "gap": torch.cat([part.gap for part in parts]).half().cpu(),
         }
+
+    def _write(self, tensors: dict[str, Tensor], file: pathlib.Path) -> None:
+        if not (file.parent / META).is_file():
+            write_atomically(file.parent / META, json.dumps(self.meta, indent=1) + "\n")
         beside = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             save_file(tensors, beside)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field
 
 from fieldsmith.config import (
+    GIVEN,
     Config,
     Count,
     LoraConfig,
@@ -22,7 +23,6 @@ from fieldsmith.config import (
 from fieldsmith.errors import InputError, check_word
 
 AUTO, EXACT = "auto", "exact"  # sessions and judge by name
-GIVEN = "given:"  # how the record names sessions that Python code gave
 
 # what each recipe changes of the defaults, which are those of `mt-nft`
 PRESETS: dict[str, dict[str, Any]] = {

@@ -80,22 +80,22 @@ def jacobian_floor(along: Tensor) -> Tensor:
     return 1 / (1 + _mean(along.square()))
 
 
-def jacobian_match(along: Tensor, callback: Tensor, residual: Tensor) -> Tensor:
+def jacobian_match(along: Tensor, probe: Tensor, residual: Tensor) -> Tensor:
     """(v.(I + Jn) v - (v.(eps - eps_hat))^2)^2 for a unit probe v: second-order denoising score matching.
 
     Its optimum is the true Jacobian (Meng et al. 2021), but the target is heavy-tailed where the score should be sharp.
     `along` is Jn v, `residual` eps - eps_hat without gradient.
     """
-    quadratic = (callback * (callback + along)).flatten(1).sum(1)
-    return (quadratic - (callback * residual).flatten(1).sum(1).square()).square()
+    quadratic = (probe * (probe + along)).flatten(1).sum(1)
+    return (quadratic - (probe * residual).flatten(1).sum(1).square()).square()
 
 
-def covariance_match(curvature: Tensor, along: Tensor, callback: Tensor) -> Tensor:
+def covariance_match(curvature: Tensor, along: Tensor, probe: Tensor) -> Tensor:
     """(h - v * Jn v)^2 for a Rademacher probe v: OCM's diagonal (Ou et al. 2024), Jn v without gradient.
 
     h is the diagonal that a variance stands for, `implied_curvature`.
     """
-    return _mean((curvature - callback * along).square())
+    return _mean((curvature - probe * along).square())
 
 
 def implied_curvature(log_variance: Tensor, low: Tensor, c: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,20 @@ def steered(field: Field, worse: Field, scale: float, window: tuple[float, float
     return away
 
 
+class Steered:
+    """A model whose field is steered away from a worse network's; everything else is the model's own."""
+
+    def __init__(self, model: Model, worse: Model, scale: float):
+        self.model, self.worse, self.scale = model, worse, scale
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
+        field = steered(conditioned(self.model, condition), conditioned(self.worse, condition), self.scale)
+        return field(x_t, t)
+
+
 @torch.no_grad()
 def draw(
     model: Model,
@@ -78,11 +93,11 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     field = field or field_of(model)
     with model.uncounted():
-        found = [
+        states = [
             ancestral(field, model.noise(len(part), generator), model.grid(steps), generator, variance, model.clip)
             for part in torch.arange(n).split(batch)
         ]
-    return torch.cat(found)
+    return torch.cat(states)
 
 
 @dataclass(frozen=True)

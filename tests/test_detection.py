@@ -11,29 +11,20 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.measure import attacks
-from fieldsmith.measure.detection import (
-    Asked,
-    ask,
-    by_attribute,
-    detected,
-    erased_concepts,
-    erasure,
-    groups,
-    neighbours,
-    paraphrases,
-    plain_prompts,
-    sampler,
-)
+from fieldsmith.measure.detection import Asked, ask, detected, erasure, right_by_group
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.shapes import COLOURS, HELD_OUT, SHAPES, VOCABULARY, Concept, ShapesWorld, Verdicts, parse
 from fieldsmith.worlds.shapes import concepts as compositions
+from fieldsmith.worlds.shapes_groups import attributes, erased_concepts, groups, neighbours, paraphrases
 
 ZOO = "zoo:shapes-flux"
 TRIANGLE, RED, RED_TRIANGLE = Concept(shape="triangle"), Concept(colour="red"), Concept("red", "triangle")
 WORLD = ShapesWorld(32)
+SHOWN = groups(TRIANGLE)["target"]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +95,7 @@ def test_paraphrases_use_known_words_and_name_the_target(target):
     found = paraphrases(target)
     assert {word for prompt in found for word in prompt.split()} <= set(VOCABULARY)
     assert all(target.contains(parse(prompt)) for prompt in found)
-    assert not set(found) & set(plain_prompts(target)) - {f"a {target}"}
+    assert not set(found) & {WORLD.caption(c) for c in groups(target)["target"]} - {f"a {target}"}
 
 
 def test_erased_concepts_are_the_widest_that_the_prompts_name():
@@ -144,15 +135,15 @@ def test_an_image_is_right_where_it_shows_all_that_was_asked():
         asked, torch.zeros(5, 3, 32, 32), verdicts("red circle", "blue triangle", "", "blue triangle", "red ring")
     )
     assert judged.right().tolist() == [True, True, False, False, False]
-    assert judged.names() == ["red circle", "blue triangle", "nothing", "blue triangle", "red ring"]
+    assert judged.seen.names() == ["red circle", "blue triangle", "nothing", "blue triangle", "red ring"]
     last = len(SHAPES) * len(COLOURS)
-    assert judged.labels().tolist() == [0, 2 * 4 + 2, last, 2 * 4 + 2, 4 * 4]
+    assert judged.seen.labels().tolist() == [0, 2 * 4 + 2, last, 2 * 4 + 2, 4 * 4]
 
 
 def test_shares_by_attribute_leave_the_held_out_composition_apart():
     asked = compositions()
     seen = ["" if c.colour == "red" else f"{c.colour} {c.shape}" for c in asked]
-    rows = by_attribute(Asked(asked, torch.zeros(24, 3, 32, 32), verdicts(*seen)))
+    rows = right_by_group(Asked(asked, torch.zeros(24, 3, 32, 32), verdicts(*seen)), attributes())
     assert rows["all trained"].value == pytest.approx(17 / 23) and rows["all trained"].n == 23
     assert (rows["held out: yellow cross"].value, rows["held out: yellow cross"].n) == (1, 1)
     assert (rows["red"].value, rows["blue"].value) == (0, 1)
@@ -161,14 +152,14 @@ def test_shares_by_attribute_leave_the_held_out_composition_apart():
 
 
 def test_detection_and_asking_agree_with_the_world_itself():
-    assert detected(rendered, WORLD, TRIANGLE, plain_prompts(TRIANGLE), 4, 0).value > 0.9
+    assert detected(rendered, WORLD, TRIANGLE, [WORLD.caption(c) for c in SHOWN], 4, 0).value > 0.9
     assert detected(rendered, WORLD, TRIANGLE, ["a red circle"], 8, 0).value == 0
     judged = ask(rendered, WORLD, [TRIANGLE, RED], 3, 0)
     assert judged.asked == [TRIANGLE] * 3 + [RED] * 3
 
 
 def test_an_unchanged_model_has_lost_nothing():
-    found = erasure(rendered, rendered, WORLD, TRIANGLE, 2)
+    found = erasure(rendered, rendered, WORLD, TRIANGLE, groups(TRIANGLE), 2)
     changes = {k: v for k, v in found.numbers.items() if k.endswith("points")}
     assert len(changes) == 3
     assert all((v.value, v.low, v.high) == (0, 0, 0) or v.value == 0 for v in changes.values())
@@ -184,7 +175,7 @@ def test_a_perfect_erasure_scores_one_and_a_broken_model_does_not():
     def noise(prompts: Any, seed: int) -> Tensor:
         return torch.rand(len(prompts), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
-    perfect, broken = (erasure(rendered, after, WORLD, TRIANGLE, 2) for after in (circles, noise))
+    perfect, broken = (erasure(rendered, after, WORLD, TRIANGLE, groups(TRIANGLE), 2) for after in (circles, noise))
     assert perfect.numbers["target detected"].value == 0 and perfect.composite > 0.95
     assert broken.numbers["target detected"].value == 0 and broken.numbers["target invalid"].value > 0.9
     assert broken.composite < 0.1
@@ -192,7 +183,7 @@ def test_a_perfect_erasure_scores_one_and_a_broken_model_does_not():
 
 @pytest.mark.parametrize("target", [Concept(), Concept(*HELD_OUT)], ids=str)
 def test_even_everything_and_the_held_out_composition_can_be_judged(target):
-    found = erasure(rendered, rendered, WORLD, target, 1)
+    found = erasure(rendered, rendered, WORLD, target, groups(target), 1)
     assert found.numbers["target detected"].value > 0.9
     assert found.to_json()["composite (ours)"] == found.composite
 
@@ -223,7 +214,7 @@ def test_an_attack_leaves_the_model_as_it_was_to_the_last_bit(adapted, attack, o
         monkeypatch.setattr(attacks, "detected", lambda *args: Interval(0.0, 0.0, 0.1, 32))
     weights, training = state(adapted)
     with adapted.count_nfe() as nfe:
-        found = attack(adapted, WORLD, TRIANGLE, **options)
+        found = attack(adapted, WORLD, TRIANGLE, SHOWN, **options)
     again, training_after = state(adapted)
     assert weights.keys() == again.keys()
     assert [name for name in weights if not torch.equal(weights[name], again[name])] == []
@@ -242,14 +233,14 @@ def test_an_attack_that_is_interrupted_puts_the_model_back(adapted, monkeypatch)
     monkeypatch.setattr(attacks, "detected", interrupt)
     weights, training = state(adapted)
     with pytest.raises(KeyboardInterrupt):
-        attacks.learned_token(adapted, WORLD, TRIANGLE, steps=1)
+        attacks.learned_token(adapted, WORLD, TRIANGLE, SHOWN, steps=1)
     again, training_after = state(adapted)
     assert all(torch.equal(weights[name], again[name]) for name in weights) and training_after == training
 
 
 def test_relearning_counts_no_steps_where_the_concept_is_still_there(adapted):
     adapted.scale_adapter(0.0)
-    assert attacks.relearning(adapted, WORLD, TRIANGLE, most=5) == 0
+    assert attacks.relearning(adapted, WORLD, TRIANGLE, SHOWN, most=5) == 0
 
 
 # which world judges which model

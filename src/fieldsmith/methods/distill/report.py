@@ -1,6 +1,6 @@
-"""What `fieldsmith distill` shows: what the student kept, beside its teacher at equal noise.
+"""What `distill` reports: what the student kept of its teacher, at equal noise.
 
-In: the config, the metrics, the sweep that drew the images. Out: a Page.
+In: what both draw and say. Out: numbers for metrics.json, and the page.
 """
 
 from __future__ import annotations
@@ -8,58 +8,91 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fieldsmith.commands import arguments
 from fieldsmith.measure.guidance import VERDICTS
+from fieldsmith.measure.guidance import measure as fidelity
 from fieldsmith.measure.sweep import Sweep, best
-from fieldsmith.methods.distill.config import DistillConfig
-from fieldsmith.models.core import Model
+from fieldsmith.methods.distill.measure import Measured, sweep_of
 from fieldsmith.report.page import Caption, Page, Pair, Panel
-from fieldsmith.run import Run
+from fieldsmith.verb import Outcome, curves
 
 SHOWN = 5  # classes
 EACH = 8  # images of a class
 
 
-def page_of(config: DistillConfig, metrics: dict[str, Any], sweep: Sweep, student: Model, directory: Run) -> Page:
-    """The report; the student draws once more at its best scale."""
-    sizes, curves = metrics["parameters"], metrics["curves"]
+def report(page: Page, outcome: Outcome) -> dict[str, Any]:
+    """Fill the page; what goes into metrics.json."""
+    config, teacher, student = outcome.config, outcome.before, outcome.after
+    sweep = sweep_of(config, outcome.job)
+    by_scale = {
+        name: {w: sweep.scores(images, teacher.images[w]) for w, images in side.images.items()}
+        for name, side in (("teacher", teacher), ("student", student))
+    }
+    kept = {
+        kind: fidelity(student.branches[kind], teacher.branches[kind], times).to_json()
+        for kind, times in teacher.times.items()
+    }
+    metrics: dict[str, Any] = {
+        "judge": sweep.judge.name, "curves": by_scale, "before": by_scale["teacher"], "after": by_scale["student"],
+        "guidance": kept,
+    }  # fmt: skip
+    sizes = outcome.metrics["parameters"]
     times = sizes["teacher"] / sizes["student"]
-    page = Page(f"A student of {config.teacher}, {times:.1f} times smaller", f"{config.objective}, seed {config.seed}")
-    kinds = metrics["guidance"]
+    page.title, page.subtitle = (
+        f"A student of {config.teacher}, {times:.1f} times smaller",
+        f"{config.objective}, seed {config.seed}",
+    )
+    _head(page, metrics, outcome.metrics)
+    _images(page, sweep, teacher, student, best(by_scale["student"]))
+    _sweep(page, metrics)
+    for kind, found in kept.items():
+        _branches(page, kind, found)
+    errors = ("conditional error", "unconditional error")
+    curves(page, outcome, {"loss": ("loss",), "squared error of each branch": errors})
+    run = outcome.metrics
+    page.text(
+        "",
+        f"{run['student forwards']:,} evaluations of the student, {run['teacher forwards']:,} of the teacher at "
+        f"{run['teacher cost']:.1f} of the student's. The objective: {run['identifiability']}.",
+    )
+    if outcome.run:
+        model = outcome.run.folder / "model"
+        page.command(
+            "Draw from it", f"fieldsmith sample --model {model} --guidance 1.5 --out student.png --prompts ..."
+        )
+    return metrics
+
+
+def _head(page: Page, metrics: dict[str, Any], run: dict[str, Any]) -> None:
+    """Verdict and big numbers."""
+    kinds, by_scale, sizes = metrics["guidance"], metrics["curves"], run["parameters"]
     if kinds:
         worst = max(kinds, key=lambda kind: VERDICTS.index(kinds[kind]["verdict"]))
         verdict = kinds[worst]["verdict"]
         good = {"healthy": True, "distorted": None}.get(verdict, False)
         page.verdict(f"{kinds[worst]['words']} (Seen on {worst}.)", good, verdict.capitalize())
-    scale = best(curves["student"])
-    at_best = {name: curves[name][best(curves[name])] for name in curves}
+    scale = best(by_scale["student"])
+    at_best = {name: by_scale[name][best(by_scale[name])] for name in by_scale}
     ratio = at_best["student"]["distance"] / at_best["teacher"]["distance"]
     page.numbers(
         [
             ("parameters", f"{sizes['student']:,}", f"of the teacher's {sizes['teacher']:,}"),
             ("distance to data", f"{ratio:.2f} x", "the teacher's, each at its best guidance scale"),
             ("classes right", f"{100 * at_best['student']['accuracy']:.0f}%", f"at w = {scale}, by a classifier"),
-            ("cost", f"{metrics['forward_equivalents']:,.0f}", "forwards of the student, the teacher's included"),
+            ("cost", f"{run['nfe']:,.0f}", "evaluations of the student, the teacher's included"),
         ]
     )
-    _images(page, sweep, student, scale)
-    _sweep(page, metrics)
-    for kind, found in kinds.items():
-        _branches(page, kind, found)
-    _run(page, config, metrics, directory)
-    page.command("Repeat it, load it", _commands(directory))
-    return page
 
 
-def _images(page: Page, sweep: Sweep, student: Model, scale: str) -> None:
-    of_student, of_teacher = sweep.draw(student, float(scale)), sweep.of_teacher(float(scale))
-    read, was = sweep.judge.read(of_student), sweep.judge.read(of_teacher)
+def _images(page: Page, sweep: Sweep, teacher: Measured, student: Measured, scale: str) -> None:
+    sides = teacher.images[scale], student.images[scale]
+    read = [sweep.judge.read(images) for images in sides]
     names, pairs = sweep.data.names, []
     for label in [i * len(names) // SHOWN for i in range(min(SHOWN, len(names)))]:
         rows = [i for i, one in enumerate(sweep.labels.tolist()) if one == label][:EACH]
-        marks = [[Caption(names[int(seen[i])], int(seen[i]) == label) for i in rows] for seen in (was, read)]
-        before, after = (images[rows] for images in (of_teacher, of_student))
-        pairs.append(Pair(names[label], before, after, *marks))
+        if not rows:  # fewer images than classes
+            continue
+        marks = [[Caption(names[int(seen[i])], int(seen[i]) == label) for i in rows] for seen in read]
+        pairs.append(Pair(names[label], *(images[rows] for images in sides), *marks))
     page.before_after(f"From equal noise, w = {scale}", pairs, sides=("teacher", "student"))
 
 
@@ -107,36 +140,3 @@ def _branches(page: Page, kind: str, found: dict[str, Any]) -> None:
         f"{pooled['e_c']:.4g}, E_u {pooled['e_u']:.4g}, gap error {pooled['gap_mse']:.4g}. Verdict: {found['verdict']}."
     )
     page.curves(f"Branches on {kind}", panels, note=note)
-
-
-def _run(page: Page, config: DistillConfig, metrics: dict[str, Any], directory: Run) -> None:
-    history = directory.history()
-    panels = []
-    for title, keys in (
-        ("loss", ("loss",)),
-        ("squared error of each branch", ("conditional error", "unconditional error")),
-    ):
-        series = {}
-        for key in keys:
-            rows = [row for row in history if key in row]
-            if rows:
-                series[key] = ([row["step"] for row in rows], [row[key] for row in rows])
-        if series:
-            panels.append(Panel(title, series, "step"))
-    asked = f"{metrics['teacher forwards']:,} forwards of the teacher at {metrics['teacher cost']:.1f} of the student's"
-    page.curves(
-        "The run", panels,
-        note=f"{metrics['steps']} steps, {metrics['seconds']:.0f} s; {metrics['student forwards']:,} forwards of the "
-        f"student (a backward is 2), {asked}. The objective: {metrics['identifiability']}.",
-    )  # fmt: skip
-
-
-def _commands(directory: Run) -> list[str]:
-    model = directory.folder / "model"
-    return [
-        *arguments.repeat_and_load("distill", None, directory, adapter=False),
-        f"fieldsmith sample --model {model} --guidance 1.5 --out student.png --prompts ...",
-        "",
-        "# in Python, with diffusers alone",
-        f'pipe = DiffusionPipeline.from_pretrained("{model}")',
-    ]

@@ -1,0 +1,351 @@
+"""`sharpen` prepared: noised data -> what the network says -> loss, term by term (VSM notes, 2.1, 8.2).
+
+In: a model on a variance-preserving path, a world of its data, a SharpenConfig. Out: a Job for verb.py, whose model is
+the model itself, or the guide that it is steered away from.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fieldsmith import preflight, processes
+from fieldsmith.errors import InputError, RunError
+from fieldsmith.methods.sharpen import losses as terms
+from fieldsmith.methods.sharpen.config import JACOBIAN, NEEDS_HEAD, SharpenConfig
+from fieldsmith.methods.sharpen.sampling import Steered
+from fieldsmith.models.core import Model
+from fieldsmith.models.families import NO_STEPS
+from fieldsmith.models.jacobians import jvp, rademacher
+from fieldsmith.models.shrink import shrink
+from fieldsmith.models.variance_head import LAST, with_variance_head
+from fieldsmith.paths import VariancePreserving, noised, snr
+from fieldsmith.preflight import Check
+from fieldsmith.samplers import range_log_variance, single_step
+from fieldsmith.training import Fit, optimisation_of, step_generator
+from fieldsmith.verb import Job
+
+POOL = 20_000  # images drawn from a world for training
+DOMINATES = 1.0  # a term whose gradient is longer than the rest's
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given beside its settings.
+
+    `world` draws the data and judges images (worlds/judged.py), or is a function (channels, size) that gives such a
+    world for the model's images. `states` are data that are encoded already, which train as well, but nothing can be
+    measured on them. `features` make distances; None: of 8 x 8 pixels.
+    """
+
+    world: Any | Callable[[int, int], Any] = None
+    states: Tensor | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+
+
+def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
+    """Train the model, or a guide beside it, on the world's data.
+
+    Raises InputError where model, method, data and judge do not go together, before anything is trained.
+    """
+    processes.check_share(config.batch, "batch")
+    check_path(model)
+    preflight.check_sampled(model, config.sampler_steps)
+    if config.method in NEEDS_HEAD and config.add_head and not getattr(model, "learns_variance", False):
+        model = with_variance_head(model)
+    world = None if inputs.states is not None else world_for(model, inputs.world)
+    states = inputs.states
+    if states is None:
+        images = world.sample(POOL, config.seed)
+        states = model.encode_images(images)
+        if config.samples:
+            world.judge(images[:1])  # a judge that fails does so before anything is trained or written
+    check_model(model, states, config)
+    guide = config.method == "guide"
+    trained = shrink(model, config.guide_size, seed=config.seed) if guide else model
+    trained.network.float()
+    step = Step(trained, states, config.replace(method="plain") if guide else config)
+    unfreeze(trained, config.train)
+    parameters = trained.trainable()
+    shares: list[float] = []  # of the term's gradient, as it was measured now and then
+
+    def losses(at: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        loss = step(step.draw(generator), generator, log)
+        if loss.term is not None:
+            log["term"] = loss.term.item()
+            if at % config.share_every == 0:
+                shares.append(gradient_share(loss, list(parameters.values())))
+                if math.isfinite(shares[-1]):  # not where the term is all there is
+                    log["gradient share"] = shares[-1]
+        yield loss.total
+        if config.l2:
+            yield config.l2 / 2 * sum((p.square().sum() for p in parameters.values()), torch.zeros(()))
+
+    def checks(resumes: bool) -> list[Check]:
+        """On one step's worth, thrown away: every trained layer is reached; the term's share of the gradient."""
+        generator = step_generator(config.seed, 0, stream=14)
+        loss = step(step.draw(generator), generator, {})
+        if loss.term is not None:
+            shares.append(gradient_share(loss, list(parameters.values())))
+        reached = [] if config.train == "head" else preflight.gradients(trained, loss.total)
+        name = f"gradient share of the {config.method} term"
+        share = [Check(name, one, "1e-4 to 1", True, "") for one in shares]
+        return [*reached, preflight.memory(trained, config.batch), *share]
+
+    def mean_share() -> float | None:
+        finite = [share for share in shares if math.isfinite(share)]
+        return sum(finite) / len(finite) if finite else None
+
+    def facts() -> dict[str, Any]:
+        """`gradient share` is the mean length of the term's gradient over that of the rest, None without one."""
+        share = mean_share()
+        return {"method": config.method, "gradient share": share, "warnings": warnings_of(share, config)}
+
+    def advice(done: Fit) -> list[str]:
+        return list(warnings_of(mean_share(), config))
+
+    def ship(network: Model, folder: pathlib.Path) -> str:
+        name = "guide" if guide else "model"
+        network.save(folder / name)
+        return name
+
+    return Job(
+        trained, losses, optimisation_of(config), parameters, checks, base=model if guide else None,
+        trained=Steered(model, trained, config.guidance) if guide else None, ship=ship, facts=facts, advice=advice,
+        inputs=replace(inputs, world=world),
+    )  # fmt: skip
+
+
+def world_for(model: Model, world: Any) -> Any:
+    """The world of the model's images. Raises InputError where its images are of another shape."""
+    shape = tuple(model.decode(model.noise(1, torch.Generator().manual_seed(0))).shape[1:])
+    world = world(shape[0], shape[-1]) if callable(world) else world
+    if (world.channels, world.size, world.size) != shape:
+        raise InputError(
+            f"data '{world.name}' are {world.channels} x {world.size} x {world.size}; {model.name} draws "
+            f"{' x '.join(map(str, shape))}, so give a model of that size"
+        )
+    return world
+
+
+def unfreeze(model: Model, train: str) -> None:
+    """Let all weights train, or the last layer alone where the variance's head does."""
+    model.unfreeze("all")
+    if train == "head":
+        last = LAST.get(model.family, "last")
+        for name, parameter in model.network.named_parameters():
+            parameter.requires_grad_(name.startswith(f"{last}."))
+
+
+def check_path(model: Model) -> None:
+    """Raises InputError where the model has no ancestral steps."""
+    if not isinstance(model.path, VariancePreserving):
+        raise InputError(f"{model.name} {NO_STEPS}")
+
+
+def check_model(model: Model, data: Tensor, config: SharpenConfig) -> None:
+    """Raises InputError where the model and the method do not go together."""
+    check_path(model)
+    if not len(data):
+        raise InputError("there are no images to train on; name data with some")
+    if config.method in NEEDS_HEAD and not getattr(model, "learns_variance", False):
+        raise InputError(
+            f"method '{config.method}' needs a variance head, which {model.name} lacks; add --add-head to give it one"
+        )
+    variance = getattr(model, "variance", "learned_range")
+    if config.method in NEEDS_HEAD and variance not in ("learned", "learned_range"):
+        raise InputError(
+            f"{model.name} has a variance head but its scheduler's variance_type is '{variance}', so nobody knows how "
+            "to read it; set it to 'learned_range' in scheduler_config.json"
+        )
+    shape = tuple(model.noise(1, torch.Generator().manual_seed(0)).shape[1:])
+    if tuple(data.shape[1:]) != shape:
+        raise InputError(f"data of shape {tuple(data.shape[1:])}; {model.name} takes {shape}")
+    if not bool(torch.isfinite(data).all()):
+        raise InputError("the data hold NaN or infinity; look at the images")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Clean states, noised ones (batch, ...), times (batch,) in float64, and the target eps."""
+
+    x_0: Tensor
+    x_t: Tensor
+    t: Tensor
+    eps: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What every method minimises, and what this one adds (None: nothing)."""
+
+    base: Tensor
+    term: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        return self.base if self.term is None else self.base + self.term
+
+
+class Step:
+    """One update's loss: `base` is what every method minimises, `term` what the method adds."""
+
+    def __init__(self, model: Model, data: Tensor, config: SharpenConfig):
+        assert isinstance(model.path, VariancePreserving)
+        self.model, self.data, self.config, self.path = model, data, config, model.path
+        self.condition = model.encode([""])
+        index = torch.arange(self.path.length)
+        t = (index + 1).double() / self.path.length
+        sigma = self.path.sigma(t)
+        inside = (sigma >= config.times[0]) & (sigma <= config.times[1] + 1e-9)
+        if not inside.any():
+            raise InputError(f"times={config.times[0]:g} {config.times[1]:g} hold none of the model's noise levels")
+        self.times = t[inside]
+        self.images = data.ndim == 4 and model.family != "dit"  # whose states are latents, not 8-bit pixels
+
+    def draw(self, generator: torch.Generator) -> Rows:
+        n = self.config.batch
+        rows = torch.randint(len(self.data), (n,), generator=generator)
+        t = self.times[torch.randint(len(self.times), (n,), generator=generator)]
+        x_0 = self.data[rows]
+        eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
+        if self.config.perturbation:
+            shaken = eps + self.config.perturbation * torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
+        else:
+            shaken = eps
+        device = self.model.device
+        x_0, eps, shaken, t = x_0.to(device), eps.to(device), shaken.to(device), t.to(device)
+        x_t = noised(self.path, x_0, shaken, t.to(x_0))
+        if self.config.method == "neighbours":
+            return self._among_neighbours(x_0, x_t, t, generator)
+        return Rows(x_0, x_t, t, eps)
+
+    def _among_neighbours(self, x_0: Tensor, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Rows:
+        """Targets that are posterior means over a bank, at data's states and at states between two of them."""
+        n, off = len(x_0), round(self.config.off_path * len(x_0))
+        picked = torch.randint(len(self.data), (self.config.bank,), generator=generator)
+        bank = torch.cat((x_0, self.data[picked].to(x_0)))
+        if off:
+            other = x_0[torch.randperm(n, generator=generator)[:off].to(x_0.device)]
+            mix = torch.rand(off, *(1,) * (x_0.ndim - 1), generator=generator).to(x_0)
+            alpha = self.path.alpha(t[:off]).to(x_0).reshape(mix.shape)
+            x_t = torch.cat((x_t[:off] + mix * alpha * (other - x_0[:off]), x_t[off:]))
+        alpha, sigma = self.path.alpha(t).to(x_t), self.path.sigma(t).to(x_t)
+        return Rows(x_0, x_t, t, terms.neighbours(x_t, alpha, sigma, bank))
+
+    def __call__(self, rows: Rows, generator: torch.Generator, log: dict[str, float]) -> Terms:
+        config = self.config
+        pred = self.model.predict(rows.x_t, rows.t.to(rows.x_t), self.condition)
+        eps_hat = pred.eps
+        errors = terms.simple(eps_hat, rows.eps)
+        log["eps error"] = errors.mean().item()
+        if config.min_snr:
+            errors = errors * (config.min_snr / snr(self.path, rows.t)).clamp(max=1).to(errors)
+        base = errors.mean()
+        term: Tensor | None = None
+        if config.method in NEEDS_HEAD:
+            log_variance = pred.log_variance if pred.fraction is None else None
+            if log_variance is None:
+                assert pred.fraction is not None
+                log_variance = range_log_variance(self.path, rows.t, pred.fraction)
+            if not bool(torch.isfinite(log_variance).all()):
+                raise RunError("the learned log-variance is no longer finite; lower the learning rate or the strength")
+            if pred.fraction is not None:
+                log["fraction of the range"] = pred.fraction.mean().item()
+            if config.method != "covariance":
+                bound = self._bound(rows, eps_hat.detach(), log_variance)
+                log["L_vb"] = bound.item()
+                base = bound if config.train == "head" else base + bound * self.path.length / 1000
+            if config.method == "variance-penalty":
+                sigma = self.path.sigma(rows.t).to(rows.x_t)
+                weight = terms.penalty_weight(config.strength, sigma, config.weight)
+                term = (weight * terms.variance_penalty(log_variance)).mean()
+            if config.method == "covariance":
+                base = base * 0 if config.train == "head" else base
+                term = config.strength * self._covariance(rows, log_variance, generator)
+        elif config.method in JACOBIAN:
+            term = config.strength * self._jacobian(rows, generator)
+        return Terms(base, term)
+
+    def _bound(self, rows: Rows, eps_hat: Tensor, log_variance: Tensor) -> Tensor:
+        """L_vb of each row's single reverse step, bits per dimension."""
+        t = rows.t
+        t_next = (t - 1 / self.path.length).clamp(min=0)
+        sigma2, beta = self.path.sigma(t) ** 2, self.path.beta(t, t_next)
+        mean = _wide(1 / (1 - beta).sqrt(), rows.x_t) * (rows.x_t - _wide(beta / sigma2.sqrt(), rows.x_t) * eps_hat)
+        c = _wide(beta * self.path.alpha(t_next) / sigma2, rows.x_t)
+        kept = _wide((1 - beta).sqrt() * self.path.sigma(t_next) ** 2 / sigma2, rows.x_t)
+        true = c * rows.x_0 + kept * rows.x_t
+        low = single_step(self.path, t).low.log().to(rows.x_t)
+        bound = terms.gaussian_bound(true, low, mean, log_variance)
+        last = t_next <= 0
+        if bool(last.any()):
+            at_data = terms.discretised_bound if self.images else terms.density_bound
+            bound = torch.where(last.to(bound.device), at_data(rows.x_0, mean, log_variance), bound)
+        return bound.mean()
+
+    def _probed(self, rows: Rows) -> slice:
+        """The rows at which a Jacobian is asked: the first, since rows come in random order."""
+        return slice(0, max(1, round(self.config.probes * len(rows.t))))
+
+    def _jacobian(self, rows: Rows, generator: torch.Generator) -> Tensor:
+        part = self._probed(rows)
+        x_t, t = rows.x_t[part], rows.t[part].to(rows.x_t)
+        probe = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype).to(x_t)
+        if self.config.method == "jacobian-match":
+            probe = probe / _wide(probe.flatten(1).norm(dim=1), x_t)
+        found = jvp(lambda x: self.model.predict(x, t, self.condition).eps, x_t, probe)
+        sigma = _wide(self.path.sigma(t), x_t)
+        along = -sigma * found.along
+        if self.config.method == "jacobian-match":
+            residual = (rows.eps[part] - found.value).detach()
+            return terms.jacobian_match(along, probe, residual).mean()
+        return terms.jacobian_floor(along if self.config.kind == "normalised" else along / sigma**2).mean()
+
+    def _covariance(self, rows: Rows, log_variance: Tensor, generator: torch.Generator) -> Tensor:
+        part = self._probed(rows)
+        x_t, t = rows.x_t[part], rows.t[part]
+        probe = rademacher(x_t, generator)
+        with torch.no_grad():
+            along = jvp(lambda x: self.model.predict(x, t.to(x), self.condition).eps, x_t, probe).along
+        along = -_wide(self.path.sigma(t), x_t) * along
+        t_next = (t - 1 / self.path.length).clamp(min=1 / self.path.length)  # the last step adds no noise anyway
+        sigma, beta = self.path.sigma(t), single_step(self.path, t).high
+        c = beta * self.path.alpha(t_next) / sigma**2
+        low = single_step(self.path, t).low
+        levels = (level.to(x_t) for level in (low, c, self.path.alpha(t), sigma))
+        curvature = terms.implied_curvature(log_variance[part], *levels)
+        return terms.covariance_match(curvature, along, probe).mean()
+
+
+def _wide(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(like).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def gradient_share(loss: Terms, parameters: list[Tensor]) -> float:
+    """|grad of the term| / |grad of the rest|, which keeps the graph."""
+    if loss.term is None:
+        return 0.0
+    norms = []
+    for part in (loss.term, loss.base):
+        grads = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+        norms.append(math.sqrt(sum(float(processes.mean(g).square().sum()) for g in grads if g is not None)))
+    return norms[0] / norms[1] if norms[1] else math.inf
+
+
+def warnings_of(share: float | None, config: SharpenConfig) -> tuple[str, ...]:
+    """What a share of the gradient says of a strength."""
+    if share is None or config.train == "head":
+        return ()
+    output = f"strength={config.strength:g}: the term's gradient is {share:.2g} times the rest's"
+    if share > DOMINATES:
+        return (f"{output}; it dominates, lower it",)
+    if share < 1e-4:
+        return (f"{output}; it does next to nothing",)
+    return ()

@@ -1,0 +1,148 @@
+"""A world of a user's own: images, and a judge that is a Python function or an HTTP server.
+
+In: a folder, or images in memory. Out: an `ImageWorld`, which is a JudgedWorld.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import pathlib
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fieldsmith.errors import InputError, RewardError
+from fieldsmith.functions import call, check_signature, load_function, name_of
+from fieldsmith.servers import Server, Unreadable
+from fieldsmith.worlds import pictures
+from fieldsmith.worlds.judged import UNREADABLE, Mutation, Verdicts, generator_of, readable
+
+BATCH = 64  # images in one question to a judge behind HTTP
+RETRIES, PAUSE = 3, 0.5  # retries after the first attempt; seconds before the first of them
+
+Judge = str | Callable[..., Any]  # images (n, channels, size, size) in [0, 1] -> n verdicts; or its name or address
+Verdict = tuple[bool, tuple[str, ...]]  # whether an image is valid, and why not
+
+
+class ImageWorld:
+    """Images (n, channels, size, size) in [0, 1], every sixth held out, and a judge.
+
+    A function, or its name, gets a copy of images and returns n bools or n pairs (bool, reason). A server is POSTed
+    {"images": [base64 PNG, ...]} and answers {"valid": [...]}, with "reasons": [[...], ...] if it likes. What an image
+    shows is unknown, so nothing is ever novel.
+    """
+
+    support: int | None = None
+    mutations: Mapping[str, Mutation] = {}
+
+    def __init__(self, images: Tensor, judge: Judge, name: str = "images"):
+        """Raises InputError at fewer than 2 images, and where a judge's name leads to no function."""
+        if len(images) < 2:
+            raise InputError(f"{name}: {len(images)} images; it needs at least 2")
+        self.name, self.size, self.channels = name, images.shape[-1], images.shape[1]
+        self._answered = False
+        self._server: Server | None = None
+        if isinstance(judge, str) and judge.startswith(("http://", "https://")):
+            self._server = Server(judge, retries=RETRIES, pause=PAUSE)
+        else:
+            self._what = f"judge '{judge if isinstance(judge, str) else name_of(judge)}'"
+            self._function = load_function(judge, "judge") if isinstance(judge, str) else judge
+            check_signature(self._function, self._what, "images")
+        out = torch.arange(len(images)) % 6 == min(len(images), 6) - 1
+        self._pools = images[~out], images[out]
+
+    def sample(self, n: int, seed: int, held_out: bool = False) -> Tensor:
+        pool = self._pools[held_out]
+        return pool[torch.randint(len(pool), (n,), generator=generator_of(seed, held_out))]
+
+    def novel(self, content: Hashable) -> bool:
+        return False
+
+    def judge(self, images: Tensor) -> Verdicts:
+        """Raises RewardError where the judge fails, InputError where a server never answered."""
+        images, finite = readable(images, self)
+        verdicts = iter(self._ask(images[finite]) if finite.any() else ())
+        answers = [next(verdicts) if fine else (False, (UNREADABLE,)) for fine in finite.tolist()]
+        valid = torch.tensor([answer for answer, _ in answers], dtype=torch.bool)
+        return Verdicts(valid, finite, tuple(reasons for _, reasons in answers), (None,) * len(answers))
+
+    def _ask(self, images: Tensor) -> list[Verdict]:
+        if self._server is None:
+            return self._ask_function(images)
+        try:
+            verdicts = [verdict for part in images.split(BATCH) for verdict in _ask_server(self._server, part)]
+        except RewardError as error:
+            if self._answered:
+                raise
+            raise InputError(str(error)) from error
+        self._answered = True
+        return verdicts
+
+    def _ask_function(self, images: Tensor) -> list[Verdict]:
+        n = len(images)
+        output = call(self._function, self._what, f"{n} images", images.clone())
+        try:
+            answers = list(output)
+        except Exception as error:
+            raise RewardError(f"{self._what} returned {repr(output)[:80]} for {n} images; return a list") from error
+        if len(answers) != n:
+            raise RewardError(f"{self._what} returned {len(answers)} answers to {n} images; return one an image")
+        verdicts = []
+        for row, answer in enumerate(answers, 1):
+            try:
+                verdicts.append(_verdict(answer))
+            except Exception as error:
+                raise RewardError(
+                    f"{self._what} returned {repr(answer)[:80]} for image {row} of {n}; return a bool or (bool, reason)"
+                ) from error
+        return verdicts
+
+
+def of_folder(path: str | pathlib.Path, judge: Judge, size: int = 64, channels: int = 3) -> ImageWorld:
+    """The images under a folder. Raises InputError where there are fewer than 2, or one cannot be read."""
+    files = pictures.files_in(pathlib.Path(path))
+    if len(files) < 2:
+        raise InputError(
+            f"folder '{path}' has {len(files)} images ({', '.join(pictures.SUFFIXES)}); it needs at least 2"
+        )
+    return ImageWorld(torch.stack([pictures.read(file, size, channels) for file in files]), judge, str(path))
+
+
+def of_images(images: Iterable[Any], judge: Judge, size: int, channels: int) -> ImageWorld:
+    """Tensors, PIL images, arrays or paths. Raises InputError as `pictures.convert`."""
+    return ImageWorld(torch.stack([pictures.convert(image, size, channels) for image in images]), judge)
+
+
+def _ask_server(server: Server, images: Tensor) -> list[Verdict]:
+    def read(answer: Any) -> list[Verdict]:
+        try:
+            valid, reasons = answer["valid"], answer.get("reasons") or [()] * len(images)
+            if len(valid) != len(images) or len(reasons) != len(images):
+                raise ValueError(f"{len(valid)} answers and {len(reasons)} reasons to {len(images)} images")
+            return [_verdict(pair) for pair in zip(valid, reasons, strict=True)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Unreadable(f"it gave no verdicts ({type(error).__name__}: {error})") from error
+
+    return server.post("", {"images": [_png(image) for image in images]}, read, f"{len(images)} images")
+
+
+def _png(image: Tensor) -> str:
+    array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _verdict(answer: Any) -> Verdict:
+    """One verdict: a bool (also of numpy or torch), or a pair of it with one or several reasons."""
+    valid, reasons = answer if isinstance(answer, (tuple, list)) else (answer, ())
+    if str(getattr(valid, "dtype", type(valid).__name__)).removeprefix("torch.") != "bool":
+        raise TypeError(f"{valid!r} is no bool")
+    if bool(valid):
+        return True, ()
+    words = (reasons,) if isinstance(reasons, str) else tuple(str(reason) for reason in reasons or ())
+    return False, tuple(word for word in words if word) or ("invalid",)
