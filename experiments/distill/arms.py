@@ -18,7 +18,7 @@ import torch
 
 from experiments.distill.tables import FINE, SCALES, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, slug
-from fieldsmith.diagnose.guidance import Guidance, ask, measure, noised_tuples, path_tuples
+from fieldsmith.diagnoses.guidance import Guidance, ask, measure, noised_tuples, path_tuples
 from fieldsmith.measure.sweep import Sweep
 from fieldsmith.errors import check_word
 from fieldsmith.methods.distill.bank import Source

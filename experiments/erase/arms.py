@@ -18,7 +18,7 @@ from typing import Any
 from experiments.erase.tables import choice, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, in_words
 from fieldsmith.measure import attacks
-from fieldsmith.diagnose.concepts import (
+from fieldsmith.diagnoses.concepts import (
     Asked,
     ask_groups,
     detected,

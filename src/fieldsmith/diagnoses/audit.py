@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import AuditConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import AuditConfig
 from fieldsmith.errors import InputError
 from fieldsmith.measure.progress import progress
 from fieldsmith.methods.align.advice import BUDGET, Outlook, breaks, outlooks, outside, recommend

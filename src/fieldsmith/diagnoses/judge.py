@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import JudgeConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import JudgeConfig
 from fieldsmith.errors import RunError
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.measure.judges import JudgeMeasures, Recommendation, measure_judge, recommend

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import GuidanceConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import GuidanceConfig
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.guidance import (
