@@ -20,16 +20,18 @@ from torch import Tensor
 from fieldsmith import verb
 from fieldsmith.methods.align import loop as align_loop
 from fieldsmith.methods.align.config import preset as align_preset
-from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
-from fieldsmith.methods.distill.config import preset as distill_preset
+from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.step import Inputs as DistillInputs
+from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase import loop as erase_loop
 from fieldsmith.methods.erase.config import preset as erase_preset
-from fieldsmith.methods.sharpen import loop as sharpen_loop
-from fieldsmith.methods.sharpen.config import preset as sharpen_preset
+from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
+from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.shrink import shrink
@@ -84,8 +86,8 @@ def distill(steps: int) -> list[Model]:
     shape = teacher.noise(1, torch.Generator().manual_seed(0)).shape[1:]
     states = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
     source = Source(states, torch.arange(64) % 10, tuple(str(i) for i in range(10)))
-    config = replace(distill_preset("dash"), steps=steps, bank=0, curriculum="uniform")
-    distill_loop.distill(_watched(teacher), _watched(student), source, config, quiet=True)
+    config = DistillConfig.preset_of("dash", None, {}).replace(steps=steps, bank=0, curriculum="uniform")
+    verb.train(DISTILL, _watched(teacher), config, DistillInputs(source=source, student=_watched(student)))
     return [teacher, student]
 
 
@@ -93,8 +95,8 @@ def sharpen(steps: int) -> list[Model]:
     model = load("zoo:columns-ddpm")
     shape = model.noise(1, torch.Generator().manual_seed(0)).shape[1:]
     states = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    config = replace(sharpen_preset("vsm"), steps=steps)
-    sharpen_loop.sharpen(_watched(model), states, config, quiet=True)
+    config = SharpenConfig.preset_of("vsm", None, {}).replace(steps=steps)
+    verb.train(SHARPEN, _watched(model), config, SharpenInputs(states=states))
     return [model]
 
 

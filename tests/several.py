@@ -22,13 +22,11 @@ from fieldsmith import processes, verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs
 from fieldsmith.methods.align.verb import ALIGN
-from fieldsmith.methods.distill import loop as distill_loop
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.sharpen import loop as sharpen_loop
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.models.core import Model
 from fieldsmith.models.flux import Flux
@@ -101,7 +99,7 @@ def distill(run: Run, **settings: Any) -> tuple[Model, int]:
     source = Source(states, torch.arange(16) % 2, ("cat", "dog"))
     config = DistillConfig(steps=2, batch=6, bank=0, curriculum="uniform", ema=0.0, **settings)
     with student.count_nfe() as nfe:
-        distill_loop.distill(teacher, student, source, config, run, quiet=True)
+        trained.distill(teacher, student, source, config, run)
     return student, nfe.total
 
 
@@ -111,7 +109,7 @@ def sharpen(run: Run, **settings: Any) -> tuple[Model, int]:
                          generator=torch.Generator().manual_seed(3))  # fmt: skip
     config = SharpenConfig(steps=2, batch=5, ema=0.0, **settings)
     with model.count_nfe() as nfe:
-        sharpen_loop.sharpen(model, states.clamp(-1, 1), config, run, True)
+        trained.sharpen(model, states.clamp(-1, 1), config, run)
     return model, nfe.total
 
 

@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fieldsmith import training
+import fieldsmith as fs
 from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
+from fieldsmith.errors import InputError
 from fieldsmith.measure import sweep
 from fieldsmith.measure.classifier import train_classifier
 from fieldsmith.methods.distill import bank, measure, teacher
 from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.objectives import OBJECTIVES
 from fieldsmith.models import load
+from fieldsmith.models.shrink import shrink
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 
@@ -82,24 +84,6 @@ def test_a_run_repeats_from_its_own_config_to_the_last_bit(made, tmp_path):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(made, tmp_path, monkeypatch):
-    real = training._gradient
-
-    def cut(step, *rest):
-        if step == 7:
-            raise KeyboardInterrupt
-        return real(step, *rest)
-
-    words = ["distill", *QUICK, "--evaluate", "0", "--out", str(tmp_path / "cut")]
-    monkeypatch.setattr(training, "_gradient", cut)
-    assert main(words) == 130
-    monkeypatch.setattr(training, "_gradient", real)
-    assert main(words) == 0
-    name = "model/unet/diffusion_pytorch_model.safetensors"
-    whole, resumed = load_file(made / name), load_file(tmp_path / "cut" / name)
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
 def test_a_student_that_takes_the_scale_has_one_branch(tmp_path):
     out = tmp_path / "run"
     assert main(["distill", *QUICK, "--preset", "w-conditioned", "--bank", "0", "--out", str(out)]) == 0
@@ -130,6 +114,22 @@ def test_folders_of_images_and_a_student_of_ones_own(tmp_path):
         == 0
     )
     assert load(tmp_path / "o" / "model").network.config.block_out_channels == [8, 16]
+
+
+def test_pairs_and_a_student_in_python(tmp_path):
+    """Images with classes in memory, a student of one's own, no folder: the result has both."""
+    teacher = UNet(unet_pipeline(size=8, widths=(16, 24), class_rows=3), "t", classes=("cat", "owl"))
+    student = shrink(teacher, 2.0)
+    pairs = [(torch.rand(3, 8, 8), name) for name in ("owl", "cat") for _ in range(4)]
+    small = {"scale": "laptop", "batch": 8, "bank": 64, "warmup": 1, "sampler_steps": 2}
+    result = fs.distill(teacher, pairs, student, steps=2, evaluate=4, **small)
+    assert result.model is student and result.config.data == "given:list" and result.out is None
+    assert result.metrics["parameters"]["student"] < result.metrics["parameters"]["teacher"]
+    assert [pair.label for pair in result.pairs] == ["cat", "owl"]
+    result.save(tmp_path / "student", format="merged")
+    assert load(tmp_path / "student").classes == ("cat", "owl")
+    with pytest.raises(InputError, match="other classes than the model"):
+        fs.distill(teacher, [(image, "dog") for image, _ in pairs], 2.0, **small)
 
 
 def test_every_objective_has_a_preset():

@@ -23,9 +23,8 @@ from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.curriculum import times_of
 from fieldsmith.methods.distill.features import blocks, places
 from fieldsmith.methods.distill.objectives import objective_of
-from fieldsmith.methods.distill.step import Inputs, Step, check_pair
+from fieldsmith.methods.distill.step import Step, check_pair
 from fieldsmith.methods.distill.teacher import Feed, curriculum_for
-from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.shrink import shrink
@@ -35,6 +34,7 @@ from fieldsmith.paths import noised
 from fieldsmith.run import Run
 from fieldsmith.training import Optimisation, fit, step_generator
 from fieldsmith.worlds.classes import digits
+from tests.trained import distill
 
 DATA = digits()
 SOURCE = Source(DATA.images * 2 - 1, DATA.labels, DATA.names, "digits")
@@ -101,7 +101,8 @@ def student_of(teacher: UNet, config: DistillConfig) -> UNet:
 def taught(
     teacher: UNet, config: DistillConfig, run: Run | None = None, student: UNet | None = None, source: Source = SOURCE
 ) -> tuple[UNet, verb.Trained]:
-    job, done = verb.train(DISTILL, teacher, config, Inputs(source=source, student=student), run)
+    job, done = distill(teacher, student, source, config, run)
+    assert isinstance(job.model, UNet)
     return job.model, done
 
 

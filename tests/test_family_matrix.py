@@ -26,12 +26,10 @@ from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
-from fieldsmith.methods.distill.loop import distill
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
-from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import export, shrink
 from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
@@ -51,7 +49,7 @@ from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
-from tests.trained import edit, erase
+from tests.trained import distill, edit, erase, sharpen
 
 SMALL: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4}
 NAMES = ("cat", "dog")
@@ -148,14 +146,14 @@ def distilled(model: Model, family: Family, full: bool) -> None:
     student = shrink.shrink(model, config.shrink)
     prompts = prompts_of(family)
     states = model.encode_images(pictures(model, 4))
-    distill(model, student, Source(states, torch.tensor([0, 1, 0, 1]), prompts), config, quiet=True)
+    distill(model, student, Source(states, torch.tensor([0, 1, 0, 1]), prompts), config)
 
 
 def sharpened(model: Model, family: Family, full: bool) -> None:
     config = SharpenConfig(method="plain", steps=2, batch=4, warmup=1, ema=0.5, share_every=1)
     if not full:
         arguments.parse(config, ["--rank", "4"], "sharpen")
-    sharpen(model, model.encode_images(pictures(model, 8)), config, quiet=True)
+    sharpen(model, model.encode_images(pictures(model, 8)), config)
 
 
 RUNS = {"align": aligned, "edit": edited, "erase": erased, "distill": distilled, "sharpen": sharpened}
@@ -205,7 +203,7 @@ def test_an_unconditional_unet_is_no_teacher() -> None:
     source = Source(model.encode_images(pictures(model, 4)), torch.zeros(4, dtype=torch.long), ("",))
     config = DistillConfig(bank=0, steps=2, batch=4, warmup=1, shrink=2.0)
     with pytest.raises(InputError, match="branches are one"):
-        distill(model, shrink.shrink(model, 2.0), source, config, quiet=True)
+        distill(model, shrink.shrink(model, 2.0), source, config)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

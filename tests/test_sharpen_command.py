@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+import fieldsmith as fs
 from fieldsmith.cli import main
+from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
@@ -34,7 +36,7 @@ def test_a_guide_is_trained_and_the_model_stays(model, tmp_path, capsys):
     assert main(["sharpen", "--model", model, "--scale", "laptop", "--out", str(out), *SHORT]) == 0
     found = metrics_of(out)
     assert found["method"] == "guide" and found["before"]["images"] == found["after"]["images"] == 8
-    assert found["forward_equivalents"] > 0 and found["before"]["hallucinated"]["value"] == 1.0  # it is untrained
+    assert found["nfe"] > 0 and found["before"]["hallucinated"]["value"] == 1.0  # it is untrained
     assert set(found["rest"]["before"]) == set(found["rest"]["after"])
     guide, whole = (sum(p.numel() for p in load(name).network.parameters()) for name in (out / "guide", model))
     assert guide < whole / 2
@@ -59,28 +61,6 @@ def test_published_vsm_says_that_it_does_next_to_nothing(model, tmp_path, capsys
     out = tmp_path / "strong"
     assert main([*words[: -len(SHORT) - 1], str(out), *SHORT, "--add-head", "--strength", "1e9"]) == 0
     assert metrics_of(out)["gradient share"] > 1 and "dominates" in metrics_of(out)["warnings"][0]
-
-
-def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(model, tmp_path, monkeypatch):
-    words = ["sharpen", "--model", model, "--scale", "laptop", "--preset", "plain", *SHORT[2:], "--steps", "12"]
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    from fieldsmith.methods.sharpen import loop
-
-    asked, whole = 0, loop.Step.draw
-
-    def stopping(self, generator):
-        nonlocal asked
-        asked += 1
-        if asked == 8:
-            raise KeyboardInterrupt
-        return whole(self, generator)
-
-    monkeypatch.setattr(loop.Step, "draw", stopping)
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 130
-    monkeypatch.setattr(loop.Step, "draw", whole)
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 0
-    ours, theirs = (load(tmp_path / name / "model").network.state_dict() for name in ("cut", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +98,28 @@ def test_a_judge_that_throws_loses_nothing(model, tmp_path, capsys):
     judge.write_text("def broken(images):\n    raise RuntimeError('no')\ndef bright(images):\n"
                      "    return [(bool(x.mean() > 0.5), 'dark') for x in images]\n")  # fmt: skip
     words = ["sharpen", "--model", model, "--scale", "laptop", "--data", str(tmp_path / "images"), *SHORT]
-    assert main([*words, "--judge", f"{judge}:broken", "--out", str(tmp_path / "run")]) == 2
+    assert main([*words, "--judge", f"{judge}:broken", "--out", str(tmp_path / "run")]) == 3
     assert "RuntimeError: no" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main([*words, "--judge", f"{judge}:bright", "--preset", "neighbours", "--bank", "4",
                  "--out", str(tmp_path / "run")]) == 0  # fmt: skip
     assert metrics_of(tmp_path / "run")["world"] == str(tmp_path / "images")
+
+
+def test_images_and_a_judge_in_python(model):
+    """Images in memory, a judge that is a function, and a run that writes nothing and leaves the model as it was."""
+    network = load(model)
+    before = {name: weight.clone() for name, weight in network.network.state_dict().items()}
+    images = [torch.full((1, 32, 32), i / 8) for i in range(8)]
+    settings = {"scale": "laptop", "steps": 2, "batch": 4, "sampler_steps": 3}
+    result = fs.sharpen(network, images, lambda x: x.mean((1, 2, 3)) > 0.5, samples=4, **settings)
+    assert result.out is None and result.config.data == "given:list" and result.metrics["before"]["images"] == 4
+    assert len(result.pairs) == 1 and result.show() and "<img" in result._repr_html_()
+    after = network.network.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    bare = fs.sharpen(network, samples=0, **settings)
+    assert bare.metrics["steps"] == 2 and "after" not in bare.metrics and not bare.pairs
+    with pytest.raises(InputError, match="need a judge"):
+        fs.sharpen(network, images, samples=4, **settings)
 
 
 def test_diagnose_smoothness_profiles_paths_and_tries_detectors(model, tmp_path, capsys):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fieldsmith import verb
+from fieldsmith.methods.distill.bank import Source
+from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.step import Inputs as DistillInputs
+from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.verb import ERASE
+from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
+from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models.core import Model
 from fieldsmith.run import Run
-from fieldsmith.verb import Callback, Trained
+from fieldsmith.verb import Callback, Job, Trained
 
 
 def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: Callback | None = None) -> Trained:
@@ -22,3 +31,13 @@ def edit(
     model: Model, config: EditConfig, inputs: EditInputs, run: Run | None = None, callback: Callback | None = None
 ) -> Trained:
     return verb.train(EDIT, model, config, inputs, run, callback)[1]
+
+
+def distill(
+    teacher: Model, student: Model | None, source: Source, config: DistillConfig, run: Run | None = None
+) -> tuple[Job, Trained]:
+    return verb.train(DISTILL, teacher, config, DistillInputs(source=source, student=student), run)
+
+
+def sharpen(model: Model, states: Tensor, config: SharpenConfig, run: Run | None = None) -> tuple[Job, Trained]:
+    return verb.train(SHARPEN, model, config, SharpenInputs(states=states), run)

@@ -18,18 +18,21 @@ import torch
 
 from experiments.distill.tables import FINE, SCALES, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, slug
-from fieldsmith.diagnoses.guidance import Guidance, ask, measure, noised_tuples, path_tuples
-from fieldsmith.measure.sweep import Sweep
+from fieldsmith import verb
+from fieldsmith.diagnose.guidance import Guidance, ask, measure, noised_tuples, path_tuples
 from fieldsmith.errors import check_word
+from fieldsmith.measure.distances import frechet_distance
+from fieldsmith.measure.sweep import Sweep
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
-from fieldsmith.methods.distill.loop import Result, distill
-from fieldsmith.measure.distances import frechet_distance
+from fieldsmith.methods.distill.step import Inputs
+from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.shrink import shrink
 from fieldsmith.run import plain
+from fieldsmith.verb import Trained
 from fieldsmith.worlds.classes import Classes
 from fieldsmith.worlds.classes import load as load_data
 
@@ -147,7 +150,7 @@ class Bench:
 
     @cached_property
     def source(self) -> Source:
-        return Source(self.teacher.encode_images(self.data.images), self.data.labels, self.data.names)
+        return Source(self.teacher.encode_images(self.data.images), self.data.labels, self.data.names, self.data.name)
 
     @cached_property
     def sweep(self) -> Sweep:
@@ -178,7 +181,7 @@ def teacher_record(bench: Bench) -> Record:
     return {"arm": "teacher", "world": bench.world, **sizes, "curve": curve, "floor": floor}
 
 
-def train(bench: Bench, config: DistillStudy, arm: str, seed: int) -> tuple[Model, DistillConfig, Result]:
+def train(bench: Bench, config: DistillStudy, arm: str, seed: int) -> tuple[Model, DistillConfig, Trained]:
     """A student of the arm; the cache is one for all seeds, only its start and its draws differ."""
     own = {key: value for key, value in ARMS[arm].items() if key != "cost"}
     settings = DistillConfig(
@@ -187,19 +190,20 @@ def train(bench: Bench, config: DistillStudy, arm: str, seed: int) -> tuple[Mode
     )  # fmt: skip
     scales = settings.guidance_scales if settings.objective == "w-conditioned" else None
     student = shrink(bench.teacher, ratio=RATIO, init=settings.init, guidance_scales=scales, seed=seed)
-    return student, settings, distill(bench.teacher, student, bench.source, settings, data=bench.data.name, quiet=True)
+    done = verb.train(DISTILL, bench.teacher, settings, Inputs(source=bench.source, student=student))[1]
+    return student, settings, done
 
 
 def student_record(bench: Bench, config: DistillStudy, arm: str, seed: int) -> Record:
     """Train one student and measure it."""
     began = time.monotonic()
-    student, settings, result = train(bench, config, arm, seed)
+    student, settings, done = train(bench, config, arm, seed)
     record: Record = {
         "world": bench.world, "arm": arm, "seed": seed, "settings": plain(ARMS[arm]), "steps": settings.steps,
         "lr": config.lr, "parameters": sum(p.numel() for p in student.network.parameters()),
-        "training seconds": result.seconds, "student forwards": result.student_forwards,
-        "teacher forwards": result.teacher_forwards, "teacher cost": result.teacher_cost,
-        "forward_equivalents": result.forward_equivalents, "price": price(arm, settings, result),
+        "training seconds": done.seconds,
+        **{key: done.cost[key] for key in ("student forwards", "teacher forwards", "teacher cost")},
+        "forward_equivalents": done.cost["nfe"], "price": price(arm, settings, done.cost),
         "curve": bench.sweep.curve(student, scales_of(bench.world, arm)),
     }  # fmt: skip
     if settings.objective != "w-conditioned":
@@ -213,12 +217,12 @@ def student_record(bench: Bench, config: DistillStudy, arm: str, seed: int) -> R
     return record
 
 
-def price(arm: str, settings: DistillConfig, result: Result) -> float:
+def price(arm: str, settings: DistillConfig, cost: dict[str, Any]) -> float:
     """What an arm costs: ours with its cache, the others with the teacher asked at every step, as published."""
     if arm.startswith("ours"):
-        return result.forward_equivalents
+        return float(cost["nfe"])
     asked = {"scratch": 0, "w-conditioned": 2 * settings.batch}.get(settings.objective, settings.batch)
-    return result.student_forwards + result.teacher_cost * settings.steps * asked
+    return float(cost["student forwards"] + cost["teacher cost"] * settings.steps * asked)
 
 
 STUDY = Study("distill", "DASH, arXiv 2606.00798", DistillStudy, stages, tables)

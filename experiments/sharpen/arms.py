@@ -18,7 +18,7 @@ from experiments.sharpen import images, mixture
 from experiments.sharpen.tables import tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, slug
 from fieldsmith.errors import check_word
-from fieldsmith.worlds.judged import load
+from fieldsmith.worlds.catalogue import load
 
 # the judges' worlds and sizes: the published one, and the one that networks are trained at here
 JUDGES = (("columns", 64), ("cards", 128), ("cards", 32), ("chess", 128), ("chess", 64))

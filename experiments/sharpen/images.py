@@ -26,17 +26,18 @@ from experiments.oracles.likelihood import feature_likelihood
 from experiments.sharpen.training import Settings, Trained, fit, of_verb
 from experiments.study import Record
 from experiments.zoo.judged_ddpm import JudgedDDPM, untrained
-from fieldsmith.measure.smoothness import SharpestJacobian, TrajectoryVariance
-from fieldsmith.methods.sharpen.config import NEEDS_HEAD
-from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
 from fieldsmith.measure.classifier import Classifier, train_classifier
 from fieldsmith.measure.distances import frechet_distance, precision_recall
 from fieldsmith.measure.hallucination import auroc, coverage, threshold
+from fieldsmith.measure.smoothness import SharpestJacobian, TrajectoryVariance
+from fieldsmith.methods.sharpen.config import NEEDS_HEAD
+from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.unet import UNet
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.samplers import Field, Variance, ancestral
-from fieldsmith.worlds.judged import JudgedWorld, load
+from fieldsmith.worlds.catalogue import load
+from fieldsmith.worlds.judged import JudgedWorld
 
 POOL = 20_000  # training images
 REAL = 2_000  # images that distances are measured to, none of them trained on

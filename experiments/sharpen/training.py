@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fieldsmith import verb
 from fieldsmith.methods.sharpen.config import SharpenConfig
-from fieldsmith.methods.sharpen.loop import sharpen
+from fieldsmith.methods.sharpen.step import Inputs
+from fieldsmith.methods.sharpen.verb import SHARPEN
 
 Settings = dict[str, Any]
 # an arm's settings that say how much it trains, on what, and how it is sampled; all others are the verb's own
@@ -31,5 +33,6 @@ def of_verb(settings: Settings) -> Settings:
 
 def fit(model: Any, states: Tensor, **settings: Any) -> Trained:
     """Train in place by `sharpen`."""
-    result = sharpen(model, states, SharpenConfig(**{"method": "plain", "share_every": 100, **settings}), quiet=True)
-    return Trained(model, result.seconds, result.forward_equivalents, result.share)
+    config = SharpenConfig(**{"method": "plain", "share_every": 100, **settings})
+    job, done = verb.train(SHARPEN, model, config, Inputs(states=states))
+    return Trained(model, done.seconds, done.nfe, job.facts()["gradient share"])

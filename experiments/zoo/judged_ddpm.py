@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import pathlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from fieldsmith import verb
 from fieldsmith.methods.sharpen.config import SharpenConfig
-from fieldsmith.methods.sharpen.loop import sharpen
+from fieldsmith.methods.sharpen.step import Inputs
+from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.run import Run, plain, write_atomically
-from fieldsmith.worlds.judged import JudgedWorld, load
+from fieldsmith.worlds.catalogue import load
+from fieldsmith.worlds.judged import JudgedWorld
 
 POOL = 20_000  # images drawn for training
 
@@ -58,15 +61,15 @@ def train(config: JudgedDDPM, folder: pathlib.Path, name: str) -> ClassDDPM:
     world = load(config.world, config.size)
     model: ClassDDPM = untrained(world, config, learned_variance=False)
     states = model.encode_images(world.sample(POOL, config.seed))
-    told = SharpenConfig(
+    plain_config = SharpenConfig(
         method="plain", steps=config.steps, batch=config.batch, lr=config.lr, warmup=100, min_snr=5.0, ema=config.ema,
         seed=config.seed,
     )  # fmt: skip
-    sharpen(model, states, told, Run(folder / "run", "pretrain", config))
+    verb.train(SHARPEN, model, plain_config, Inputs(states=states), Run(folder / "run", "pretrain", config))
     mean = UNet(model.pipeline, model.name, fold=config.fold)
     model = with_variance_head(mean)
-    head = replace(told, method="variance-learning", train="head", steps=config.head_steps)
-    sharpen(model, states, head, Run(folder / "head", "pretrain", config))
+    head = plain_config.replace(method="variance-learning", train="head", steps=config.head_steps)
+    verb.train(SHARPEN, model, head, Inputs(states=states), Run(folder / "head", "pretrain", config))
     model.save(folder / "model")
     write_card(model, config, folder / "model")
     return model

@@ -7,7 +7,7 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -232,16 +232,25 @@ class Updates:
         self.hooks = count_gradients(self.live, self.params)
 
     def collection(self, at: int) -> None:
-        """The updates that share collection `at`."""
+        """The updates that share collection `at`, all of them forward alone but those that may be the peak: the first,
+        without moments, the next, with them, and the first after one more collection."""
         block, steps = self.job.optimisation.block, self.job.optimisation.steps
         for step in range(at * block, min((at + 1) * block, steps)):
-            self._update(step)
+            generator = training.step_generator(self.job.optimisation.seed, step)
+            with training.global_randomness(generator.initial_seed(), torch.device("cpu")):
+                self._update(self.job.losses(step, generator, {}), step in (0, 1, block))
 
-    def _update(self, step: int) -> None:
-        training.gradient(step, self.params, self.job.losses, self.optimizer, self.job.optimisation)
+    def _update(self, losses: Iterator[Tensor], whole: bool) -> None:
+        for chunk, loss in enumerate(losses):
+            if whole and chunk < 2 and loss.requires_grad:  # the second finds the first one's gradients
+                loss.backward()
+        if not whole:
+            return
+        torch.nn.utils.clip_grad_norm_(self.params, self.job.optimisation.clip or math.inf)
         self.optimizer.step()
         states = self.optimizer.state.values()
         self.moments = self.moments or [v for state in states for key, v in state.items() if key != "step"]
         self.live.hold(self.moments, MOMENTS)
         if self.averages:
             torch._foreach_lerp_(self.averages, [p.detach() for p in self.job.parameters.values()], 0.5)
+        self.optimizer.zero_grad()

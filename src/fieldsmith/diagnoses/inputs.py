@@ -198,7 +198,10 @@ def _triangle(config: Any) -> dict[str, Any]:
 def judge(config: Any) -> dict[str, Any]:
     judges = judges_of(str(config.judge))
     edits = graded(ScenesWorld(SCENES), config.samples, config.seed)
-    return {"model": None, "judges": judges, "edits": edits, "name": next(iter(judges.values())).server.name}
+    return {
+        "model": None, "judges": judges, "edits": edits, "name": next(iter(judges.values())).server.name,
+        "address": partial(address_of, str(config.judge)),
+    }  # fmt: skip
 
 
 def judges_of(address: str) -> dict[str, Any]:
@@ -222,6 +225,15 @@ def judges_of(address: str) -> dict[str, Any]:
         mine = {name: value for name, value in given.items() if name not in left_out}
         judges[mode] = edit_judge(f"{base}?{urlencode({**mine, 'mode': mode})}")
     return judges
+
+
+def address_of(given: str, mode: str, n: int) -> str:
+    """The judge in one mode with n replies, as `fieldsmith edit` takes it."""
+    base, _, query = given.partition("?")
+    options = {"temperature": "0.7"} | dict(parse_qsl(query, keep_blank_values=True))
+    if mode != "checklist":
+        options.pop("checks", None)
+    return f"{base}?{urlencode({**options, 'mode': mode, 'n': n})}"
 
 
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {

@@ -17,11 +17,11 @@ from fieldsmith.models.core import Model
 from fieldsmith.run import Run
 
 NEEDED = {
-    "guidance": {"model": "the student", "teacher": "what it was distilled from"},
-    "smoothness": {"model": "a DDPM pipeline"},
-    "exposure": {"model": "an editing model of the scenes world"},
-    "concepts": {"model": "a model whose card.json names its world"},
-    "audit": {"model": "a model"},
+    "guidance": {"model": "FOLDER, the student", "teacher": "FOLDER, what it was distilled from"},
+    "smoothness": {"model": "FOLDER, a DDPM pipeline"},
+    "exposure": {"model": "FOLDER, an editing model of the scenes world"},
+    "concepts": {"model": "FOLDER, a model whose card.json names its world"},
+    "audit": {"model": "FOLDER"},
     "judge": {"judge": "remote:http://HOST:PORT/v1?model=MODEL"},
 }
 
@@ -43,7 +43,7 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
         config = kind_of_config(**{**given, **named})
     for name, what in NEEDED[kind].items():
         if getattr(config, name) is None:
-            raise InputError(f"no {name} given; add --{name} NAME, {what}")
+            raise InputError(f"no {name} given; add --{name} {what}")
     config.check()
     directory = Run(config.out, f"diagnose {kind}", config) if config.out else None
     if directory and directory.finished:

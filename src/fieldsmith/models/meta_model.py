@@ -61,6 +61,16 @@ class Meta(Model):
     """What a model's class does otherwise where its weights are shapes alone."""
 
     rehearsal: ClassVar[Rehearsal]
+    _drops = False
+
+    @property
+    def _state(self) -> Any:
+        checkpointed = getattr(self.network, "gradient_checkpointing", False)
+        return id(self.network), self.spec, len(self._base), self._off, self._drops, checkpointed
+
+    def dropout(self, on: bool) -> None:
+        super().dropout(on)
+        self._drops = on
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         one = super().noise(1, generator)
@@ -80,13 +90,13 @@ class Meta(Model):
         return self.rehearsal.watch(faked(network, self.rehearsal.mode))
 
     def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
-        return self.rehearsal.call(super()._forward, self.network, (x_t, t, *condition))
+        return self.rehearsal.call(super()._forward, self.network, (x_t, t, *condition), state=self._state)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.rehearsal.call(super()._decode, self.network, (latents,))
+        return self.rehearsal.call(super()._decode, self.network, (latents,), state=self._state)
 
     def _encode_images(self, images: Tensor) -> Tensor:
-        return self.rehearsal.call(super()._encode_images, self.network, (images,))
+        return self.rehearsal.call(super()._encode_images, self.network, (images,), state=self._state)
 
 
 class MetaPrompted(Meta, Prompted):

@@ -87,7 +87,8 @@ def _images(page: Page, sweep: Sweep, teacher: Measured, student: Measured, scal
     sides = teacher.images[scale], student.images[scale]
     read = [sweep.judge.read(images) for images in sides]
     names, pairs = sweep.data.names, []
-    for label in [i * len(names) // SHOWN for i in range(min(SHOWN, len(names)))]:
+    shown = min(SHOWN, len(names))
+    for label in [i * len(names) // shown for i in range(shown)]:
         rows = [i for i, one in enumerate(sweep.labels.tolist()) if one == label][:EACH]
         if not rows:  # fewer images than classes
             continue
