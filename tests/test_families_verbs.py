@@ -13,7 +13,7 @@ from parity import apart, ours, seeded
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.methods.align.config import preset
+from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states
 from fieldsmith.methods.erase.config import EraseConfig
@@ -145,7 +145,7 @@ def test_aligning_runs(family: str, name: str) -> None:
     model = model_of(family)
     brightness = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
     config = replace(
-        preset(name, "laptop"), prompts=("a red circle", "a blue square"), steps=4, epochs=1, prompts_per_epoch=2,
+        AlignConfig.preset_of(name, "laptop", {}), prompts=("a red circle", "a blue square"), steps=4, epochs=1, prompts_per_epoch=2,
         rollouts=2, rank=2, guidance=2.0,
     )  # fmt: skip
     base = ours(model, ["a red circle"])
@@ -164,5 +164,5 @@ def test_what_has_no_place_on_a_family_is_refused() -> None:
     with pytest.raises(InputError, match="subset 'qk_dual' is unknown for family sd15; known: attention"):
         erase(model_of("sd15"), replace(QUICK, subset="qk_dual"))
     with pytest.raises(InputError, match="sde 'cps' does not fit"):
-        align(model_of("sd15"), replace(preset("rlcm", "laptop"), prompts=("a",), steps=4),
+        align(model_of("sd15"), replace(AlignConfig.preset_of("rlcm", "laptop", {}), prompts=("a",), steps=4),
               Reward("zero", True, lambda images, prompts: images.mean((1, 2, 3))))  # fmt: skip

@@ -7,6 +7,7 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
