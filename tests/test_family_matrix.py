@@ -187,7 +187,7 @@ def test_traits_are_those_of_the_model(family: Family) -> None:
     assert hasattr(model, "with_images") == (family.sources != "none")
     assert hasattr(model.pipeline, "load_lora_weights") == family.adapters
     assert (model.family in shrink.FAMILIES) == family.shrinks
-    assert set(family.exports) == (set(export.FORMATS[:2]) if family.name in export.RULES else set())
+    assert set(family.exports) == (set(export.FORMATS[:2]) if model.ORIGINAL_NAMES else set())
     assert export.part_of(family.name) in model.pipeline.components
     for prompt in prompts_of(family):
         assert len(model.encode([prompt])) == 1
