@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import WORDS
 from diffusers import PNDMScheduler
-from fieldsmith.methods.align.loop import align
 from parity import apart, ours, seeded
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from fieldsmith.models.text_layers import attention_maps, text_inputs, word_posi
 from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.rewards import Reward
-from tests.trained import erase
+from tests.trained import align, erase
 
 QUICK = EraseConfig(
     targets=("red circle",), anchors=("blue circle",), steps=6, window=(1, 3), budget=6, rollout_guidance=2.0,

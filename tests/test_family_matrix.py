@@ -16,7 +16,6 @@ import diffusers
 import pytest
 import torch
 from conftest import WORDS
-from fieldsmith.methods.align.loop import align
 from torch import Tensor
 
 from fieldsmith.cli import main
@@ -49,7 +48,7 @@ from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
-from tests.trained import distill, edit, erase, sharpen
+from tests.trained import align, distill, edit, erase, sharpen
 
 SMALL: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4}
 NAMES = ("cat", "dog")

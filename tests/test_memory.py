@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import types
-from dataclasses import fields
 
 import pytest
 import torch
-from fieldsmith.commands.memory import Memory
 from safetensors.torch import load_file
 from torch import nn
 
 from fieldsmith import optimizers
 from fieldsmith.cli import main
-from fieldsmith.commands import edit as edit_command
-from fieldsmith.commands import erase as erase_command
+from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
@@ -284,10 +281,8 @@ def test_methods_that_cannot_be_made_smaller_say_so(tmp_path, capsys, words, say
 
 
 def test_memory_stands_beside_the_settings_of_a_verb():
-    config, memory = edit_command.settings(["--checkpointing", "--lr", "0.5"])
-    assert type(config) is EditConfig and config.lr == 0.5 and memory == Memory(checkpointing=True)
-    assert not {f.name for f in fields(EditConfig)} & {f.name for f in fields(Memory)}
-    assert erase_command.configure([*PAIR]) == erase_command.settings([*PAIR])[0]
+    config = verbs.settings("edit", ["--checkpointing", "--lr", "0.5"])
+    assert type(config) is EditConfig and config.lr == 0.5 and config.checkpointing and config.dtype == "float32"
 
 
 def test_an_unknown_optimizer_is_refused():
