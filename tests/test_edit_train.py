@@ -481,6 +481,18 @@ def test_a_judge_that_fails_at_once_leaves_the_model_as_it_was(
     assert not run.folder.exists() and model.spec is None
 
 
+def test_after_a_failure_no_further_turn_is_judged() -> None:
+    asked: list[int] = []
+
+    def failing(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
+        asked.append(len(after))
+        raise KeyError("key")
+
+    with pytest.raises(RewardError, match="KeyError"):
+        trained(replace(SHORT, turns=3), load(failing))
+    assert asked == [4]
+
+
 @pytest.mark.parametrize(("judge", "error", "text"), BAD[:3])
 def test_a_judge_that_fails_later_leaves_a_checkpoint_to_go_on_from(
     judge: Any, error: Any, text: str, tmp_path: Any
