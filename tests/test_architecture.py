@@ -114,8 +114,9 @@ def test_only_models_import_diffusers_transformers_and_peft(module):
 
 
 def test_losses_know_no_model_optimiser_or_accelerator():
-    for method in ("erase", "align", "distill", "sharpen"):
-        assert not offenders(f"fieldsmith.methods.{method}.losses", ("fieldsmith", "accelerate", "torch.optim"))
+    for method in ("erase", "policy", "align", "distill", "sharpen"):
+        forbidden, shared = ("fieldsmith", "accelerate", "torch.optim"), ("fieldsmith.methods.policy.losses",)
+        assert not offenders(f"fieldsmith.methods.{method}.losses", forbidden, shared)
 
 
 def test_what_help_needs_does_not_import_torch():

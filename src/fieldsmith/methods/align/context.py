@@ -71,8 +71,8 @@ class AlignContext:
         h = context.effective_strength
         if h and not any(h[k] for k in context.plan.is_stochastic.nonzero().flatten().tolist()):
             raise InputError(
-                f"strength '{config.strength}' is 0 at every trained step of steps={config.steps}, so that nothing would "
-                "be learned; use more steps"
+                f"strength '{config.strength}' is 0 at every trained step of steps={config.steps}, so that nothing "
+                "would be learned; use more steps"
             )
         return replace(context, prior=context.variance()) if config.strength == "jacobian" else context
 
