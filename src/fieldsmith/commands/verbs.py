@@ -29,6 +29,9 @@ def settings(verb: str, words: Sequence[str]) -> Any:
     # a preset depends on some settings, which flags may give: those are parsed in full on top of it
     flags = {name: arguments.peek(words, f"--{name}") for name in ("model", "teacher", "method", "objective")}
     given = file | {name: value for name, value in flags.items() if value is not None}
+    steps = arguments.peek(words, "--steps") or ""
+    if steps.isdigit():  # what is measured scales with it
+        given["steps"] = int(steps)
     return arguments.parse(kind.preset_of(preset, scale, given).replace(**file), words, verb, kind.NOTES)
 
 
