@@ -53,7 +53,8 @@ class Sweep:
 
     @cached_property
     def judge(self) -> Classifier:
-        return train_classifier(self.data.images, self.data.labels, self.data.name)
+        steps = min(600, max(150, 2 * self.images))  # a quick look needs no sharp judge
+        return train_classifier(self.data.images, self.data.labels, self.data.name, steps)
 
     @cached_property
     def real(self) -> Tensor:
