@@ -140,7 +140,8 @@ def diagnose_model(model: Model | str | None, kind: str, **settings: Any) -> Dia
     check_word(kind, tuple(KINDS), "diagnose's kinds")
     for name in settings:
         check_word(name, [field.name for field in dataclasses.fields(SETTINGS[kind])], f"diagnose {kind}'s settings")
-    return run(kind, SETTINGS[kind](**settings, **({} if model is None else {"model": model})))
+    paths = {name: pathlib.Path(settings[name]) for name in ("out", "adapter") if settings.get(name) is not None}
+    return run(kind, SETTINGS[kind](**settings | paths | ({} if model is None else {"model": model})))
 
 
 def run(kind: str, config: Any) -> Diagnosis:
@@ -153,7 +154,7 @@ def run(kind: str, config: Any) -> Diagnosis:
             raise InputError(f"no {name} given; add --{name} {what}")
     config.check()
     arguments.at_least(config, 1, *(["resolution"] if hasattr(config, "resolution") else []))
-    directory = arguments.directory_of(config, f"diagnose {kind}") if config.out else None
+    directory = arguments.directory_of(_recorded(config), f"diagnose {kind}") if config.out else None
     # torch comes with these, which --help and refusals do without
     from fieldsmith.commands.diagnose_inputs import INPUTS
     from fieldsmith.measure.diagnose import Diagnosis
@@ -166,14 +167,22 @@ def run(kind: str, config: Any) -> Diagnosis:
         return Diagnosis(numbers, numbers["words"], None)
     inputs = INPUTS[kind](config)
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config_of(kind))}
-    found = measured(inputs.pop("model"), kind, **settings | inputs)
-    CONSOLE.print(found.words, markup=False)
-    if directory and found.page:
+    diagnosis = measured(inputs.pop("model"), kind, **settings | inputs)
+    CONSOLE.print(diagnosis.words, markup=False)
+    if directory and diagnosis.page:
         directory.begin()
-        cost = f"{found.numbers['forward_equivalents']:,} forward-equivalents, {found.numbers['seconds']:.0f} s."
+        nfe, seconds = (diagnosis.numbers[name] for name in ("forward_equivalents", "seconds"))
+        cost = f"{nfe:,} forward-equivalents, {seconds:.0f} s."
         again = f"fieldsmith diagnose {kind} --config {directory.folder}/config.toml --out ANOTHER-FOLDER"
-        found.page.command("Repeat it", again, cost)
-        found.page.write(directory.folder / "report.html")
-        directory.finish(found.numbers)
+        diagnosis.page.command("Repeat it", again, cost)
+        diagnosis.page.write(directory.folder / "report.html")
+        directory.finish(diagnosis.numbers)
         CONSOLE.print(f"page: {directory.folder / 'report.html'}")
-    return found
+    return diagnosis
+
+
+def _recorded(config: Any) -> Any:
+    """The settings as config.toml can hold them: an object by its name."""
+    plain = (str, int, float, tuple, list, pathlib.Path)
+    objects = {k: v for k, v in vars(config).items() if v is not None and not isinstance(v, plain)}
+    return dataclasses.replace(config, **{k: str(getattr(v, "name", type(v).__name__)) for k, v in objects.items()})

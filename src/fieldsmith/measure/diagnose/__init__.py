@@ -33,8 +33,8 @@ class Diagnosis:
 def config_of(kind: str) -> type[Any]:
     """The class of a kind's settings. Raises InputError at an unknown kind."""
     check_word(kind, tuple(settings_of.KINDS), "diagnose's kinds")
-    found: type[Any] = getattr(settings_of, f"{kind.capitalize()}Config")
-    return found
+    config: type[Any] = getattr(settings_of, f"{kind.capitalize()}Config")
+    return config
 
 
 def diagnose(model: Model | None, kind: str, **settings: Any) -> Diagnosis:
@@ -51,6 +51,6 @@ def diagnose(model: Model | None, kind: str, **settings: Any) -> Diagnosis:
     inputs = {name: value for name, value in settings.items() if name not in names}
     module = importlib.import_module(f"fieldsmith.measure.diagnose.{kind}")  # imports torch, which --help does without
     began = time.monotonic()
-    found: Diagnosis = module.diagnosis(model, config, **inputs)
-    shared = {"method": "diagnose", "instrument": kind, "seconds": time.monotonic() - began, "words": found.words}
-    return dataclasses.replace(found, numbers={**shared, **found.numbers})
+    diagnosis: Diagnosis = module.diagnosis(model, config, **inputs)
+    shared = {"method": "diagnose", "instrument": kind, "seconds": time.monotonic() - began, "words": diagnosis.words}
+    return dataclasses.replace(diagnosis, numbers={**shared, **diagnosis.numbers})
