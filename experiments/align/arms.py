@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fieldsmith.methods.align.loop import align
-from fieldsmith.methods.align.measures import path_kl
 
 from experiments.align import mixture
 from experiments.align.tables import TRAINED, reward_of, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, in_words
+from fieldsmith import verb
 from fieldsmith.errors import RunError
 from fieldsmith.measure.distances import diversity, pixel_features
 from fieldsmith.measure.drawing import sampler
-from fieldsmith.methods.align.config import preset
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.measure import path_kl
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.rewards import Reward
@@ -117,7 +119,7 @@ class Bench:
     def __init__(self, config: AlignStudy):
         self.config = config
         self.prompts = tuple(caption(c) for c in concepts() if (c.colour, c.shape) != HELD_OUT)
-        self.yardstick = replace(preset("flow-grpo"), prompts=self.prompts)
+        self.yardstick = replace(AlignConfig.preset_of("flow-grpo", "laptop", {}), prompts=self.prompts)
 
     @cached_property
     def model(self) -> Model:
@@ -131,12 +133,14 @@ class Bench:
     def record(self, kind: str, arm: str, seed: int, cap: int, setting: Setting | None = None) -> Record:
         """One run of a recipe on a reward, its probes and its last images; at its sweep's choice without a setting."""
         setting = chosen(self.config, kind, arm) if setting is None else setting
-        config = replace(preset(arm), prompts=self.prompts, epochs=10**6, seed=seed, **setting)
+        config = replace(
+            AlignConfig.preset_of(arm, "laptop", {}), prompts=self.prompts, epochs=10**6, seed=seed, **setting
+        )
         trace: list[dict[str, float]] = []
         began = time.monotonic()
 
         def callback(step: int, log: dict[str, float]) -> str | None:
-            spent = log.get("forwards", 0.0)
+            spent = log.get("nfe", 0.0)
             if trace and spent < min(1.35 * trace[-1]["forwards"] + 1000, cap):
                 return None
             trace.append({"step": step, "forwards": spent, **self.measure(seed, 10, 10)})
@@ -144,7 +148,7 @@ class Bench:
 
         broke = ""
         try:
-            align(self.model, config, self.rewards[TRAINED[kind]], None, callback)
+            verb.train(ALIGN, self.model, config, Inputs(self.rewards[TRAINED[kind]]), None, callback)
         except RunError as error:  # a recipe without a trust region may leave the numbers; that is a result
             broke = str(error)
         seconds = time.monotonic() - began

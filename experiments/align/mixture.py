@@ -12,18 +12,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from fieldsmith.methods.align.loop import align
-from fieldsmith.methods.align.rollouts import Plan, Rollout, roll, soft_returns
-from fieldsmith.methods.align.schedule import Schedule, schedule, strength
 from torch import Tensor
 
+from fieldsmith import verb
 from fieldsmith.errors import RunError
 from fieldsmith.methods.align import guidance as G
-from fieldsmith.methods.align.config import RECIPES, AlignConfig, preset
-from fieldsmith.methods.align.losses import gaussian_kl, log_ratio
+from fieldsmith.methods.align.config import RECIPES, AlignConfig
+from fieldsmith.methods.align.step import Inputs
+from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.policy.losses import gaussian_kl, log_ratio
+from fieldsmith.methods.policy.rollouts import Plan, Rollout, roll, soft_returns
+from fieldsmith.methods.policy.schedule import Schedule, schedule, strength
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, VariancePreserving
-from fieldsmith.rewards import Named
+from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_step
 from fieldsmith.samplers import rollout as sample_path
 from fieldsmith.training import step_generator
@@ -91,7 +93,7 @@ def estimators(seed: int, first: int) -> list[dict[str, Any]]:
         add(f"one step, full Jacobian, {name}", 0, 3, G.tweedie(linear, place, x, t, "full"))
         add(f"two steps, full Jacobian, {name}", 0, 6, G.tweedie(linear, place, x, t, "full", times[1:2]))
     add("one step, identity Jacobian, at the optimum", 0, 1, G.tweedie(linear, partial(_place, star), x, t, "identity"))
-    pull = strength("jacobian", s, base.covariance.diagonal().mean().item()).pull[0]
+    pull = strength("jacobian", s, base.covariance.diagonal().mean().item()).gamma[0]
     add("terminal gradient times J of a Gaussian", 0, len(s), (pull * PULL).expand_as(x))
 
     for count in COUNTS:
@@ -218,7 +220,7 @@ def gaussian_terminal_bias(seed: int, n: int = 200_000) -> dict[str, float]:
     ):
         prior = base.covariance.diagonal().mean().item()  # of the whole law, as the recipe fits it
         s = schedule(p, grid(389), "eps", "ddim", 1.0)
-        J = strength("jacobian", s, prior).pull[0]
+        J = strength("jacobian", s, prior).gamma[0]
         x_t = torch.tensor([0.4, 0.9], dtype=torch.float64)
         truth = star.score(x_t[None], t, p)[0] - base.score(x_t[None], t, p)[0]
         mean = gradient(star.given(x_t, t, p).sample(n, generator)).mean(0)
@@ -241,7 +243,7 @@ def recipes() -> list[str]:
 
 def configured(name: str, seed: int) -> AlignConfig:
     """A recipe aimed at p_ref exp(r): unscaled advantages and a KL of weight 1 where its own are of another scale."""
-    base = preset(name)
+    base = AlignConfig.preset_of(name, "laptop", {})
     steps = len(grid()) - 1
     aimed: dict[str, Any] = {"temperature": 1.0, "clip": 0.2}
     if base.estimator == "reverse-noise":
@@ -267,12 +269,12 @@ def train(name: str, seed: int, cap: int, samples: int = 20_000) -> dict[str, An
     spent: list[float] = [0.0]
 
     def callback(step: int, log: dict[str, float]) -> str | None:
-        spent[0] = log.get("forwards", 0.0)
+        spent[0] = log.get("nfe", 0.0)
         return "cap" if spent[0] >= cap else None
 
     broke = ""
     try:
-        align(model, configured(name, seed), Named("3 - x / 2", True, linear), None, callback)
+        verb.train(ALIGN, model, configured(name, seed), Inputs(Reward("3 - x / 2", True, linear)), None, callback)
     except RunError as error:  # nothing holds a pathwise recipe near the reference
         broke = str(error)
     found = {kind: judged(model, kind, seed, samples) for kind in ("sde", "ode")}

@@ -17,23 +17,18 @@ from typing import Any
 
 from experiments.erase.tables import choice, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, in_words
-from fieldsmith.diagnoses.concepts import (
-    Asked,
-    ask_groups,
-    detected,
-    erasure,
-    groups,
-    paraphrases,
-    plain_prompts,
-    sampler,
-)
+from fieldsmith import verb
 from fieldsmith.measure import attacks
-from fieldsmith.methods.erase import loop
-from fieldsmith.methods.erase.config import EraseConfig, preset
+from fieldsmith.measure.detection import Asked, ask_groups, detected, erasure
+from fieldsmith.measure.drawing import sampler
+from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.step import Inputs, Projected
+from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.run import plain
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, parse
+from fieldsmith.worlds.shapes_groups import groups, paraphrases
 
 SWEEP_SEED = 100
 ANCHORS = {"triangle": "circle", "red": "blue", "red triangle": "red circle"}
@@ -151,7 +146,7 @@ class Bench:
         if "batch" in fixed:
             fixed["batch"] = int(fixed["batch"])
         return replace(
-            preset("tiny", arm.method), targets=tuple(t for t, _ in pairs), anchors=tuple(a for _, a in pairs),
+            EraseConfig.preset_of("tiny", None, {"method": arm.method}), targets=tuple(t for t, _ in pairs), anchors=tuple(a for _, a in pairs),
             keep=kept_prompts(parse(concept)), model=self.config.model, seed=seed, budget=10**9, **fixed,
         )  # fmt: skip
 
@@ -162,23 +157,24 @@ class Bench:
         settings = self.settings(name, concept, seed, setting)
         trace: list[dict[str, float]] = []
         began = time.monotonic()
-        result = loop.erase(self.model, settings, None, self.probe(target, trace))
+        _, result = verb.train(ERASE, self.model, settings, Inputs(), None, self.probe(target, trace))
         trained = time.monotonic() - began
-        projected: Any = loop.Projected(self.model, settings) if arm.method == "projection" else self.model
+        projected: Any = Projected(self.model, settings) if arm.method == "projection" else self.model
         draw, images = sampler(projected), 8 if sweep else self.config.images
         before = self.before(concept, target, seed, images)
-        found = erasure(before, draw, self.world, target, images, 10_000 + seed)
+        after = ask_groups(draw, self.world, groups(target), images, 10_000 + seed)
+        change = erasure(before, after, target)
         record: Record = {
             "arm": name, "concept": concept, "seed": seed, "setting": setting,
-            "forward_equivalents": result.forward_equivalents, "seconds": trained, "steps": result.steps,
-            "stopped": result.stopped, "trace": trace, "evaluation": found.to_json(),
+            "forward_equivalents": result.nfe, "seconds": trained, "steps": result.steps,
+            "stopped": result.stopped, "trace": trace, "evaluation": change.to_json(),
             "settings": plain(asdict(settings)),
         }  # fmt: skip
         if not sweep:
             words = detected(draw, self.world, target, paraphrases(target), 8, 20_000 + seed)
             record["paraphrases"] = asdict(words)
             if concept == "triangle" and arm.method != "projection":
-                record["attacks"] = attacks.battery(self.model, self.world, target, seed)
+                record["attacks"] = attacks.battery(self.model, self.world, target, groups(target)["target"], seed)
         self.model.remove_training()
         return record
 
@@ -192,11 +188,11 @@ class Bench:
 
     def probe(self, target: Concept, trace: list[dict[str, float]]) -> Callable[[int, dict[str, float]], str | None]:
         """At equal ratios of cost, so that ratios of cost are known equally well; also when a run is to end."""
-        prompts = plain_prompts(target)
+        prompts = [caption(concept) for concept in groups(target)["target"]]
         each = -(-PROBE // len(prompts))
 
         def callback(step: int, log: dict[str, float]) -> str | None:
-            spent = log.get("forwards", 0.0)
+            spent = log.get("nfe", 0.0)
             if trace and spent < min(1.15 * trace[-1]["forwards"] + 150, self.config.cap):
                 return None
             seen = detected(sampler(self.model), self.world, target, prompts, each, 30_000)

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnoses.concepts import ask, by_attribute, sampler
+from fieldsmith.measure.detection import ask, right_by_group
+from fieldsmith.measure.drawing import sampler
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Optimisation, fit
 from fieldsmith.worlds.shapes import VOCABULARY, ShapesWorld, concepts
+from fieldsmith.worlds.shapes_groups import attributes
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def train(config: ShapesFlux, folder: pathlib.Path, name: str) -> Flux:
 def write_card(model: Flux, config: ShapesFlux, folder: pathlib.Path, name: str, each: int = 32) -> None:
     """card.json (which world judges it, what made it, what it scores) and the same in words, README.md."""
     world = ShapesWorld(model.resolution)
-    rows = by_attribute(ask(sampler(model, 28), world, concepts(), each, seed=1))
+    rows = right_by_group(ask(sampler(model, 28), world, concepts(), each, seed=1), attributes())
     numbers = {k: {"value": x.value, "low": x.low, "high": x.high, "n": x.n} for k, x in rows.items()}
     card = {
         "world": "shapes",
