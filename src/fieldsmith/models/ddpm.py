@@ -81,10 +81,9 @@ class ClassDDPM(Model):
 
     def of(self, pipeline: Any, name: str | None = None, scales: Sequence[float] | None = None) -> Self:
         """The same kind of model, with the same classes and size, over another pipeline of its kind."""
-        made = type(self)(  # type: ignore[call-arg]
-            pipeline, name or self.name, None, self.classes if self.conditional else None,  # type: ignore[arg-type]
-            scales or self.scales, **self._options(),
-        )  # fmt: skip
+        kind: Any = type(self)  # a family, whose constructor is another than this class's
+        classes = self.classes if self.conditional else None
+        made: Self = kind(pipeline, name or self.name, None, classes, scales or self.scales, **self._options())
         made.size, made.resolution = self.size, self.resolution
         return made
 
