@@ -132,12 +132,10 @@ def test_what_help_needs_does_not_import_torch():
         ".methods.erase.config",
     )
     modules += (
-        ".commands.distill",
         ".methods.distill.config",
         ".commands.align",
         ".commands.diagnose",
         ".methods.align.config",
-        ".commands.sharpen",
         ".methods.sharpen.config",
         ".rewards",
         ".models.families",

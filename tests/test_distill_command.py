@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from functools import partial
 
 import diffusers
 import numpy as np
@@ -20,7 +19,7 @@ from fieldsmith.commands.verbs import settings
 from fieldsmith.errors import InputError
 from fieldsmith.measure import sweep
 from fieldsmith.measure.classifier import train_classifier
-from fieldsmith.methods.distill import bank, measure, teacher
+from fieldsmith.methods.distill import bank, teacher
 from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.objectives import OBJECTIVES
 from fieldsmith.models import load
@@ -44,8 +43,9 @@ def hurry():
     with pytest.MonkeyPatch.context() as patch:
         for module in (bank, teacher):
             patch.setattr(module, "SHARD", 64)
-        patch.setattr(sweep, "train_classifier", partial(train_classifier, steps=30))
-        patch.setattr(measure, "STATES", 100)
+        patch.setattr(
+            sweep, "train_classifier", lambda images, labels, name, steps: train_classifier(images, labels, name, 30)
+        )
         yield
 
 
@@ -143,6 +143,14 @@ def test_files_and_flags_come_after_the_preset(tmp_path):
     config = settings("distill", ["--preset", "dash-released", "--config", str(file), "--lr", "0.25"])
     assert (config.objective, config.lr, config.curriculum) == ("gap", 0.25, "tirt")
     assert settings("distill", ["--teacher", "org/model"]).steps == 234_000
+
+
+def test_what_is_measured_scales_with_the_run():
+    sizes = {steps: settings("distill", ["--steps", str(steps)]).evaluate for steps in (3, 600, 1_500, 90_000)}
+    assert sizes == {3: 20, 600: 120, 1_500: 300, 90_000: 300}
+    assert settings("distill", []).evaluate == settings("distill", ["--preset", "dash", "--scale", "paper"]).evaluate
+    assert settings("distill", ["--steps", "3", "--evaluate", "0"]).evaluate == 0
+    assert settings("sharpen", ["--steps", "40"]).samples == 20 and settings("sharpen", []).samples == 200
 
 
 def test_identifiability_is_told_without_a_run(capsys):

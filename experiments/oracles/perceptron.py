@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,6 @@ class Perceptron(Model):
 
     family = "perceptron"
     SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
-    DEFAULT_SUBSET = ERASE_SUBSET = "all-linear"
     path: VariancePreserving
 
     def __init__(self, d: int, path: VariancePreserving, head: Head | None = None, width: int = 64, seed: int = 0):
@@ -94,8 +93,7 @@ class Perceptron(Model):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
         t = t.to(x_t).expand(len(x_t))
-        output: Tensor = self.network(x_t, self.path.index(t).round())
-        self.spend(len(x_t), output)
+        output: Tensor = self.forward(x_t, t)
         value, raw = output[:, : self.d], output[:, self.d :]
         if self.head is None:
             return Prediction("eps", value, x_t, t, self.path)
@@ -104,12 +102,15 @@ class Perceptron(Model):
         fraction = (raw + 1) / 2
         return Prediction("eps", value, x_t, t, self.path, range_log_variance(self.path, t, fraction), fraction)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+    def _forward(self, x_t: Tensor, t: Tensor, *_: Any) -> Tensor:
+        output: Tensor = self.network(x_t, self.path.index(t).round())
+        return output
+
+    def _decode(self, latents: Tensor) -> Tensor:
         return latents
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def _encode_images(self, images: Tensor) -> Tensor:
         return images
 
-    @property
-    def latent_shape(self) -> tuple[int]:
-        return (self.d,)
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, self.d, generator=generator)

@@ -7,6 +7,7 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,17 +75,29 @@ class MadeUp:
         return images.flatten(1).mean(1) if images.requires_grad else numbers
 
 
-def align_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
-    return api.align_inputs(config, judged.load)
+@dataclass(frozen=True)
+class Scores:
+    """An edit's made-up scores, (n,) each."""
+
+    following: Tensor
+    consistency: Tensor
 
 
-def erase_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
-    return config, api.erase_inputs(config)
+def edit_inputs(config: Any, judged: Judged) -> Any:
+    def judge(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Scores:
+        following = judged.numbers(after)
+        return Scores(following, following.flip(0))
+
+    return dataclasses.replace(api.edit_inputs(config.replace(judge="exact")), judge=judge)
 
 
+# what a run of each verb is given beside its config, with what judges images stood in for
 INPUTS: dict[str, tuple[Verb, Callable[[Any, Judged], tuple[Any, Any]]]] = {
-    "align": (api.ALIGN, align_inputs),
-    "erase": (api.ERASE, erase_inputs),
+    "align": (api.ALIGN, lambda config, judged: api.align_inputs(config, judged.load)),
+    "distill": (api.DISTILL, lambda config, judged: (config, api.distill_inputs(config))),
+    "edit": (api.EDIT, lambda config, judged: (config, edit_inputs(config, judged))),
+    "erase": (api.ERASE, lambda config, judged: (config, api.erase_inputs(config))),
+    "sharpen": (api.SHARPEN, lambda config, judged: (config, api.sharpen_inputs(config))),
 }
 
 

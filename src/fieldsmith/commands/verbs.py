@@ -30,6 +30,9 @@ def settings(verb: str, words: Sequence[str]) -> Any:
     flags = {name: arguments.peek(words, f"--{name}") for name in ("model", "teacher", "method", "objective")}
     kind(**file)  # a bad value in the file is refused by its name
     given = file | {name: value for name, value in flags.items() if value is not None}
+    steps = arguments.peek(words, "--steps") or ""
+    if steps.isdigit():  # what is measured scales with it
+        given["steps"] = int(steps)
     return arguments.parse(kind.preset_of(preset, scale, given).replace(**file), words, verb, kind.NOTES)
 
 

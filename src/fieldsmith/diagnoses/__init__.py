@@ -13,7 +13,6 @@ from fieldsmith.diagnoses import config as settings_of
 from fieldsmith.errors import check_word
 
 if TYPE_CHECKING:  # torch, which parsing the command line has no use for
-    from fieldsmith.models.core import Model
     from fieldsmith.report.page import Page
 
 

@@ -1,4 +1,4 @@
-"""What a diagnosis can be told: the settings of each, with their bounds. Imports no torch."""
+"""The settings of each diagnosis, with their bounds. Imports no torch."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from fieldsmith.read import read_json
 Curriculum = Literal["uniform", "tirt", "sigmoid", "min-snr", "min-snr-x0", "p2", "edm2"]
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 DATA = ("auto", "digits", "shapes")  # what is no folder
+LEAST = 20  # images a guidance scale, however short the run
 
 
 @config
@@ -91,7 +92,8 @@ class DistillConfig(FitConfig, MemoryConfig):
     warmup: Natural = 100
     """Updates over which the learning rate rises."""
     evaluate: Natural = 300
-    """Images a guidance scale for the page; 0 trains and saves only."""
+    """Images a guidance scale for the page, and a measure of the states that are compared and of how long the page's
+    classifier trains; unless it is given, a run of fewer steps than 1,500 has a fifth of them. 0 trains and saves only."""
     sampler_steps: Count = 20
     """Sampler steps for the page."""
 
@@ -105,7 +107,9 @@ class DistillConfig(FitConfig, MemoryConfig):
         zoo = str(given.get("teacher", cls.teacher)).startswith("zoo:")
         scale = scale or ("laptop" if zoo else "paper")
         check_word(scale, tuple(SCALES), "distill's scales")
-        return cls(**PRESETS[name] | SCALES[scale])
+        settings = PRESETS[name] | SCALES[scale]
+        steps = given.get("steps", settings.get("steps", cls.steps))
+        return cls(**settings, evaluate=min(cls.evaluate, max(LEAST, steps // 5)))
 
     def check(self) -> None:
         objective_of(self)  # one whose weights are all 0 is refused there

@@ -22,6 +22,7 @@ Method = Literal[
 METHODS: tuple[str, ...] = get_args(Method)
 NEEDS_HEAD = ("variance-learning", "variance-penalty", "covariance")
 JACOBIAN = ("jacobian-floor", "jacobian-match", "covariance")
+LEAST = 20  # images before and after, however short the run
 WORLDS = ("columns", "cards")  # data with a judge of their own
 
 
@@ -79,7 +80,8 @@ class SharpenConfig(FitConfig, MemoryConfig):
     share_every: Count = 50
     """How often the term's share of the gradient is measured; one more backward pass each."""
     samples: Natural = 200
-    """Images before and after, at equal noise, for the judge and the page; 0 trains and saves only."""
+    """Images before and after, at equal noise, for the judge and the page; unless it is given, a run of fewer steps
+    than 400 has half of them. 0 trains and saves only."""
     sampler_steps: Count = 40
     """Ancestral steps of them."""
     extractor: str | None = None
@@ -95,7 +97,9 @@ class SharpenConfig(FitConfig, MemoryConfig):
         zoo = str(given.get("model", cls.model)).startswith("zoo:")
         scale = scale or ("laptop" if zoo else "paper")
         check_word(scale, tuple(SCALES), "sharpen's scales")
-        return cls(**PRESETS[name] | SCALES[scale])
+        settings = PRESETS[name] | SCALES[scale]
+        steps = given.get("steps", settings.get("steps", cls.steps))
+        return cls(**settings, samples=min(cls.samples, max(LEAST, steps // 2)))
 
     def check(self) -> None:
         low, high = self.times
