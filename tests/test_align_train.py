@@ -265,7 +265,7 @@ def measured(model: Exact) -> dict[str, float | list[float]]:
     """Reward and mode fractions of 4,000 ancestral samples, and the KL of their paths to the triangle's own."""
     setting = AlignContext.of(model, replace(preset("ddpo"), **mixture()), REWARD)
     found = setting.roll(model.noise(4000, seeded(9)), torch.zeros(4000).long(), seeded(10))
-    rows, x = found.rows, found.x_0.double()
+    rows, x = found.transitions, found.x_0.double()
     times = setting.schedule.times[rows.step]
     base = torch.cat(
         [triangle().eps(rows.x[at].double(), times[at], TOY) for at in torch.arange(len(times)).split(20_000)]
