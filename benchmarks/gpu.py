@@ -25,13 +25,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fieldsmith import verb
-from fieldsmith.methods.align import loop as align_loop
-from fieldsmith.methods.align.config import preset as align_preset
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs as AlignInputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.verb import EDIT
-from fieldsmith.methods.erase import loop as erase_loop
-from fieldsmith.methods.erase.config import preset as erase_preset
+from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.step import Inputs as EraseInputs
+from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
@@ -121,20 +123,32 @@ BRIGHT = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3
 
 def erase(model: Model, updates: int, **changes: Any) -> None:
     """GEM as published: LoRA on qk_dual, 11 states an update."""
-    config = replace(erase_preset("paper", "gem"), targets=("red",), anchors=("blue",), **changes)
+    config = replace(EraseConfig.preset_of("paper", None, {}), targets=("red",), anchors=("blue",), **changes)
     per_step = config.batch * (config.window[1] - config.window[0] + 1)
-    erase_loop.erase(model, replace(config, budget=updates * per_step))
+    verb.train(ERASE, model, replace(config, budget=updates * per_step), EraseInputs())
 
 
 def align_first(model: Model, updates: int, **changes: Any) -> None:
-    config = replace(align_preset("draft"), prompts=("red", "blue"), prompts_per_epoch=2, rollouts=1, **changes)
-    align_loop.align(model, replace(config, epochs=updates, updates=1), BRIGHT)
+    config = replace(
+        AlignConfig.preset_of("draft", "laptop", {}),
+        prompts=("red", "blue"),
+        prompts_per_epoch=2,
+        rollouts=1,
+        **changes,
+    )
+    verb.train(ALIGN, model, replace(config, epochs=updates, updates=1), AlignInputs(BRIGHT))
 
 
 def align_zeroth(model: Model, updates: int, **changes: Any) -> None:
-    config = replace(align_preset("flow-grpo"), prompts=("red", "blue"), prompts_per_epoch=2, rollouts=4, **changes)
+    config = replace(
+        AlignConfig.preset_of("flow-grpo", "laptop", {}),
+        prompts=("red", "blue"),
+        prompts_per_epoch=2,
+        rollouts=4,
+        **changes,
+    )
     reward = replace(BRIGHT, differentiable=False)
-    align_loop.align(model, replace(config, epochs=updates, updates=1), reward)
+    verb.train(ALIGN, model, replace(config, epochs=updates, updates=1), AlignInputs(reward))
 
 
 @dataclass(frozen=True)

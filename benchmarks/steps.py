@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fieldsmith import verb
-from fieldsmith.methods.align import loop as align_loop
-from fieldsmith.methods.align.config import preset as align_preset
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs as AlignInputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.step import Inputs as DistillInputs
@@ -27,8 +28,9 @@ from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.verb import EDIT
-from fieldsmith.methods.erase import loop as erase_loop
-from fieldsmith.methods.erase.config import preset as erase_preset
+from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.step import Inputs as EraseInputs
+from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
 from fieldsmith.methods.sharpen.verb import SHARPEN
@@ -53,17 +55,19 @@ class Ratio:
 
 
 def erase(steps: int) -> list[Model]:
-    config = replace(erase_preset("tiny", "gem"), targets=("circle",), anchors=("square",))
+    config = replace(EraseConfig.preset_of("tiny", None, {}), targets=("circle",), anchors=("square",))
     per_step = config.batch * (config.window[1] - config.window[0] + 1)
     model = load("zoo:shapes-flux")
-    erase_loop.erase(_watched(model), replace(config, budget=steps * per_step))
+    verb.train(ERASE, _watched(model), replace(config, budget=steps * per_step), EraseInputs())
     return [model]
 
 
 def align(steps: int) -> list[Model]:
-    config = replace(align_preset("flow-grpo"), model="zoo:shapes-flux", prompts=("red circle", "blue square"))
+    config = replace(
+        AlignConfig.preset_of("flow-grpo", "laptop", {}), model="zoo:shapes-flux", prompts=("red circle", "blue square")
+    )
     model = load("zoo:shapes-flux")
-    align_loop.align(_watched(model), replace(config, epochs=steps), BRIGHT)
+    verb.train(ALIGN, _watched(model), replace(config, epochs=steps), AlignInputs(BRIGHT))
     return [model]
 
 

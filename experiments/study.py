@@ -128,7 +128,9 @@ def run(study: Study, config: StudyConfig) -> None:
 def summarise(study: Study, config: StudyConfig, runs: Sequence[Run], left_out: Sequence[str]) -> None:
     """Write summary.json, the figures and README.md from the files of `runs`, and from nothing else."""
     made = study.tables(config, {one.path.stem: json.loads(one.path.read_text()) for one in runs})
-    command = command_of(study, config)
+    command = f"python -m experiments {study.name}"
+    if config.seeds != study.config.seeds:
+        command += f" --seeds {' '.join(map(str, config.seeds))}"
     claims = [
         {
             "id": one.id, "statement": one.statement, "paper": study.paper, "value": one.interval.value,
@@ -142,11 +144,6 @@ def summarise(study: Study, config: StudyConfig, runs: Sequence[Run], left_out: 
         figure.savefig(config.out / file, dpi=110)
     page = render(f"{study.name}.md.jinja", command=command, claims=claims, left_out=left_out, **made.page)
     write_atomically(config.out / "README.md", page)
-
-
-def command_of(study: Study, config: StudyConfig) -> str:
-    seeds = f" --seeds {' '.join(map(str, config.seeds))}" if study.name in ("erase", "align") else ""
-    return f"fieldsmith reproduce {study.name}{seeds}"
 
 
 def _complete(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

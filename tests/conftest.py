@@ -41,3 +41,39 @@ def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("pipelines") / "unet"
     UNet(unet_pipeline(class_rows=4), "tiny", classes=("cat", "dog", "owl")).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A zoo of tiny random pipelines under the zoo's own names, with its vocabularies and cards. Read only."""
+    import json
+
+    from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
+    from fieldsmith.models.unet import UNet
+    from fieldsmith.worlds import classes, scenes, shapes
+
+    folder = tmp_path_factory.mktemp("zoo")
+    small = {"layers": 1, "single_layers": 1, "heads": 1}
+    for name in ("shapes-flux", "shapes-flux-small"):
+        flux_pipeline(shapes.VOCABULARY, vae_channels=(8, 8, 8), **small).save_pretrained(folder / name)
+        (folder / name / "card.json").write_text(json.dumps({"world": "shapes", "size": 32}))
+    editor = kontext_pipeline(
+        scenes.VOCABULARY, vae_channels=(8, 8, 8), latent_channels=4, text_length=10, size=24, **small
+    )
+    editor.save_pretrained(folder / "scenes-kontext")
+    (folder / "scenes-kontext" / "card.json").write_text(json.dumps({"world": "scenes", "size": 24}))
+    for data, size, channels in (("digits", 8, 1), ("shapes", 16, 3)):
+        names = classes.load(data, size, channels).names
+        teacher = unet_pipeline(
+            size=size, channels=channels, widths=(8, 16), class_rows=len(names) + 1, attention=False,
+            beta_schedule="squaredcos_cap_v2",
+        )  # fmt: skip
+        UNet(teacher, data, classes=names).save(folder / f"{data}-unet")
+        (folder / f"{data}-unet" / "card.json").write_text(json.dumps({"data": data, "size": size}))
+    columns = unet_pipeline(
+        size=16, channels=48, widths=(8, 16), attention=False, prediction_type="sample",
+        beta_schedule="squaredcos_cap_v2", clip=True, learned_variance=True,
+    )  # fmt: skip
+    UNet(columns, "columns", fold=4).save(folder / "columns-ddpm")
+    (folder / "columns-ddpm" / "card.json").write_text(json.dumps({"data": "columns", "size": 64}))
+    return folder

@@ -88,7 +88,9 @@ def test_few_sampling_steps_run_or_are_refused(name, steps, flux, unet):
         try:
             assert align(model, config).steps == config.updates
         except InputError as error:
-            assert not model.trains and re.search("no step with a density|branch|shorten|does not fit", str(error))
+            assert not model.trains and re.search(
+                "no step with a density|is 0 at every|branch schedule|does not fit", str(error)
+            )
         else:
             assert 0 < moved(model) < 1
 
@@ -157,7 +159,11 @@ def test_a_reward_is_asked_once_for_each_image(name, flux):
     flux.remove_training()
     asked: list[int] = []
     logs: list[dict[str, float]] = []
-    config = preset(name, **TINY | {"prompts": ("a red circle", "a blue square"), "epochs": 2, "rank": 2, "chunk": 3})
+    config = preset(
+        name,
+        **TINY
+        | {"prompts": ("a red circle", "a blue square"), "epochs": 2, "rank": 2, "chunk": 3 if name == "draft" else 64},
+    )
     job, done = verb.train(
         ALIGN, flux, config, Inputs(counting(asked)), callback=lambda step, log: logs.append(log) if step else None
     )
@@ -204,7 +210,7 @@ def test_images_of_diverged_weights_are_not_the_rewards_fault(name, flux):
             for p in flux.trainable().values():
                 p.data.fill_(float("nan"))
 
-    with pytest.raises(RunError, match="at step 1 with lr=0.001: the model's weights have diverged"):
+    with pytest.raises(RunError, match=r"at step 1 with lr=0\.001: the model's weights have diverged"):
         align(flux, config, BRIGHT, None, diverge)
 
 
@@ -241,16 +247,16 @@ RUN = ["align", "--model", SMALL, "--reward", "brightness", "--prompts", *PROMPT
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
     words = [*RUN, "--epochs", "3", "--held-out-rewards", "classifier-heldout"]
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    real = training._gradient
+    real = training.gradient
 
     def cut(step, *rest):  # in the middle of a collection: it has to be taken again
         if step == 3:
             raise KeyboardInterrupt
         return real(step, *rest)
 
-    monkeypatch.setattr(training, "_gradient", cut)
+    monkeypatch.setattr(training, "gradient", cut)
     assert main([*words, "--out", str(tmp_path / "cut")]) == 130
-    monkeypatch.setattr(training, "_gradient", real)
+    monkeypatch.setattr(training, "gradient", real)
     assert main([*words, "--out", str(tmp_path / "cut")]) == 0
     one, other = (load_file(tmp_path / n / "adapter" / "pytorch_lora_weights.safetensors") for n in ("whole", "cut"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.cli import main
-from fieldsmith.diagnose.config import AuditConfig
+from fieldsmith.diagnoses.config import AuditConfig
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.advice import along_steps, breaks, decided, outlook, outlooks, outside, recommend
 from fieldsmith.methods.align.audit import Moment, Row, Truths, compare, measure, ratio

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from fieldsmith.commands.erase import configure
 from PIL import Image
 from safetensors.torch import load_file
 
 from fieldsmith import __version__, training
 from fieldsmith.cli import VERBS, main
-from fieldsmith.diagnose.config import KINDS
+from fieldsmith.commands import verbs
+from fieldsmith.diagnoses.config import KINDS
 from fieldsmith.methods.erase import losses
-from fieldsmith.methods.erase.config import preset
+from fieldsmith.methods.erase.config import EraseConfig
 
 PAIR = ["--targets", "triangle", "--anchors", "circle"]
 # a run of twelve cheap steps on the tiny random Flux of conftest
@@ -31,6 +31,14 @@ TINY = [
     "erase", "--targets", "red circle", "--anchors", "blue circle", "--preset", "tiny", "--steps", "6", "--window", "1",
     "3", "--batch", "1", "--budget", "60", "--evaluate", "2",
 ]  # fmt: skip
+
+
+def configure(words: list[str]) -> EraseConfig:
+    return verbs.settings("erase", words)
+
+
+def preset(name: str, method: str = "gem") -> EraseConfig:
+    return EraseConfig.preset_of(name, None, {"method": method})
 
 
 def refused(capsys: Any, *words: str, says: str) -> None:
@@ -83,8 +91,8 @@ def test_help_is_success(capsys, words):
         (["erase", "--targets", "ring", "star", "cross", "--anchors", "circle", "square"], "3 targets and 2 anchors; "),
         (["erase", "--anchors", "circle"], "no target given; .*--targets"),
         (["erase", "--targets", "triangle"], "no anchor given; .*--anchors"),
-        (["erase", *PAIR, "--preset", "papre"], "preset 'papre' is unknown; known: paper"),
-        (["erase", *PAIR, "--method", "gme"], "method 'gme' is unknown; known: gem"),
+        (["erase", *PAIR, "--preset", "papre"], "'papre'.*did you mean 'paper'"),
+        (["erase", *PAIR, "--method", "gme"], "'gme'.*did you mean 'gem'"),
         (["erase", *PAIR, "--subset", "heads"], "'heads' is unknown.*known: qk_dual"),
         (["erase", *PAIR, "--model", "zoo:shape-flux"], "'zoo:shape-flux' is not in the zoo; known: .*zoo:shapes-flux"),
         (["erase", *PAIR, "--model", "nowhere"], "the folder 'nowhere' does not exist; give"),
@@ -101,7 +109,11 @@ def test_help_is_success(capsys, words):
         (["erase", *PAIR, "--budget", "0"], "budget=0 must be at least 1"),
         (["erase", *PAIR, "--batch", "-1"], "batch=-1"),
         (["erase", *PAIR, "--steps", "0"], "steps=0 must be at least 1"),
-        (["erase", *PAIR, "--evaluate", "0"], "evaluate=0"),
+        (["erase", *PAIR, "--evaluate", "-1"], "evaluate=-1 must be at least 0"),
+        (["erase", *PAIR, "--lr", "inf"], "lr=inf should be a finite number"),
+        (["erase", *PAIR, "--rollout-guidance", "nan"], "rollout_guidance=nan should be a finite number"),
+        (["erase", *PAIR, "--seed", "99999999999999999999999"], "seed=9+ must be below"),
+        (["erase", "--targets", "", "--anchors", "circle"], "one of the targets is empty"),
         (["erase", *PAIR, "--lr", "0"], "lr=0.0 must be above 0"),
         (["erase", *PAIR, "--eta", "nan"], "eta=nan"),
         (["erase", *PAIR, "--retain", "-2"], "retain=-2.0"),
@@ -166,8 +178,8 @@ def test_an_out_that_is_taken(capsys, tmp_path, flux_folder):
     file.write_text("x")
     refused(capsys, "erase", *PAIR, "--out", taken, says="'.*taken' holds other files; name one")
     refused(capsys, "erase", *PAIR, "--out", file, says="is a file; name a folder")
-    refused(capsys, "erase", *PAIR, "--out", file / "run", says="cannot be made.*name another")
-    refused(capsys, "sample", "--prompts", "star", "--out", file / "a.png", says="cannot be made")
+    refused(capsys, "erase", *PAIR, "--out", file / "run", says="cannot be written.*name another")
+    refused(capsys, "sample", "--prompts", "star", "--out", file / "a.png", says="cannot be written")
     (taken / "thesis.tex").rename(taken / "config.toml")
     (taken / "config.toml").write_text('verb = "erase"\nseed = 4\n')
     refused(capsys, "erase", *PAIR, "--out", taken, says="holds another run .*seed.*differ.*; name a new folder")
@@ -180,14 +192,14 @@ def test_an_out_that_is_taken(capsys, tmp_path, flux_folder):
         ("budgte = 3", "'budgte'.*did you mean 'budget'"),
         ("budget = = 3", "is not TOML"),
         ('verb = "sample"', "is of another verb"),
-        ('budget = "3"', "budget = '3' should be of type int"),
-        ("budget = true", "budget = True should be of type int"),
-        ("budget = 1.5", "budget = 1.5 should be of type int"),
-        ('targets = "triangle"', "targets = 'triangle' should be of type tuple"),
+        ('budget = "3"', "budget='3' should be a whole number"),
+        ("budget = true", "budget=True should be a whole number"),
+        ("budget = 1.5", "budget=1.5 should be a whole number"),
+        ('rollout_guidance = "3"', "rollout_guidance='3' should be a number"),
         ("targets = [1]", "targets"),
         ("window = [1, 2, 3]", "window"),
         ("window = 3", "window"),
-        ('timestep_weight = "tp"', "timestep_weight = 'tp'"),
+        ('timestep_weight = "tp"', "timestep_weight 'tp' is unknown; did you mean 'tb'"),
         ('method = "gme"', "method"),
         ("full = 1", "full"),
         ("model = 3", "model"),
@@ -256,7 +268,7 @@ def test_nan_in_training_is_code_3_and_the_last_checkpoint_stays(capsys, tmp_pat
 
 
 def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys, tmp_path, flux_folder, monkeypatch):
-    gradient, calls = training._gradient, []
+    gradient, calls = training.gradient, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -268,7 +280,7 @@ def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys,
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     cut = [*words, "--out", str(tmp_path / "cut")]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_gradient", interrupted)
+        patch.setattr(training, "gradient", interrupted)
         assert main(cut) == 130
     assert "the same command resumes it" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "adapter").exists()
@@ -294,7 +306,7 @@ def test_a_machine_that_gives_out_is_code_3(capsys, tmp_path, flux_folder, monke
     def breaking(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(training, "_gradient", breaking)
+    monkeypatch.setattr(training, "gradient", breaking)
     assert main([*TINY, "--model", str(flux_folder), "--out", str(tmp_path / "run")]) == 3
     assert "last good checkpoint stays" in capsys.readouterr().err
 

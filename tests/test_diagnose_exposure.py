@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fieldsmith.cli import main
-from fieldsmith.diagnose.exposure import Operation, by_operation, verdict_of, words_of
+from fieldsmith.diagnoses.exposure import Operation, by_operation, verdict_of, words_of
 from fieldsmith.measure.editing import Scores
 from fieldsmith.measure.exposure import Exposure
 from fieldsmith.measure.intervals import Interval

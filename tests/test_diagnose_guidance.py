@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.cli import main
+from fieldsmith.commands.diagnose import diagnose_model
 from fieldsmith.errors import InputError
 from fieldsmith.measure.guidance import (
     Guidance,
@@ -301,6 +302,21 @@ def test_a_teacher_against_itself_is_healthy_and_text_models_are_measured_on_the
     assert main([*words, *text, "--samples", "0", "--out", str(tmp_path / "b")]) == 0
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert list(metrics["states"]) == ["the teacher's guided path"] and "liveness" not in metrics
+
+
+def test_from_python_an_object_will_do_for_a_name_and_nothing_need_be_written(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"tuples": 10, "steps": 2, "samples": 0, "data": "digits"}
+    found = diagnose_model(load(pair[0]), "guidance", teacher=pair[1], **small)
+    assert found.numbers["instrument"] == "guidance" and found.numbers["words"] == found.words
+    assert found.page is not None and found.words[:20] in found.page.html() and not list(tmp_path.iterdir())
+    written = diagnose_model(load(pair[0]), "guidance", teacher=load(pair[1]), out=str(tmp_path / "run"), **small)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["words"] == written.words
+    assert f"teacher = '{pair[1]}'" in (tmp_path / "run" / "config.toml").read_text().replace('"', "'")
+    with pytest.raises(InputError, match=r"'tupels'.*did you mean 'tuples'"):
+        diagnose_model(None, "guidance", tupels=3)
+    with pytest.raises(InputError, match=r"'guidanse'.*did you mean 'guidance'"):
+        diagnose_model(None, "guidanse")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from fieldsmith.cli import main
-from fieldsmith.diagnose.judge import UPSCALE, Advice, verdict_of
+from fieldsmith.diagnoses.judge import UPSCALE, Advice, verdict_of
 from fieldsmith.errors import InputError
 from fieldsmith.measure.judges import Recommendation
 from fieldsmith.rewards.edits import CONSISTENCY, MODES

@@ -481,6 +481,18 @@ def test_a_judge_that_fails_at_once_leaves_the_model_as_it_was(
     assert not run.folder.exists() and model.spec is None
 
 
+def test_after_a_failure_no_further_turn_is_judged() -> None:
+    asked: list[int] = []
+
+    def failing(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
+        asked.append(len(after))
+        raise KeyError("key")
+
+    with pytest.raises(RewardError, match="KeyError"):
+        trained(replace(SHORT, turns=3), load(failing))
+    assert asked == [4]
+
+
 @pytest.mark.parametrize(("judge", "error", "text"), BAD[:3])
 def test_a_judge_that_fails_later_leaves_a_checkpoint_to_go_on_from(
     judge: Any, error: Any, text: str, tmp_path: Any
@@ -625,16 +637,16 @@ def test_what_the_judge_likes_is_learned(objective: Any, judge: Any, sign: int) 
 
 
 def test_the_branches_and_the_supervised_objective_lower_their_losses(tmp_path: Any) -> None:
-    """On the 24 epochs' own log, first against last quarter."""
+    """By the run's own log, last against first quarter."""
     for name, settings in (
         ("loss", {"objective": "supervised", "sources": "clean"}),
         ("identity", {"objective": "none", "identity": 1.0}),
     ):
-        config = replace(LEARNING, epochs=24, lr=3e-3, groups=8, **settings)  # type: ignore[arg-type]
+        config = replace(LEARNING, epochs=16, rollouts=4, **settings)  # type: ignore[arg-type]
         run = Run(tmp_path / name, "edit", config)
         trained(config, run=run)
-        output = [line[name] for line in run.history()]
-        assert sum(output[-6:]) < 0.95 * sum(output[:6])
+        losses = [line[name] for line in run.history()]
+        assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
 @pytest.mark.parametrize("settings", [{"objective": "none", "identity": 1.0}, {"steady": 1.0, "noise": 0.1}])

@@ -36,7 +36,8 @@ from fieldsmith.cli import main
 from fieldsmith.errors import InputError
 from fieldsmith.models import denoiser_of, export, load, load_adapter
 from fieldsmith.models.core import LoraSpec
-from fieldsmith.models.export import Adapter, LowRank, adapter_in, adapter_of, exported, imported, sizes_of, write
+from fieldsmith.models.export import Adapter, LowRank, adapter_in, exported, imported, sizes_of, write
+from fieldsmith.models.families import FAMILIES
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, word_tokenizer
@@ -172,7 +173,7 @@ NAMES |= {"flux-kontext": NAMES["flux"], "qwen-image-edit": NAMES["qwen-image"]}
 ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
 
 
-@pytest.mark.parametrize("family", export.RULES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES if family.exports])
 def test_names_are_the_other_tools(family: str) -> None:
     sizes = sizes_of(NETWORKS[family]())
     for layer, key in NAMES[family].items():
@@ -388,7 +389,7 @@ def test_diffusers_draws_our_image_from_a_kohya_file(
     sizes = sizes_of(model.network)
     pipe: Any = (kontext_pipeline if editor else flux_pipeline)(WORDS, **SMALL)
     for form in ("kohya", "comfyui"):
-        write(adapter_of(model), family, sizes, form, tmp_path / f"{form}.safetensors")
+        write(model.adapter(), family, sizes, form, tmp_path / f"{form}.safetensors")
         pipe.load_lora_weights(tmp_path, weight_name=f"{form}.safetensors")
         torch.testing.assert_close(theirs(pipe, model.resolution), expected, atol=1e-4, rtol=0)
         pipe.unload_lora_weights()
@@ -445,7 +446,7 @@ def test_load_adapter_reads_every_format(form: str, tmp_path: pathlib.Path) -> N
     model.adapt(LoraSpec("all-linear", rank=2, alpha=3.0))
     shake(model)
     model.scale_adapter(0.7)
-    expected, adapter = ours(model), adapter_of(model)
+    expected, adapter = ours(model), model.adapter()
     assert (expected - base).abs().max() > 1e-3
     odd = "single_transformer_blocks.1.proj_out"  # a rank and a scale of its own
     adapter[odd] = LowRank(
@@ -455,7 +456,7 @@ def test_load_adapter_reads_every_format(form: str, tmp_path: pathlib.Path) -> N
     again = Flux(flux_pipeline(WORDS, **SMALL), "tiny")
     load_adapter(again, tmp_path)
     torch.testing.assert_close(ours(again), expected, atol=1e-5, rtol=0)
-    same(adapter_of(again), adapter)
+    same(again.adapter(), adapter)
     with again.reference():
         assert torch.equal(ours(again), base)
     again.save(tmp_path / "saved")  # what was read in one format goes out in ours
@@ -467,7 +468,7 @@ def test_load_adapter_reads_every_format(form: str, tmp_path: pathlib.Path) -> N
 
 def test_a_model_without_an_adapter_has_none() -> None:
     with pytest.raises(InputError, match="carries no adapter"):
-        adapter_of(Flux(flux_pipeline(WORDS, **SMALL), "tiny"))
+        Flux(flux_pipeline(WORDS, **SMALL), "tiny").adapter()
 
 
 # the command

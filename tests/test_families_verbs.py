@@ -9,12 +9,11 @@ import pytest
 import torch
 from conftest import WORDS
 from diffusers import PNDMScheduler
-from fieldsmith.methods.align.loop import align
 from parity import apart, ours, seeded
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.methods.align.config import preset
+from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states
 from fieldsmith.methods.erase.config import EraseConfig
@@ -26,7 +25,7 @@ from fieldsmith.models.text_layers import attention_maps, text_inputs, word_posi
 from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.rewards import Reward
-from tests.trained import erase
+from tests.trained import align, erase
 
 QUICK = EraseConfig(
     targets=("red circle",), anchors=("blue circle",), steps=6, window=(1, 3), budget=6, rollout_guidance=2.0,
@@ -146,7 +145,7 @@ def test_aligning_runs(family: str, name: str) -> None:
     model = model_of(family)
     brightness = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
     config = replace(
-        preset(name, "laptop"), prompts=("a red circle", "a blue square"), steps=4, epochs=1, prompts_per_epoch=2,
+        AlignConfig.preset_of(name, "laptop", {}), prompts=("a red circle", "a blue square"), steps=4, epochs=1, prompts_per_epoch=2,
         rollouts=2, rank=2, guidance=2.0,
     )  # fmt: skip
     base = ours(model, ["a red circle"])
@@ -165,5 +164,5 @@ def test_what_has_no_place_on_a_family_is_refused() -> None:
     with pytest.raises(InputError, match="subset 'qk_dual' is unknown for family sd15; known: attention"):
         erase(model_of("sd15"), replace(QUICK, subset="qk_dual"))
     with pytest.raises(InputError, match="sde 'cps' does not fit"):
-        align(model_of("sd15"), replace(preset("rlcm", "laptop"), prompts=("a",), steps=4),
+        align(model_of("sd15"), replace(AlignConfig.preset_of("rlcm", "laptop", {}), prompts=("a",), steps=4),
               Reward("zero", True, lambda images, prompts: images.mean((1, 2, 3))))  # fmt: skip

@@ -16,7 +16,6 @@ import diffusers
 import pytest
 import torch
 from conftest import WORDS
-from fieldsmith.methods.align.loop import align
 from torch import Tensor
 
 from fieldsmith.cli import main
@@ -49,7 +48,7 @@ from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
-from tests.trained import distill, edit, erase, sharpen
+from tests.trained import align, distill, edit, erase, sharpen
 
 SMALL: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4}
 NAMES = ("cat", "dog")
@@ -187,7 +186,7 @@ def test_traits_are_those_of_the_model(family: Family) -> None:
     assert hasattr(model, "with_images") == (family.sources != "none")
     assert hasattr(model.pipeline, "load_lora_weights") == family.adapters
     assert (model.family in shrink.FAMILIES) == family.shrinks
-    assert set(family.exports) == (set(export.FORMATS[:2]) if family.name in export.RULES else set())
+    assert set(family.exports) == (set(export.FORMATS[:2]) if model.ORIGINAL_NAMES else set())
     assert export.part_of(family.name) in model.pipeline.components
     for prompt in prompts_of(family):
         assert len(model.encode([prompt])) == 1

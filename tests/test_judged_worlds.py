@@ -23,7 +23,6 @@ from fieldsmith.worlds.cards import CARDS, CardsWorld
 from fieldsmith.worlds.catalogue import load
 from fieldsmith.worlds.columns import PATTERNS, ColumnsWorld
 from fieldsmith.worlds.judged import JudgedWorld
-from fieldsmith.worlds.own import ImageWorld, of_folder
 
 WORLDS = [("columns", 64), ("columns", 32), ("cards", 128), ("cards", 32), ("chess", 256), ("chess", 64)]
 
@@ -282,8 +281,8 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def mine(folder, name: str) -> ImageWorld:
-    return of_folder(folder, f"{folder.parent / 'mine.py'}:{name}", size=8)
+def mine(folder, name: str) -> own.ImageWorld:
+    return own.of_folder(folder, f"{folder.parent / 'mine.py'}:{name}", size=8)
 
 
 def test_a_folder_is_drawn_from_and_every_sixth_image_held_out(folder):
@@ -332,7 +331,7 @@ def test_a_failing_judge_is_named(folder):
         (f"{folder.parent / 'mine.py'}:calls", "is a list, not a function"),
     ):
         with pytest.raises(InputError, match=output):
-            of_folder(folder, wrong)
+            own.of_folder(folder, wrong)
 
 
 @pytest.fixture
@@ -388,7 +387,7 @@ def test_a_judge_behind_http_is_asked_in_parts_and_again(folder, server, monkeyp
 def test_a_judge_that_is_not_there_is_bad_input(folder, monkeypatch):
     monkeypatch.setattr(own, "PAUSE", 0.01)
     with pytest.raises(InputError, match=r"127.0.0.1:9/judge failed after 4 attempts: .*refused"):
-        of_folder(folder, "http://127.0.0.1:9/judge", size=8).judge(torch.zeros(1, 3, 8, 8))
+        own.of_folder(folder, "http://127.0.0.1:9/judge", size=8).judge(torch.zeros(1, 3, 8, 8))
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_mend(folder):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from dataclasses import asdict
 
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from fieldsmith.measure.distances import (
     total_variation,
 )
 from fieldsmith.measure.intervals import Interval, bootstrap, from_json, mean_interval, paired_difference, share, wilson
+from fieldsmith.measure.progress import track
 from fieldsmith.measure.side_effects import Row, SideEffects, compare, field_drift, guidance_response, image_statistics
 from fieldsmith.run import plain
 from fieldsmith.samplers import flow_grid
@@ -116,6 +119,16 @@ def test_paired_difference_covers_and_never_collapses() -> None:
 def test_intervals_refuse_with_a_sentence(call, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_progress_is_a_line_on_a_terminal_and_nothing_elsewhere(capsys, monkeypatch) -> None:
+    assert list(track([1, 2, 3], "counting")) == [1, 2, 3]
+    assert capsys.readouterr() == ("", "")
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("fieldsmith.measure.progress.CONSOLE", terminal)
+    for _ in track([1, 2], "outer"):
+        assert list(track([3], "inner")) == [3]  # a line within a line
+    assert "outer" in terminal.file.getvalue() and "2/2" in terminal.file.getvalue()
 
 
 # distances

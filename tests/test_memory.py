@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import types
-from dataclasses import fields
 
 import pytest
 import torch
-from fieldsmith.commands.memory import Memory
 from safetensors.torch import load_file
 from torch import nn
 
 from fieldsmith import optimizers
 from fieldsmith.cli import main
-from fieldsmith.commands import edit as edit_command
-from fieldsmith.commands import erase as erase_command
+from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
@@ -27,7 +24,7 @@ from fieldsmith.training import Optimisation, fit
 
 PAIR = ["--targets", "red circle", "--anchors", "blue circle"]
 SHORT = [*PAIR, "--preset", "tiny", "--steps", "4", "--window", "1", "2", "--batch", "1", "--budget", "4", "--subset",
-         "attention", "--evaluate", "2"]  # fmt: skip
+         "attention", "--evaluate", "0"]  # fmt: skip
 TRAIN = {"lora": lambda m: m.adapt(LoraSpec(rank=2, dropout=0.5)), "full": lambda m: m.unfreeze("attention")}
 
 
@@ -133,19 +130,13 @@ def test_an_adapter_on_bf16_weights_is_float32_and_near_the_exact_one(flux_folde
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
 
 
-@pytest.fixture
-def unjudged(monkeypatch):
-    """Runs of erase without their page, which takes longer than they do."""
-    monkeypatch.setattr(erase_command, "_page", lambda *_: {})
-
-
-def test_a_bf16_run_ships_a_float32_adapter_and_can_be_repeated(flux_folder, tmp_path, unjudged):
+def test_a_bf16_run_ships_a_float32_adapter_and_can_be_repeated(flux_folder, tmp_path):
     words = ["erase", "--model", str(flux_folder), *SHORT, "--dtype", "bf16", "--checkpointing"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 0
     weights = load_file(tmp_path / "a" / "adapter" / "pytorch_lora_weights.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32} and any(w.abs().max() > 0 for w in weights.values())
     written = (tmp_path / "a" / "config.toml").read_text()
-    assert 'dtype = "bf16"' in written and "checkpointing = true" in written and "offload" not in written
+    assert 'dtype = "bf16"' in written and "checkpointing = true" in written and "offload = false" in written
     assert main(["erase", "--config", str(tmp_path / "a/config.toml"), "--out", str(tmp_path / "b")]) == 0
     again = load_file(tmp_path / "b" / "adapter" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -154,7 +145,7 @@ def test_a_bf16_run_ships_a_float32_adapter_and_can_be_repeated(flux_folder, tmp
 # parts that wait
 
 
-def test_offload_on_a_cpu_is_nothing_and_says_so(flux_folder, tmp_path, capsys, unjudged):
+def test_offload_on_a_cpu_is_nothing_and_says_so(flux_folder, tmp_path, capsys):
     assert offload(load(flux_folder)) == []
     words = ["erase", "--model", str(flux_folder), *SHORT, "--offload", "--out", str(tmp_path / "run")]
     assert main(words) == 0
@@ -284,10 +275,8 @@ def test_methods_that_cannot_be_made_smaller_say_so(tmp_path, capsys, words, say
 
 
 def test_memory_stands_beside_the_settings_of_a_verb():
-    config, memory = edit_command.settings(["--checkpointing", "--lr", "0.5"])
-    assert type(config) is EditConfig and config.lr == 0.5 and memory == Memory(checkpointing=True)
-    assert not {f.name for f in fields(EditConfig)} & {f.name for f in fields(Memory)}
-    assert erase_command.configure([*PAIR]) == erase_command.settings([*PAIR])[0]
+    config = verbs.settings("edit", ["--checkpointing", "--lr", "0.5"])
+    assert type(config) is EditConfig and config.lr == 0.5 and config.checkpointing and config.dtype == "float32"
 
 
 def test_an_unknown_optimizer_is_refused():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from fieldsmith.commands.memory import Memory
 from fieldsmith.methods.align.loop import align
+from fieldsmith.methods.distill.loop import distill
 from fieldsmith.methods.edit.loop import edit
 from fieldsmith.methods.erase.loop import erase
+from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models.blueprint import adapt, blueprint
 from fieldsmith.models.footprint import Component, Live, Update, asked, components, footprint
 
@@ -23,12 +25,10 @@ from fieldsmith.methods.align.config import preset as align_preset
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.config import preset as distill_preset
-from fieldsmith.methods.distill.loop import distill
 from fieldsmith.methods.edit.config import preset as edit_preset
 from fieldsmith.methods.edit.rollouts import Task
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
-from fieldsmith.methods.sharpen.loop import sharpen
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
 from fieldsmith.models.flux import Flux

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import several
 import torch
-from fieldsmith.commands.erase import configure
 
 from fieldsmith import processes
 from fieldsmith.cli import main
+from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError
-from fieldsmith.methods.erase import loop
 from fieldsmith.models import load
 from fieldsmith.run import Run
+from tests import trained
 
 HERE = pathlib.Path(__file__).parent
 # what is a sum of many numbers differs in its order alone; a gradient that is 0 but for rounding is left out
@@ -93,7 +93,7 @@ def test_the_command_line_in_two_processes(tmp_path: pathlib.Path) -> None:
     done = launch(["-m", "fieldsmith", *words, "--out", "two"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("page: ") == 1  # one process speaks
-    loop.erase(load("zoo:shapes-flux"), configure(words[1:]), Run(tmp_path / "one", "erase", {}))
+    trained.erase(load("zoo:shapes-flux"), verbs.settings("erase", words[1:]), Run(tmp_path / "one", "erase", {}))
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
@@ -102,7 +102,7 @@ def test_the_command_line_in_two_processes(tmp_path: pathlib.Path) -> None:
     for ours, theirs in zip(one, two, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
     files = {path.name for path in (tmp_path / "two").iterdir()}
-    assert files == {"config.toml", "metrics.jsonl", "metrics.json", "checkpoints", "adapter", "report.html"}
+    assert files == {"config.toml", "metrics.jsonl", "metrics.json", "checkpoints", "adapter", "samples", "report.html"}
 
 
 def test_too_many_processes_and_deepspeed_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

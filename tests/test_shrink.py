@@ -85,7 +85,7 @@ def test_a_ratio_finds_the_nearest_network_and_shares_the_rest(make: Callable[[]
     assert 0.75 < parameters(model.network) / parameters(student.network) / ratio < 1.3
     assert type(student) is type(model) and type(student.pipeline) is type(model.pipeline)
     for name, part in model.pipeline.components.items():
-        assert (student.pipeline.components[name] is part) == (name != FAMILIES[model.family].part)
+        assert (student.pipeline.components[name] is part) == (name != model.PART)
     assert not student.network.training and not student.trainable()
     assert all(not p.requires_grad for p in student.network.parameters())
     assert field(student).shape == field(model).shape and field(student).std() > 0.01

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from fieldsmith import verb
+from fieldsmith import rewards, verb
+from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.step import Inputs as AlignInputs
+from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.distill.step import Inputs as DistillInputs
@@ -21,6 +26,12 @@ from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models.core import Model
 from fieldsmith.run import Run
 from fieldsmith.verb import Callback, Job, Trained
+
+
+def align(
+    model: Model, config: AlignConfig, reward: Any, run: Run | None = None, callback: Callback | None = None
+) -> Trained:
+    return verb.train(ALIGN, model, config, AlignInputs(rewards.load(reward)), run, callback)[1]
 
 
 def erase(model: Model, config: EraseConfig, run: Run | None = None, callback: Callback | None = None) -> Trained:

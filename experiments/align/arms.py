@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fieldsmith.methods.align.loop import align
+from fieldsmith.methods.align.measures import path_kl
 
 from experiments.align import mixture
 from experiments.align.tables import TRAINED, reward_of, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, in_words
-from fieldsmith.measure.drawing import sampler
 from fieldsmith.errors import RunError
-from fieldsmith.methods.align.config import preset
-from fieldsmith.methods.align.loop import align
-from fieldsmith.methods.align.measures import path_kl
 from fieldsmith.measure.distances import diversity, pixel_features
+from fieldsmith.measure.drawing import sampler
+from fieldsmith.methods.align.config import preset
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.rewards import Reward

@@ -12,15 +12,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from fieldsmith.methods.align.loop import align
+from fieldsmith.methods.align.rollouts import Plan, Rollout, roll, soft_returns
+from fieldsmith.methods.align.schedule import Schedule, schedule, strength
 from torch import Tensor
 
 from fieldsmith.errors import RunError
 from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align.config import RECIPES, AlignConfig, preset
-from fieldsmith.methods.align.loop import align
 from fieldsmith.methods.align.losses import gaussian_kl, log_ratio
-from fieldsmith.methods.align.rollouts import Plan, Rollout, roll, soft_returns
-from fieldsmith.methods.align.schedule import Schedule, schedule, strength
 from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, VariancePreserving
 from fieldsmith.rewards import Named

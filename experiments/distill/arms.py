@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fieldsmith.diagnose.guidance import Guidance, ask, measure, noised_tuples, path_tuples
 
 from experiments.distill.tables import FINE, SCALES, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, slug
 from fieldsmith import verb
-from fieldsmith.diagnose.guidance import Guidance, ask, measure, noised_tuples, path_tuples
 from fieldsmith.errors import check_word
 from fieldsmith.measure.distances import frechet_distance
 from fieldsmith.measure.sweep import Sweep

@@ -26,8 +26,8 @@ from experiments.study import (
     mean,
     verdict,
 )
-from fieldsmith.measure.sweep import best
 from fieldsmith.measure.intervals import Interval
+from fieldsmith.measure.sweep import best
 
 Measure = Callable[[Record], float]
 SCALES = (1.0, 1.5, 2.0)  # of guidance, at which every arm is sampled

@@ -18,19 +18,18 @@ from torch import Tensor
 
 from experiments.edit.tables import BASE, INDEPENDENT, MAIN, SHORT, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, slug
-from fieldsmith import runs
-from fieldsmith.commands.edit import HELD_OUT, task_of
-from fieldsmith.measure.exposure import exposure
-from fieldsmith.methods.edit import loop
-from fieldsmith.methods.edit.config import EditConfig, preset
-from fieldsmith.methods.edit.rollouts import Task
+from fieldsmith import run, verb
+from fieldsmith.api import edit_inputs
 from fieldsmith.measure import editing
+from fieldsmith.measure.exposure import HELD_OUT, exposure, identity_drift
 from fieldsmith.measure.judges import coarse, lenient
+from fieldsmith.methods.edit.config import EditConfig
+from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.models import load
 from fieldsmith.rewards.edits import EditScores
 from fieldsmith.rewards.sessions import Exact
-from fieldsmith.run import plain
-from fieldsmith.worlds.scenes import ScenesWorld
+from fieldsmith.worlds import scenes_judge
+from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
 
@@ -144,15 +143,17 @@ def changes(arm: Arm, setting: str, config: EditStudy, seed: int) -> dict[str, A
     return {**shared, **arm.changes}
 
 
-def train(model: Any, arm: Arm, settings: EditConfig, channel: Channel, folder: Path) -> tuple[Any, list[Record]]:
-    """Train the editor in place, resumably; the result and the log of the collections."""
-    task = task_of(settings)
+def train(model: Any, arm: Arm, settings: EditConfig, folder: Path) -> tuple[Record, list[Record]]:
+    """Train the editor in place, resumably; what it took and the log of the collections."""
+    inputs = edit_inputs(settings)
     if arm.judge != "exact":
-        task = Task(task.draw, Distorted(arm.judge, Exact(settings.against), settings.seed), task.planned)
-    directory = runs.Run(folder, "edit", settings)
-    result = loop.edit(model, settings, task, channel, directory)
-    keys = ("forwards", "following", "consistency", "session", "identity", "steady")
-    return result, [{key: row[key] for key in keys if key in row} for row in directory.history() if "session" in row]
+        inputs = replace(inputs, judge=Distorted(arm.judge, Exact(settings.against), settings.seed))
+    directory = run.Run(folder, "edit", settings)
+    done = verb.train(EDIT, model, settings, inputs, directory)[1]
+    training = {"steps": done.steps, "seconds": done.seconds, "forward_equivalents": done.nfe, "stopped": done.stopped}
+    keys = ("following", "consistency", "session", "identity", "steady")
+    collections = [row for row in directory.history() if "session" in row]
+    return training, [{"forwards": row["nfe"], **{key: row[key] for key in keys if key in row}} for row in collections]
 
 
 def record(name: str, setting: str, config: EditStudy, seed: int) -> Record:
@@ -161,10 +162,10 @@ def record(name: str, setting: str, config: EditStudy, seed: int) -> Record:
     record: Record = {"arm": name, "seed": seed, "setting": setting, **asdict(SETTINGS[setting])}
     channel = Channel(noise=SETTINGS[setting].noise)
     if name != BASE:
-        settings = replace(preset(arm.preset), **changes(arm, setting, config, seed))
+        settings = EditConfig.preset_of(arm.preset, "laptop", {}).replace(**changes(arm, setting, config, seed))
         began = time.monotonic()
-        result, history = train(model, arm, settings, channel, config.cache / f"{setting}_{slug(name)}_{seed}")
-        record |= {"seconds": time.monotonic() - began, "training": plain(result), "history": history}
+        training, history = train(model, arm, settings, config.cache / f"{setting}_{slug(name)}_{seed}")
+        record |= {"seconds": time.monotonic() - began, "training": training, "history": history}
     return record | measured(model, config, seed, SETTINGS[setting].dependency, channel)
 
 
@@ -172,11 +173,12 @@ def measured(model: Any, config: EditStudy, seed: int, dependency: float, channe
     """Held-out sessions, the same for every arm of a seed: verdicts as strings of 0 and 1, numbers by turn."""
     world = ScenesWorld(model.resolution)
     sessions = world.sessions(config.sessions, config.turns, HELD_OUT + seed, dependency)
-    ran = exposure(
-        model, sessions, config.steps, HELD_OUT + seed, channel=channel, forced=True, still=5, still_sessions=96
-    )
-    table = ran.sessions
-    assert table.clean is not None and ran.drift is not None and ran.artefacts is not None
+    held_out = HELD_OUT + seed
+    ran = exposure(model, sessions, scenes_judge.judge, channel, config.steps, held_out)
+    likeness = partial(scenes_judge.likeness, world)
+    drift = identity_drift(model, sessions.clean(0)[:96], NOTHING, likeness, channel, 5, config.steps, held_out)
+    table = ran.verdicts
+    assert table.clean is not None
     return {
         "following": editing.instruction_following(table.done).tolist(),
         "marginal": editing.marginal(table.done).tolist(),
@@ -186,8 +188,8 @@ def measured(model: Any, config: EditStudy, seed: int, dependency: float, channe
         "consistency": table.consistency.mean(0).tolist(),
         "overall": editing.overall(table.done, table.consistency).tolist(),
         "kept": [float(one.kept.mean()) for one in ran.own],
-        "drift": ran.drift.mean(1).tolist(),
-        "artefacts": ran.artefacts.mean(1).tolist(),
+        "drift": drift.away.mean(1).tolist(),
+        "artefacts": drift.artefacts.mean(1).tolist(),
         "done": ["".join("01"[int(x)] for x in row) for row in table.done],
         "done on clean": ["".join("01"[int(x)] for x in row) for row in table.clean],
         "sessions": config.sessions,

@@ -17,8 +17,7 @@ from typing import Any
 
 from experiments.erase.tables import choice, tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, in_words
-from fieldsmith.measure import attacks
-from fieldsmith.diagnose.concepts import (
+from fieldsmith.diagnoses.concepts import (
     Asked,
     ask_groups,
     detected,
@@ -28,6 +27,7 @@ from fieldsmith.diagnose.concepts import (
     plain_prompts,
     sampler,
 )
+from fieldsmith.measure import attacks
 from fieldsmith.methods.erase import loop
 from fieldsmith.methods.erase.config import EraseConfig, preset
 from fieldsmith.models import load

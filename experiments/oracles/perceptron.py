@@ -66,7 +66,6 @@ class Perceptron(Model):
 
     family = "perceptron"
     SUBSETS: ClassVar[dict[str, str]] = {"all-linear": r".*"}
-    DEFAULT_SUBSET = ERASE_SUBSET = "all-linear"
     path: VariancePreserving
 
     def __init__(self, d: int, path: VariancePreserving, head: Head | None = None, width: int = 64, seed: int = 0):
@@ -113,6 +112,5 @@ class Perceptron(Model):
     def _encode_images(self, images: Tensor) -> Tensor:
         return images
 
-    @property
-    def latent_shape(self) -> tuple[int]:
-        return (self.d,)
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, self.d, generator=generator)

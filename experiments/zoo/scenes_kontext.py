@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fieldsmith.measure.exposure import exposure
 from fieldsmith.measure.editing import scores
+from fieldsmith.measure.exposure import exposure
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.paths import noised

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose.concepts import ask, by_attribute, sampler
+from fieldsmith.diagnoses.concepts import ask, by_attribute, sampler
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.paths import noised

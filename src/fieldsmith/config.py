@@ -43,21 +43,30 @@ TYPES = {
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """A frozen pydantic dataclass with keyword arguments, whose mistakes are InputErrors of one sentence."""
-    options = ConfigDict(allow_inf_nan=False)
+    options = ConfigDict(allow_inf_nan=False, strict=True)  # '3' and true are no numbers
     made: Any = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=options)
     validated = made.__init__
 
     def __init__(self: Any, **given: Any) -> None:
-        names = [field.name for field in dataclasses.fields(made)]
+        fields = {field.name: str(field.type) for field in dataclasses.fields(made)}
         for name in given:
-            check_word(name, names, f"{made.__name__}'s settings")
+            check_word(name, tuple(fields), f"{made.__name__}'s settings")
         try:
-            validated(self, **given)
+            validated(self, **{name: _stored(value, fields[name]) for name, value in given.items()})
         except pydantic.ValidationError as error:
             raise InputError(_sentence(error)) from None
 
     made.__init__ = __init__
     return made
+
+
+def _stored(value: Any, kind: str) -> Any:
+    """Lists as tuples, names of paths as paths, numpy's numbers as Python's."""
+    if isinstance(value, list):
+        return tuple(tuple(part) if isinstance(part, list) else part for part in value)
+    if isinstance(value, str) and "Path" in kind:
+        return pathlib.Path(value)
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
 def _sentence(error: pydantic.ValidationError) -> str:

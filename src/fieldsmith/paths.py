@@ -1,7 +1,7 @@
 """Probability paths and the conversions between what networks predict: the only place where they live.
 
 t in [0, 1]: 0 is data, 1 is noise; x_t = alpha(t) x_0 + sigma(t) eps with eps ~ N(0, I).
-In: what a network said, at (x_t, t). Out: the same thing as velocity, eps, x_0 or score.
+In: a network's output at (x_t, t). Out: the same as velocity, eps, x_0 or score.
 """
 
 from __future__ import annotations
@@ -132,12 +132,12 @@ def _refuse(bad: bool, sentence: str) -> None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network said at (x_t, t) (x_t: (batch, ...), t: (batch,) or ()), in the form in which it said it.
+    """A network's output at (x_t, t) (x_t: (batch, ...), t: (batch,) or ()), in the network's own parametrisation.
 
-    The form asked for, if it is the one said, comes back untouched. Forms that do not exist at an endpoint (eps from
+    The network's own form comes back untouched. Forms that do not exist at an endpoint (eps from
     x_0 at t=0, x_0 from eps at t=1 of rectified flow, the score at t=0) raise ValueError instead of dividing by zero.
     `log_variance` is the network's own log-variance of the reverse step from t to t - 1/T, where it learns one;
-    `fraction` says where that lies between the smallest (0) and the largest (1) sensible variance of any step.
+    `fraction` is where that lies between the smallest (0) and the largest (1) sensible variance of any step.
     """
 
     kind: Kind
@@ -204,7 +204,7 @@ def noised(path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def truth(kind: Kind, path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What a perfect network of this kind would say if it knew x_0 and eps (batch, ...), at t (batch,)."""
+    """The output of a perfect network of this kind that knew x_0 and eps (batch, ...), at t (batch,)."""
     if kind == "eps":
         return eps
     if kind == "x_0":

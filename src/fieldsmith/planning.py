@@ -7,7 +7,8 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -74,17 +75,29 @@ class MadeUp:
         return images.flatten(1).mean(1) if images.requires_grad else numbers
 
 
-def align_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
-    return api.align_inputs(config, judged.load)
+@dataclass(frozen=True)
+class Scores:
+    """An edit's made-up scores, (n,) each."""
+
+    following: Tensor
+    consistency: Tensor
 
 
-def erase_inputs(config: Any, judged: Judged) -> tuple[Any, Any]:
-    return config, api.erase_inputs(config)
+def edit_inputs(config: Any, judged: Judged) -> Any:
+    def judge(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Scores:
+        following = judged.numbers(after)
+        return Scores(following, following.flip(0))
+
+    return dataclasses.replace(api.edit_inputs(config.replace(judge="exact")), judge=judge)
 
 
+# what a run of each verb is given beside its config, with what judges images stood in for
 INPUTS: dict[str, tuple[Verb, Callable[[Any, Judged], tuple[Any, Any]]]] = {
-    "align": (api.ALIGN, align_inputs),
-    "erase": (api.ERASE, erase_inputs),
+    "align": (api.ALIGN, lambda config, judged: api.align_inputs(config, judged.load)),
+    "distill": (api.DISTILL, lambda config, judged: (config, api.distill_inputs(config))),
+    "edit": (api.EDIT, lambda config, judged: (config, edit_inputs(config, judged))),
+    "erase": (api.ERASE, lambda config, judged: (config, api.erase_inputs(config))),
+    "sharpen": (api.SHARPEN, lambda config, judged: (config, api.sharpen_inputs(config))),
 }
 
 
@@ -232,16 +245,25 @@ class Updates:
         self.hooks = count_gradients(self.live, self.params)
 
     def collection(self, at: int) -> None:
-        """The updates that share collection `at`."""
+        """The updates that share collection `at`, all of them forward alone but those that may be the peak: the first,
+        without moments, the next, with them, and the first after one more collection."""
         block, steps = self.job.optimisation.block, self.job.optimisation.steps
         for step in range(at * block, min((at + 1) * block, steps)):
-            self._update(step)
+            generator = training.step_generator(self.job.optimisation.seed, step)
+            with training.global_randomness(generator.initial_seed(), torch.device("cpu")):
+                self._update(self.job.losses(step, generator, {}), step in (0, 1, block))
 
-    def _update(self, step: int) -> None:
-        training.gradient(step, self.params, self.job.losses, self.optimizer, self.job.optimisation)
+    def _update(self, losses: Iterator[Tensor], whole: bool) -> None:
+        for chunk, loss in enumerate(losses):
+            if whole and chunk < 2 and loss.requires_grad:  # the second finds the first one's gradients
+                loss.backward()
+        if not whole:
+            return
+        torch.nn.utils.clip_grad_norm_(self.params, self.job.optimisation.clip or math.inf)
         self.optimizer.step()
         states = self.optimizer.state.values()
         self.moments = self.moments or [v for state in states for key, v in state.items() if key != "step"]
         self.live.hold(self.moments, MOMENTS)
         if self.averages:
             torch._foreach_lerp_(self.averages, [p.detach() for p in self.job.parameters.values()], 0.5)
+        self.optimizer.zero_grad()

@@ -17,10 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Model
-from fieldsmith.models.export import adapter_of, check_format, sizes_of, write
+from fieldsmith.models.export import check_format, sizes_of, write
 from fieldsmith.report.grid import picture
 from fieldsmith.report.page import Pair, png_uri
 from fieldsmith.run import plain, write_atomically
@@ -89,7 +90,7 @@ class Result:
         if path.suffix != ".safetensors":
             raise InputError(f"'{path}' is no name of a safetensors file; call it {path}.safetensors")
         check_format(model.family, format)
-        write(adapter_of(model), model.family, sizes_of(model.network), format, path)
+        write(model.adapter(), model.family, sizes_of(model.network), format, path)
         return path
 
     def show(self) -> Figure:
@@ -157,6 +158,8 @@ def _strip(images: torch.Tensor | Sequence[torch.Tensor]) -> Image.Image:
 
 def save_samples(pairs: Sequence[Pair], folder: pathlib.Path) -> None:
     """Write pairs as strips of PNG, with what they show in samples.json."""
+    if not processes.is_main():
+        return
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

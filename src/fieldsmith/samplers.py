@@ -80,8 +80,8 @@ def ddim_step(pred: Prediction, t_next: Tensor, eta: float, clip: float | None =
     """DDIM from t to t': mean alpha' x_0 + sqrt(sigma'^2 - s^2) eps, deviation s = eta * the posterior's given x_0.
 
     On any path s = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2); eta = 1 is DDPM's step, which forgets its
-    start by t = 1 (memoryless) on rectified flow too. With `clip`, x_0 is held inside [-clip, clip] while eps stays
-    what the network said, as diffusers' DDIMScheduler has it.
+    start by t = 1 (memoryless) on rectified flow too. With `clip`, x_0 is clipped to [-clip, clip] while eps stays
+    the network's own, as diffusers' DDIMScheduler has it.
     """
     path, x = pred.path, pred.x_t
     alpha_next, sigma_next = (_dim(level, x) for level in path.levels(t_next))
@@ -174,8 +174,8 @@ def ancestral_step(
 ) -> Gaussian:
     """DDPM's step from t to t' on a variance-preserving path; without noise where t' = 0.
 
-    Deviation^2: betatilde ('small'), beta ('large'), between the two as the network says ('learned', Nichol and
-    Dhariwal 2021; unclamped in single steps, in longer ones held inside, where an overshoot would explode), or
+    Deviation^2: betatilde ('small'), beta ('large'), between the two as the network predicts ('learned', Nichol and
+    Dhariwal 2021; unclamped in single steps, in longer ones clamped, where an overshoot would explode), or
     betatilde + c^2 Cov[x_0 | x_t] with the diagonal `covariance`, shaped as x_t ('optimal', Bao et al. 2022),
     c = beta alpha' / sigma^2. The mean never goes through x_0 / alpha, unless `clip` holds x_0 inside
     [-clip, clip]. Raises ValueError where what the variance needs is missing.
@@ -219,7 +219,7 @@ def _learned(pred: Prediction, t_next: Tensor, high: Tensor, low: Tensor) -> Ten
     return pred.log_variance.exp()
 
 
-Watch = Callable[[Prediction, Tensor], None]  # what was said at a step, and the step's next time
+Watch = Callable[[Prediction, Tensor], None]  # the prediction at a step, and the step's next time
 
 
 def ancestral(

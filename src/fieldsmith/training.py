@@ -101,7 +101,7 @@ def fit(
         bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
         try:
             while done < optimisation.steps and not stopped:
-                log = gradient(done, params, losses, optimizer, optimisation)
+                log = _gradient(done, params, losses, optimizer, optimisation)
                 whole = False  # an interrupt from here on finds parameters, averages and log at different steps
                 optimizer.step()
                 if ema and optimisation.ema:
@@ -126,7 +126,7 @@ def fit(
     return Fit(done, time.monotonic() - began, stopped or "steps")
 
 
-def gradient(
+def _gradient(
     step: int,
     params: list[Tensor],
     losses: Losses,
@@ -140,7 +140,7 @@ def gradient(
     log: dict[str, float] = {}
     total = 0.0
     generator = step_generator(optimisation.seed, step)
-    with _global_randomness(generator.initial_seed(), params[0].device):
+    with global_randomness(generator.initial_seed(), params[0].device):
         for loss in losses(step, generator, log):
             total += loss.item()
             if not math.isfinite(total):
@@ -165,7 +165,7 @@ def _average(params: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _global_randomness(seed: int, device: torch.device) -> Iterator[None]:
+def global_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators, which dropout draws from, and put them back."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)

@@ -28,6 +28,7 @@ def settings(verb: str, words: Sequence[str]) -> Any:
     file = from_file(path, kind, verb) if path else {}
     # a preset depends on some settings, which flags may give: those are parsed in full on top of it
     flags = {name: arguments.peek(words, f"--{name}") for name in ("model", "teacher", "method", "objective")}
+    kind(**file)  # a bad value in the file is refused by its name
     given = file | {name: value for name, value in flags.items() if value is not None}
     steps = arguments.peek(words, "--steps") or ""
     if steps.isdigit():  # what is measured scales with it

@@ -28,7 +28,7 @@ HEALTHY = (0.85, 1.15)  # of rho
 ALIGNED = 0.8  # least healthy cosine
 COLLAPSED, BLOWN_UP = 0.3, 1.5  # of rho
 DRIFTED = 2.0  # E_c + E_u, in references
-SCALES = (0, 1, 2, 3, 4, 5, 6)  # at which G(w) is told
+SCALES = (0, 1, 2, 3, 4, 5, 6)  # at which G(w) is recorded
 ALIKE = 1.5  # ratio of E_u and E_c within which no one branch is to blame
 VERDICTS = ("healthy", "drift", "distorted", "blow-up", "collapse")  # from the mildest to the worst
 
@@ -185,7 +185,7 @@ class Fidelity:
 class Guidance:
     """Fidelity over all states and in equal bins of time (empty ones left out).
 
-    `reference` is what E_c + E_u is held against, `yardstick` its name.
+    `reference` is what E_c + E_u is compared with, `yardstick` its name.
     """
 
     pooled: Fidelity
@@ -273,10 +273,10 @@ def _off(rho: float) -> float:
 def measure(
     student: Branches, teacher: Branches, t: Tensor, bins: int = 10, reference: float | None = None
 ) -> Guidance:
-    """Fidelity of what the student said to what the teacher said at the same n states, at times t (n,) in (0, 1].
+    """Fidelity of the student's predictions to the teacher's at the same n states, at times t (n,) in (0, 1].
 
     `reference` is another student's E_c + E_u (`branch_error`), the yardstick of drift; None takes the teacher's own
-    mean squared gap. Raises ValueError where shapes differ, InputError where a model said what is not finite.
+    mean squared gap. Raises ValueError where shapes differ, InputError where a prediction is not finite.
     """
     shapes = [tuple(output.shape) for both in (student, teacher) for output in (both.conditional, both.unconditional)]
     if len(set(shapes)) > 1 or shapes[0][:1] != tuple(t.shape) or not len(t):

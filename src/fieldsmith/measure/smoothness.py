@@ -84,9 +84,9 @@ def consistency_gap(field: Field, x_t: Tensor, t: Tensor, eps: Tensor, generator
     v = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype).to(x_t.device)
     v = v / expand(v.flatten(1).norm(dim=1), v)
     with torch.no_grad():
-        found = jvp(normalised(field, t), x_t, v)
+        products = jvp(normalised(field, t), x_t, v)
         eps_hat = field(x_t, t).eps
-    implied = 1 + (v * found.along).flatten(1).sum(1)
+    implied = 1 + (v * products.along).flatten(1).sum(1)
     return Sides(implied, (v * (eps - eps_hat)).flatten(1).sum(1).square())
 
 
@@ -165,10 +165,10 @@ class SharpestJacobian:
             return
         x_t, f = pred.x_t.detach(), denoised(self.field, pred.t)
         if self.norm == "power":
-            found = spectral_norm(f, x_t, self.generator, self.iterations, starts=1)
+            norm = spectral_norm(f, x_t, self.generator, self.iterations, starts=1)
         else:
-            found = frobenius(f, x_t, self.generator)
-        self._largest = found if self._largest is None else torch.maximum(self._largest, found)
+            norm = frobenius(f, x_t, self.generator)
+        self._largest = norm if self._largest is None else torch.maximum(self._largest, norm)
 
     @property
     def scores(self) -> Tensor:

@@ -38,6 +38,8 @@ class Classes(Protocol):
     @property
     def held_images(self) -> Tensor: ...
     @property
+    def held_labels(self) -> Tensor: ...
+    @property
     def read(self) -> Callable[[Tensor], Tensor] | None: ...
 
 
@@ -88,14 +90,14 @@ class Sweep:
 
     def scores(self, images: Tensor, of_teacher: Tensor) -> dict[str, float]:
         """Frechet distance to the data, share of images whose class is the one asked for, drift from the teacher's."""
-        found = {
+        scores = {
             "distance": frechet_distance(self.judge(images), self.real),
             "accuracy": float((self.judge.read(images) == self.labels).float().mean()),
             "drift": float((images - of_teacher).square().mean()),
         }
         if self.data.read:
-            found["judged right"] = float((self.data.read(images) == self.labels).float().mean())
-        return found
+            scores["judged right"] = float((self.data.read(images) == self.labels).float().mean())
+        return scores
 
     def curve(self, model: Model, scales: Sequence[float | str]) -> dict[str, dict[str, float]]:
         """Scores by scale; a student that takes the scale itself is asked for those that it knows."""

@@ -77,16 +77,27 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
     `source` is a folder that holds pytorch_lora_weights.safetensors or one other safetensors file, or that file. Raises
     InputError where there is none, or where it does not fit the model.
     """
-    from torch import nn, random
-
-    from fieldsmith.models.core import LoraSpec
+    # torch only once a model is there: commands import this module to name models
+    from fieldsmith.models import export
 
     if not hasattr(model.pipeline, "load_lora_weights"):
         raise InputError(f"family {model.family} has no adapter files: its models are saved whole, so load '{source}'")
     model._refuse_second_training()
     file = lora_file(pathlib.Path(source))
-    if _attached_by_original_names(model, file):
-        return
+    sizes, tensors = export.sizes_of(model.network), export.read_file(file)[0]
+    alphas = None
+    if export.speaks_original(tensors, model.family, sizes):
+        # here and not by diffusers, which takes fused layers for those of full-size FLUX.1, loses what lies outside of
+        # its blocks and knows no such keys of SD3
+        adapter = export.imported(tensors, model.family, sizes, model.name)
+        state, metadata = export.to_diffusers(adapter, model.PART)
+    else:
+        state, alphas, metadata = _read_by_diffusers(model, file, sizes)
+    _attach(model, state, alphas, metadata)
+
+
+def _read_by_diffusers(model: Model, file: pathlib.Path, sizes: Mapping[str, tuple[int, int]]) -> tuple[Any, Any, Any]:
+    """Weights, alphas and metadata of a LoRA in any format that diffusers knows; each has a layer of its size."""
     with _quiet():
         try:
             read = model.pipeline.lora_state_dict(
@@ -96,54 +107,34 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
         except Exception as error:
             unread = f"'{file}' could not be read as a LoRA ({_first_line(error)})"
             raise InputError(_of_another_family(model, file) or unread) from error
-        state, alphas, metadata = read if len(read) == 3 else (read[0], None, read[1])  # not all know of alphas
-        layers = {n: m for n, m in model.network.named_modules() if isinstance(m, nn.Linear)}
-        for key, weight in state.items():
-            module, _, half = key.removeprefix(f"{model.PART}.").partition(".lora")
-            layer = layers.get(module) if key.startswith(f"{model.PART}.") and half else None
-            wide = half.startswith("_A") and layer is not None and weight.shape[1] != layer.in_features
-            tall = half.startswith("_B") and layer is not None and weight.shape[0] != layer.out_features
-            if layer is None or wide or tall:
-                raise InputError(
-                    _of_another_family(model, file)
-                    or f"the LoRA in '{source}' does not fit {model.name}: '{key}' {tuple(weight.shape)} has no layer "
-                    "of its size in the denoiser; load it on the model that it was trained on"
-                )
-        if not state:
-            raise InputError(_of_another_family(model, file) or f"the LoRA in '{source}' has no weights for any layer")
-        with random.fork_rng():  # weights are drawn before they are overwritten
-            model.network.load_lora_adapter(  # type: ignore[operator]
-                state,
-                network_alphas=alphas,
-                metadata=metadata,
-                adapter_name="default",
-                prefix=model.PART,
+    state, alphas, metadata = read if len(read) == 3 else (read[0], None, read[1])  # not all know of alphas
+    for key, weight in state.items():
+        layer, _, half = key.removeprefix(f"{model.PART}.").partition(".lora")
+        size = sizes.get(layer) if key.startswith(f"{model.PART}.") and half else None
+        wide = half.startswith("_A") and size is not None and weight.shape[1] != size[0]
+        tall = half.startswith("_B") and size is not None and weight.shape[0] != size[1]
+        if size is None or wide or tall:
+            raise InputError(
+                _of_another_family(model, file)
+                or f"the LoRA in '{file}' does not fit {model.name}: '{key}' {tuple(weight.shape)} has no layer "
+                "of its size in the denoiser; load it on the model that it was trained on"
             )
-    config: Any = model.network.peft_config["default"]  # type: ignore[index]
-    model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))
+    if not state:
+        raise InputError(_of_another_family(model, file) or f"the LoRA in '{file}' has no weights for any layer")
+    return state, alphas, metadata
 
 
-def _attached_by_original_names(model: Model, file: pathlib.Path) -> bool:
-    """Attach a LoRA under kohya's or ComfyUI's keys, each layer's change as it was; False where the file has others.
-
-    Here and not by diffusers, which takes fused layers for those of full-size FLUX.1 and loses what lies outside of
-    its blocks, and which knows no such keys of SD3.
-    """
+def _attach(model: Model, state: Any, alphas: Any, metadata: Any) -> None:
     from torch import random
 
-    from fieldsmith.models import export
     from fieldsmith.models.core import LoraSpec
 
-    sizes, part = export.sizes_of(model.network), export.part_of(model.family)
-    tensors = export.read_file(file)[0]
-    if not export.speaks_original(tensors, model.family, sizes):
-        return False
-    state, metadata = export.to_diffusers(export.imported(tensors, model.family, sizes, model.name), part)
     with _quiet(), random.fork_rng():  # weights are drawn before they are overwritten
-        model.network.load_lora_adapter(state, metadata=metadata, adapter_name="default", prefix=part)
+        model.network.load_lora_adapter(
+            state, network_alphas=alphas, metadata=metadata, adapter_name="default", prefix=model.PART
+        )
     config: Any = model.network.peft_config["default"]
-    model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha))
-    return True
+    model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))
 
 
 @dataclass(frozen=True)
@@ -271,7 +262,7 @@ def _variant(name: str, folder: pathlib.Path, index: dict[str, Any]) -> str | No
 
 
 def _absent(index: dict[str, Any]) -> dict[str, None]:
-    """The components that a pipeline was saved without, of which diffusers wants to be told again."""
+    """The components that a pipeline was saved without, which diffusers wants named again."""
     return {part: None for part, made_by in index.items() if isinstance(made_by, list) and not any(made_by)}
 
 
@@ -288,7 +279,7 @@ def lora_file(source: pathlib.Path) -> pathlib.Path:
 
 
 def _of_another_family(model: Model, file: pathlib.Path) -> str | None:
-    """What to say of a LoRA whose keys name layers of another family; None where they do not."""
+    """The message for a LoRA whose keys name layers of another family; None where they do not."""
     from safetensors import safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""The two branches of classifier-free guidance, as one network said them at the same states.
+"""The two branches of classifier-free guidance, as one network predicts them at the same states.
 
 In: a model, states, conditions. Out: `Branches`, in the form in which the network predicts (eps, x_0, velocity).
 """
@@ -16,7 +16,7 @@ from fieldsmith.paths import guide
 
 @dataclass(frozen=True)
 class Branches:
-    """What a network says with its condition and without one, both (batch, ...)."""
+    """A network's predictions with its condition and without one, both (batch, ...)."""
 
     conditional: Tensor
     unconditional: Tensor

@@ -1,6 +1,6 @@
 """What the class-conditional DDPM families share: class names, guidance, the discrete time, learned variances.
 
-In: a pipeline of a network (states, index, class rows) and a DDPM scheduler. unet.py and dit.py say how states look.
+In: a pipeline of a network (states, index, class rows) and a DDPM scheduler. unet.py and dit.py define what states are.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class ClassDDPM(Model):
         return self.null_class
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
-        """What the network says at x_t (batch, channels, height, width) and t (batch,) or ().
+        """The network's prediction at x_t (batch, channels, height, width) and t (batch,) or ().
 
         guidance None or 1 is off. Both its branches go through the network at once; log_variance, where learned, is the
         conditional's. A network that takes the scale itself (`scales`) answers in one forward, and raises InputError at
@@ -184,7 +184,7 @@ class ClassDDPM(Model):
         return network_index(self.path, t)
 
     def _log_variance(self, raw: Tensor, t: Tensor) -> Tensor | None:
-        """Log-variance of the reverse step from t to t - 1/T, as DDPMScheduler takes the network's second half.
+        """Log-variance of the reverse step from t to t - 1/T, as DDPMScheduler reads the network's second half.
 
         'learned_range': (v + 1) / 2 goes from the log of the posterior's variance to log beta. 'learned': v is the
         variance itself (the scheduler takes its root, whatever the paper says of logs), so this is its log. None where

@@ -24,82 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, check_word
-from fieldsmith.models.core import Model
+from fieldsmith.models.families import named
 
 FORMATS = ("kohya", "comfyui", "diffusers")
 
 Rules = tuple[tuple[str, str], ...]  # diffusers' layer (a regular expression) -> the original checkpoint's
-_STREAMS: Rules = (
-    (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-    (r"x_embedder", r"img_in"),
-    (r"context_embedder", r"txt_in"),
-    (r"norm_out\.linear", r"final_layer.adaLN_modulation.1"),
-    (r"proj_out", r"final_layer.linear"),
-)
-_FLUX: Rules = (
-    *_STREAMS,
-    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
-    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
-    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
-    (r"single_transformer_blocks\.(\d+)\.(?:attn\.to_[qkv]|proj_mlp)", r"single_blocks.\1.linear1"),
-    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
-    (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
-    (r"time_text_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
-    (r"time_text_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
-    (r"time_text_embed\.text_embedder\.linear_1", r"vector_in.in_layer"),
-    (r"time_text_embed\.text_embedder\.linear_2", r"vector_in.out_layer"),
-    (r"time_text_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
-    (r"time_text_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
-)
-_FLUX2: Rules = (
-    *_STREAMS,
-    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
-    (r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\.linear", r"\1.lin"),
-    (r"time_guidance_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
-    (r"time_guidance_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
-    (r"time_guidance_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
-    (r"time_guidance_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
-)
-_SD3: Rules = (
-    (r"transformer_blocks\.(\d+)\.(attn|attn2)\.to_[qkv]", r"joint_blocks.\1.x_block.\2.qkv"),
-    (r"transformer_blocks\.(\d+)\.(attn|attn2)\.to_out\.0", r"joint_blocks.\1.x_block.\2.proj"),
-    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"joint_blocks.\1.context_block.attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
-    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
-    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"joint_blocks.\1.context_block.adaLN_modulation.1"),
-    (r"context_embedder", r"context_embedder"),
-    (r"time_text_embed\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
-    (r"time_text_embed\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
-    (r"time_text_embed\.text_embedder\.linear_1", r"y_embedder.mlp.0"),
-    (r"time_text_embed\.text_embedder\.linear_2", r"y_embedder.mlp.2"),
-    (r"norm_out\.linear", r"final_layer.adaLN_modulation.1"),
-    (r"proj_out", r"final_layer.linear"),
-)
-_SAME: Rules = ((r".*", r"\g<0>"),)  # kohya's UNet and the original Qwen-Image have diffusers' names
-RULES: dict[str, Rules] = {
-    "sd15": _SAME,
-    "sd3": _SD3,
-    "flux": _FLUX,
-    "flux-kontext": _FLUX,
-    "flux2-klein": _FLUX2,
-    "qwen-image": _SAME,
-    "qwen-image-edit": _SAME,
-}
+SAME_NAMES: Rules = ((r".*", r"\g<0>"),)  # as kohya's UNet and the original Qwen-Image have them
 _ORDER = ("to_q", "add_q_proj", "to_k", "add_k_proj", "to_v", "add_v_proj", "proj_mlp")  # in a fused layer
 # LoRA's halves under every name that the formats have: (A, B)
 _HALVES = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"))
@@ -127,14 +57,6 @@ def sizes_of(network: nn.Module) -> Sizes:
     }
 
 
-def adapter_of(model: Model) -> Adapter:
-    """The adapter that a model carries, at its present scale. Raises InputError where it carries none."""
-    if not model.spec:
-        raise InputError(f"{model.name} carries no adapter; load one, or train with LoRA")
-    scales = {name: float(layer.scaling["default"]) for name, layer in model._tuners().items()}
-    return adapter_from(model.adapter_state(), scales)
-
-
 def adapter_from(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> Adapter:
     """`Model.adapter_state`'s weights, under peft's names, with each layer's alpha / rank."""
     down, up = _HALVES[1]
@@ -154,37 +76,38 @@ def exported(adapter: Adapter, family: str, sizes: Sizes, form: str) -> dict[str
     odd = sorted(adapter.keys() - {part for parts in names.values() for part in parts})
     if odd:
         raise InputError(f"layer '{odd[0]}' has no name in the {form} format of family {family}; train another subset")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, parts in names.items():
         if any(part in adapter for part in parts):
             one = _swapped(_fused([adapter.get(part) for part in parts], [sizes[part][1] for part in parts]), parts)
             key, rank = key_of(family, name, form), len(one.down)
             # kohya reads alpha = 0 as no alpha, which is scale 1
-            found[f"{key}.lora_down.weight"] = one.down.contiguous()
-            found[f"{key}.lora_up.weight"] = (one.up if one.scale else torch.zeros_like(one.up)).contiguous()
-            found[f"{key}.alpha"] = torch.tensor(one.scale * rank if one.scale else float(rank))
-    return found
+            tensors[f"{key}.lora_down.weight"] = one.down.contiguous()
+            tensors[f"{key}.lora_up.weight"] = (one.up if one.scale else torch.zeros_like(one.up)).contiguous()
+            tensors[f"{key}.alpha"] = torch.tensor(one.scale * rank if one.scale else float(rank))
+    return tensors
 
 
 def check_format(family: str, form: str) -> None:
     """Raises InputError at an unknown format, and at a family that other tools read no LoRA of."""
     check_word(form, FORMATS, "fieldsmith's adapter formats")
-    if form != "diffusers" and family not in RULES:
+    if form != "diffusers" and form not in named(family).exports:
         raise InputError(f"no {form} format of LoRA is established for family {family}; use --format diffusers")
 
 
 def layout(family: str, sizes: Sizes) -> dict[str, tuple[str, ...]]:
     """The original checkpoint's layers, and diffusers' layers that each is made of, in their order."""
-    found: dict[str, list[str]] = {}
+    layers: dict[str, list[str]] = {}
+    names: Rules = named(family).model_class().ORIGINAL_NAMES
     for layer in sizes:
-        for pattern, name in RULES[family]:
+        for pattern, name in names:
             match = re.fullmatch(pattern, layer)
             if match:
-                found.setdefault(match.expand(name), []).append(layer)
+                layers.setdefault(match.expand(name), []).append(layer)
                 break
     place = {word: i for i, word in enumerate(_ORDER)}
     return {name: tuple(sorted(parts, key=lambda part: place.get(part.rpartition(".")[2], 0)))
-            for name, parts in found.items()}  # fmt: skip
+            for name, parts in layers.items()}  # fmt: skip
 
 
 def key_of(family: str, name: str, form: str) -> str:
@@ -213,7 +136,7 @@ def _fused(parts: list[LowRank | None], heights: list[int]) -> LowRank:
 
 
 def _swapped(one: LowRank, parts: tuple[str, ...]) -> LowRank:
-    """Final modulations say (scale, shift) in diffusers and (shift, scale) in the originals."""
+    """Final modulations give (scale, shift) in diffusers and (shift, scale) in the originals."""
     ends = parts[0] == "norm_out.linear" or parts[0].endswith(".norm1_context.linear")
     if not ends or len(one.up) != 2 * one.down.shape[1]:  # other modulations have more than two outputs
         return one
@@ -225,7 +148,7 @@ def _swapped(one: LowRank, parts: tuple[str, ...]) -> LowRank:
 
 def speaks_original(keys: Collection[str], family: str, sizes: Sizes) -> bool:
     """Whether all keys are those that kohya's scripts or ComfyUI would give to layers of this denoiser."""
-    if family not in RULES or not keys:
+    if not named(family).exports or not keys:
         return False
     known = {key_of(family, name, form) for name in layout(family, sizes) for form in FORMATS[:2]}
     return all(_split(key)[0] in known for key in keys)
@@ -245,13 +168,13 @@ def imported(tensors: Mapping[str, Tensor], family: str, sizes: Sizes, name: str
     A fused LoRA comes apart: each layer keeps the columns of `up` that reach it. No alpha is alpha = rank. Raises
     InputError at a key or size that is not of this denoiser, which `name` names.
     """
-    found: Adapter = {}
+    adapter: Adapter = {}
     for original, parts in layout(family, sizes).items():
         for key in {key_of(family, original, form) for form in FORMATS[:2]}:
             one = _low_rank(tensors, key, sizes[parts[0]][0], sum(sizes[part][1] for part in parts), name)
             if one:
-                found |= _apart(_swapped(one, parts), parts, [sizes[part][1] for part in parts])
-    return found
+                adapter |= _apart(_swapped(one, parts), parts, [sizes[part][1] for part in parts])
+    return adapter
 
 
 def _low_rank(tensors: Mapping[str, Tensor], key: str, wide: int, tall: int, name: str) -> LowRank | None:
@@ -274,12 +197,12 @@ def _low_rank(tensors: Mapping[str, Tensor], key: str, wide: int, tall: int, nam
 def _apart(one: LowRank, parts: tuple[str, ...], heights: list[int]) -> Adapter:
     if len(parts) == 1:
         return {parts[0]: one}
-    found = {}
+    apart = {}
     for part, rows in zip(parts, one.up.split(heights), strict=True):
         reached = (rows != 0).any(0) if one.up.any() else torch.ones(len(one.down), dtype=torch.bool)
         if reached.any():
-            found[part] = LowRank(one.down[reached], rows[:, reached], one.scale)
-    return found
+            apart[part] = LowRank(one.down[reached], rows[:, reached], one.scale)
+    return apart
 
 
 # files
@@ -289,10 +212,10 @@ def to_diffusers(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[s
     """Weights and metadata as diffusers writes and reads them, for the pipeline's component `part`."""
     ranks = {layer: len(one.down) for layer, one in adapter.items()}
     alphas = {layer: one.scale * len(one.down) for layer, one in adapter.items()}
-    rank, alpha = (Counter(numbers.values()).most_common(1)[0][0] for numbers in (ranks, alphas))
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     metadata: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(adapter)}
-    for field, numbers, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
-        other = {f"^{layer}": number for layer, number in numbers.items() if number != usual}
+    for field, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
+        other = {f"^{layer}": value for layer, value in values.items() if value != usual}
         if other:  # ^: this layer alone, none whose name ends alike
             metadata[field] = other
     state = {}
@@ -318,7 +241,7 @@ def adapter_in(file: pathlib.Path, family: str, sizes: Sizes, name: str) -> Adap
         return imported(tensors, family, sizes, name)
     part = f"{part_of(family)}."
     fields = {k.removeprefix(part): v for k, v in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
-    found: Adapter = {}
+    adapter: Adapter = {}
     for key in tensors:
         whole, end = _split(key)
         layer = whole.removeprefix(part)
@@ -328,16 +251,17 @@ def adapter_in(file: pathlib.Path, family: str, sizes: Sizes, name: str) -> Adap
                 f"{family} denoiser; name the model that it was trained on"
             )
         one = _low_rank(tensors, whole, *sizes[layer], name)
-        if one and layer not in found:
-            found[layer] = LowRank(one.down, one.up, _scale(fields, layer, len(one.down))) if fields else one
-    if not found:
+        if one and layer not in adapter:
+            adapter[layer] = LowRank(one.down, one.up, _scale(fields, layer, len(one.down))) if fields else one
+    if not adapter:
         raise InputError(f"'{file}' holds no LoRA; give an adapter folder of a run, or a LoRA's safetensors file")
-    return found
+    return adapter
 
 
 def part_of(family: str) -> str:
     """The denoiser's name in the family's pipelines, with which diffusers' own keys start."""
-    return "unet" if family in ("sd15", "unet") else "transformer"
+    part: str = named(family).model_class().PART
+    return part
 
 
 def _scale(fields: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -350,12 +274,19 @@ def _scale(fields: Mapping[str, Any], layer: str, rank: int) -> float:
 def write(adapter: Adapter, family: str, sizes: Sizes, form: str, file: pathlib.Path) -> None:
     """One safetensors file, beside and renamed, so that nobody sees half of it. Raises InputError as `exported`."""
     check_format(family, form)
-    header = {"format": "pt"}
     if form == "diffusers":
-        state, metadata = to_diffusers(adapter, part_of(family))
-        header["lora_adapter_metadata"] = json.dumps(metadata, indent=2, sort_keys=True)
+        write_diffusers(adapter, part_of(family), file)
     else:
-        state = exported(adapter, family, sizes, form)
+        _write(exported(adapter, family, sizes, form), {"format": "pt"}, file)
+
+
+def write_diffusers(adapter: Adapter, part: str, file: pathlib.Path) -> None:
+    """As `write`, under diffusers' own keys, for the pipeline's component `part`."""
+    state, metadata = to_diffusers(adapter, part)
+    _write(state, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)}, file)
+
+
+def _write(state: dict[str, Tensor], header: dict[str, str], file: pathlib.Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -1,6 +1,6 @@
 """The families of pipelines that fieldsmith reads, and which verb trains which; a table that imports nothing heavy.
 
-A family is one kind of denoiser with its text encoders, autoencoder and scheduler; its file says the rest. The methods
+A family is one kind of denoiser with its text encoders, autoencoder and scheduler, in a file of its own. The methods
 refuse models in this file's words, and a test runs every verb on every family to see that they and it agree.
 """
 
@@ -66,7 +66,7 @@ FAMILIES = (
            path="variance-preserving", adapters=False, shrinks=True),
 )  # fmt: skip
 
-# what methods say of a model, after its name
+# clauses that messages add to a model's name
 NO_STEPS = "is on rectified flow; sharpen needs a DDPM schedule and its ancestral steps"
 NO_SOURCES = (
     "draws from words alone; edit needs an editing model such as zoo:scenes-kontext or a FLUX.1 Kontext pipeline"

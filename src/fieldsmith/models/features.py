@@ -29,14 +29,14 @@ class VisionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        found = []
+        features = []
         for part in images.split(64):
             part = part.expand(-1, 3, -1, -1)
             part = interpolate(part, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
             output = self.network(pixel_values=(part - self.mean) / self.deviation)
             pooled = getattr(output, "pooler_output", None)
-            found.append(output.last_hidden_state[:, 0] if pooled is None else pooled)
-        return torch.cat(found)
+            features.append(output.last_hidden_state[:, 0] if pooled is None else pooled)
+        return torch.cat(features)
 
 
 def load_features(name: str) -> VisionFeatures:
@@ -61,7 +61,7 @@ def load_features(name: str) -> VisionFeatures:
 
 
 def _processor(name: str, local: bool) -> dict[str, Any]:
-    """How the model wants its pixels; ImageNet's mean and deviation where it does not say."""
+    """How the model wants its pixels; ImageNet's mean and deviation where it names none."""
     from transformers import ImageProcessingMixin
 
     known: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

@@ -15,11 +15,42 @@ from torch import Tensor
 
 from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.core import Condition
+from fieldsmith.models.export import Rules
 from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted
 from fieldsmith.models.schedulers import check_flow, dynamic_shift, euler_of
 from fieldsmith.models.sources import shared, tokens_of
 from fieldsmith.paths import Kind, RectifiedFlow
 from fieldsmith.samplers import flow_grid
+
+# a checkpoint's own names of layers, which kohya and ComfyUI use; FLUX.2 shares these
+STREAMS: Rules = (
+    (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+    (r"x_embedder", r"img_in"),
+    (r"context_embedder", r"txt_in"),
+    (r"norm_out\.linear", r"final_layer.adaLN_modulation.1"),
+    (r"proj_out", r"final_layer.linear"),
+)
+NAMES: Rules = (
+    *STREAMS,
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+    (r"single_transformer_blocks\.(\d+)\.(?:attn\.to_[qkv]|proj_mlp)", r"single_blocks.\1.linear1"),
+    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
+    (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
+    (r"time_text_embed\.text_embedder\.linear_1", r"vector_in.in_layer"),
+    (r"time_text_embed\.text_embedder\.linear_2", r"vector_in.out_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
+)
 
 
 class Flux(Prompted):
@@ -28,6 +59,7 @@ class Flux(Prompted):
         **DUAL_STREAM_SUBSETS,
         "text-inputs": r"context_embedder|time_text_embed\.text_embedder\.linear_1",
     }
+    ORIGINAL_NAMES = NAMES
     ERASE_SUBSET = "qk_dual"
     TOKENIZER = "tokenizer_2"
     path = RectifiedFlow()

@@ -14,10 +14,27 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from fieldsmith.models.core import Condition
+from fieldsmith.models.export import Rules
+from fieldsmith.models.flux import STREAMS
 from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS
 from fieldsmith.models.schedulers import check_flow, flow_times
 from fieldsmith.models.sources import Editor, Size, shared, tokens_of
 from fieldsmith.paths import Kind, RectifiedFlow
+
+NAMES: Rules = (
+    *STREAMS,
+    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+    (r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\.linear", r"\1.lin"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_1", r"time_in.in_layer"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_2", r"time_in.out_layer"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_1", r"guidance_in.in_layer"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_2", r"guidance_in.out_layer"),
+)
 
 
 class Flux2Klein(Editor):
@@ -28,6 +45,7 @@ class Flux2Klein(Editor):
         "attention": rf"{DUAL_STREAM_SUBSETS['attention']}|.*\.attn\.(to_qkv_mlp_proj|to_out)",
         "text-inputs": r"context_embedder",
     }
+    ORIGINAL_NAMES = NAMES
     ERASE_SUBSET = "qk_dual"
     LARGEST = 1024 * 1024  # the pipeline shrinks larger ones
     path = RectifiedFlow()

@@ -1,6 +1,6 @@
 """Derivatives of a field in its input: products with a Jacobian, its largest singular value, its trace.
 
-In: a function from states (batch, ...) to states, row by row, and the states. Out: products and numbers a row.
+In: a function from states (batch, ...) to states, row by row, and the states. Out: products, and values for each row.
 Forward-mode differentiation runs on the math attention kernel alone, and not through every layer: where it fails, the
 same product comes from two reverse passes. Norms are written out: through torch's fused layer norm the gradient of a
 product in a network's weights is silently wrong (2.13: its second derivative takes mean and deviation as fixed), and
@@ -35,7 +35,10 @@ def jvp(f: Function, x: Tensor, v: Tensor) -> Product:
     with _differentiable():
         try:
             value, along = torch.func.jvp(f, (x,), (v,))[:2]
-        except (NotImplementedError, RuntimeError):  # layers say it in many words; a fault of f itself comes up again
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # each layer words it differently; an error of f itself is raised again below
             return double_backward(f, x, v)
     return Product(value, along)
 
@@ -78,22 +81,22 @@ def least_eigenvalue(f: Function, x: Tensor, generator: torch.Generator, above: 
     """The smallest eigenvalue of the symmetric part of each row's Jacobian, (batch,), whose norm is at most `above`."""
     shift = above.reshape(-1, *(1,) * (x.ndim - 1))
     v = _unit(torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device))
-    found = x.new_zeros(len(x))
+    value = x.new_zeros(len(x))
     for _ in range(iterations):
         with torch.no_grad():
             symmetric = (jvp(f, x, v).along + vjp(f, x, v)) / 2
-        found = (v * symmetric).flatten(1).sum(1)
+        value = (v * symmetric).flatten(1).sum(1)
         v = _unit(shift * v - symmetric)
-    return found
+    return value
 
 
 def trace(f: Function, x: Tensor, generator: torch.Generator, probes: int = 1) -> Tensor:
     """Hutchinson's estimate of each row's trace, (batch,), with Rademacher probes."""
-    found = x.new_zeros(len(x))
+    estimate = x.new_zeros(len(x))
     for _ in range(probes):
         v = rademacher(x, generator)
-        found = found + (v * jvp(f, x, v).along).flatten(1).sum(1) / probes
-    return found
+        estimate = estimate + (v * jvp(f, x, v).along).flatten(1).sum(1) / probes
+    return estimate
 
 
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:

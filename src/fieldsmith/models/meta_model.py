@@ -61,6 +61,16 @@ class Meta(Model):
     """What a model's class does otherwise where its weights are shapes alone."""
 
     rehearsal: ClassVar[Rehearsal]
+    _drops = False
+
+    @property
+    def _state(self) -> Any:
+        checkpointed = getattr(self.network, "gradient_checkpointing", False)
+        return id(self.network), self.spec, len(self._base), self._off, self._drops, checkpointed
+
+    def dropout(self, on: bool) -> None:
+        super().dropout(on)
+        self._drops = on
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         one = super().noise(1, generator)
@@ -77,16 +87,16 @@ class Meta(Model):
     def make_network(self, fields: dict[str, Any]) -> Any:
         with _disable_current_modes(), torch.device("meta"):
             network = super().make_network(fields)
-        return self.rehearsal.watch(faked(network, self.rehearsal.mode))
+        return _ready(network, self.rehearsal)
 
     def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
-        return self.rehearsal.call(super()._forward, self.network, (x_t, t, *condition))
+        return self.rehearsal.call(super()._forward, self.network, (x_t, t, *condition), state=self._state)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.rehearsal.call(super()._decode, self.network, (latents,))
+        return self.rehearsal.call(super()._decode, self.network, (latents,), state=self._state)
 
     def _encode_images(self, images: Tensor) -> Tensor:
-        return self.rehearsal.call(super()._encode_images, self.network, (images,))
+        return self.rehearsal.call(super()._encode_images, self.network, (images,), state=self._state)
 
 
 class MetaPrompted(Meta, Prompted):
@@ -151,7 +161,7 @@ def _parts(
             config = json.loads((inside / "config.json").read_text(encoding="utf-8"))
             with torch.device("meta"):
                 part = _network(getattr(importlib.import_module(library), kind), config)
-            parts[name] = rehearsal.watch(faked(part.to(dtype), rehearsal.mode))
+            parts[name] = _ready(part.to(dtype), rehearsal)
             downloads += _on_the_hub(inside, config, part)
         elif "Scheduler" in kind:
             made = getattr(importlib.import_module("diffusers"), kind)
@@ -165,6 +175,17 @@ def _network(kind: Any, config: dict[str, Any]) -> Any:
     if hasattr(kind, "from_config"):  # diffusers
         return kind.from_config(config)
     return kind(kind.config_class.from_dict(config))
+
+
+def _ready(part: nn.Module, rehearsal: Rehearsal) -> nn.Module:
+    """A module on the meta device as one of fake tensors, to be rehearsed on."""
+
+    def apply(function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        _replace(part, function)  # torch's own exchanges tensors in place, which fake ones do not bear
+        return part
+
+    faked(part, rehearsal.mode)._apply = apply  # type: ignore[method-assign]
+    return rehearsal.watch(part)
 
 
 def faked(part: nn.Module, mode: FakeTensorMode) -> nn.Module:

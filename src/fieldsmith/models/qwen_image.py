@@ -13,6 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from torch import Tensor
 
 from fieldsmith.models.core import Condition
+from fieldsmith.models.export import SAME_NAMES
 from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted
 from fieldsmith.models.schedulers import check_flow, dynamic_shift, flow_times
 from fieldsmith.models.sources import shared, tokens_of
@@ -22,6 +23,7 @@ from fieldsmith.paths import Kind, RectifiedFlow, guide
 class QwenImage(Prompted):
     family = "qwen-image"
     SUBSETS: ClassVar[dict[str, str]] = {**DUAL_STREAM_SUBSETS, "text-inputs": r"txt_in"}
+    ORIGINAL_NAMES = SAME_NAMES
     ERASE_SUBSET = "qk_dual"
     # in the last block, what only makes new text tokens, which nothing reads
     UNREAD = r"transformer_blocks\.LAST\.(attn\.(add_q_proj|norm_added_q|to_add_out)|txt_mlp)\b.*"
@@ -30,7 +32,7 @@ class QwenImage(Prompted):
     text_length = 512  # the pipeline's own limit
 
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
-        # no part of the pipeline says its resolution
+        # no part of the pipeline names its resolution
         super().__init__(pipeline, name, resolution, 512, 2 * pipeline.vae_scale_factor)
         check_flow(pipeline.scheduler, name)
         self.side = self.resolution // self.multiple

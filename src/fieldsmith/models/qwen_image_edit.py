@@ -89,7 +89,7 @@ class QwenImageEdit(QwenImage, Editor):
         return stack(rows)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
-        """What the network says at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
+        """The network's prediction at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
         if "embeds" not in condition.parts:
             raise InputError(
                 f"{self.name} reads its instructions together with images and draws nothing from words alone; "

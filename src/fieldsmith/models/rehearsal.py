@@ -108,6 +108,7 @@ class Rehearsal:
         with self.mode:
             self._fake = torch.empty(())
         self._seen: dict[Any, Seen] = {}
+        self._states: dict[Any, tuple[list[nn.Parameter], Any]] = {}
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Live]:
@@ -129,13 +130,22 @@ class Rehearsal:
     def _block(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.call(functools.partial(type(block).forward, block), block, args, kwargs)
 
-    def call(self, function: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any = None) -> Any:
-        """function(*args, **kwargs), which asks the module: run once for all calls that are alike."""
+    def call(
+        self, function: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any = None, state: Any = None
+    ) -> Any:
+        """function(*args, **kwargs), which asks the module: run once for all calls that are alike.
+
+        `state` stands for what the call depends on beside its inputs, where its owner can tell; it is slow to read off.
+        """
         if not _plain(module):
             return function(*args, **(kwargs or {}))
         leaves, tree = tree_flatten(_opened((args, kwargs or {})))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        own = list(module.parameters())
+        if state is None or state not in self._states:
+            found = list(module.parameters()), _state(module)
+            state = state or found[1]
+            self._states[state] = found
+        own, alike = self._states[state]
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in (*own, *given))
 
         def run(*given: Tensor) -> Any:
@@ -144,7 +154,7 @@ class Rehearsal:
             args, kwargs = _closed(tree_unflatten(filled, tree))
             return function(*args, **kwargs)
 
-        key = (getattr(function, "func", function).__qualname__, _state(module), _signature(leaves), learns)
+        key = (getattr(function, "func", function).__qualname__, alike, _signature(leaves), learns)
         if key not in self._seen:
             with self.live.paused():
                 self._seen[key] = self._try(run, given, own if learns else None)

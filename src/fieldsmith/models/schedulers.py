@@ -78,10 +78,10 @@ def flow_times(scheduler: Any, steps: int, mu: float) -> Tensor:
 
 def check_discrete(scheduler: Any, name: str) -> None:
     """Raises InputError at a scheduler that is not of alphas_cumprod and eps, x_0 or v; warns of another solver."""
-    kind, said = type(scheduler).__name__, scheduler.config.get("prediction_type", "other")
-    if not hasattr(scheduler, "alphas_cumprod") or said not in KINDS or scheduler.config.get("use_flow_sigmas"):
+    kind, predicts = type(scheduler).__name__, scheduler.config.get("prediction_type", "other")
+    if not hasattr(scheduler, "alphas_cumprod") or predicts not in KINDS or scheduler.config.get("use_flow_sigmas"):
         raise InputError(
-            f"the scheduler of {name} is a {kind} for '{said}' predictions, but its network is of a family that "
+            f"the scheduler of {name} is a {kind} for '{predicts}' predictions, but its network is of a family that "
             f"predicts {', '.join(KINDS)} on a DDPM schedule; put back a DDIMScheduler with its betas"
         )
     if not isinstance(scheduler, (DDIMScheduler, DDPMScheduler)):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition
+from fieldsmith.models.export import SAME_NAMES
 from fieldsmith.models.prompted import Prompted
 from fieldsmith.models.schedulers import KINDS, check_discrete, network_index, path_of, scheduled_grid
 from fieldsmith.paths import Kind, VariancePreserving
@@ -32,6 +33,7 @@ class SD15(Prompted):
         "text-inputs": r".*\.attn2\.(to_k|to_v)",
         "all-linear": r".*",  # attention, feed-forward and time; convolutions train only as full weights
     }
+    ORIGINAL_NAMES = SAME_NAMES
     ERASE_SUBSET = "qk_cross"
     path: VariancePreserving
     kind: Kind

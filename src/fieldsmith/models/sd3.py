@@ -13,12 +13,34 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition
+from fieldsmith.models.export import Rules
 from fieldsmith.models.prompted import DUAL_STREAM_SUBSETS, Prompted
 from fieldsmith.models.schedulers import check_flow, dynamic_shift, euler_of
 from fieldsmith.paths import Kind, RectifiedFlow
 
-TEXT_LENGTH = 256  # T5 tokens, as the pipeline has them unless told otherwise
+TEXT_LENGTH = 256  # T5 tokens, as the pipeline has them by default
 TRAIN_TIMES = 1000  # the network's clock runs to this at t = 1
+
+
+NAMES: Rules = (
+    (r"transformer_blocks\.(\d+)\.(attn|attn2)\.to_[qkv]", r"joint_blocks.\1.x_block.\2.qkv"),
+    (r"transformer_blocks\.(\d+)\.(attn|attn2)\.to_out\.0", r"joint_blocks.\1.x_block.\2.proj"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"joint_blocks.\1.context_block.attn.qkv"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"joint_blocks.\1.context_block.adaLN_modulation.1"),
+    (r"context_embedder", r"context_embedder"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", r"t_embedder.mlp.0"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", r"t_embedder.mlp.2"),
+    (r"time_text_embed\.text_embedder\.linear_1", r"y_embedder.mlp.0"),
+    (r"time_text_embed\.text_embedder\.linear_2", r"y_embedder.mlp.2"),
+    (r"norm_out\.linear", r"final_layer.adaLN_modulation.1"),
+    (r"proj_out", r"final_layer.linear"),
+)
 
 
 class SD3(Prompted):
@@ -27,6 +49,7 @@ class SD3(Prompted):
         **DUAL_STREAM_SUBSETS,
         "text-inputs": r"context_embedder|time_text_embed\.text_embedder\.linear_1",
     }
+    ORIGINAL_NAMES = NAMES
     ERASE_SUBSET = "qk_dual"
     # in the last block, queries from words, which nothing reads
     UNREAD = r"transformer_blocks\.LAST\.attn\.(add_q_proj|norm_added_q)\b.*"

@@ -32,7 +32,6 @@ class Family:
     """What config fields mean: `states` fix what comes in and goes out, `classes` the embedding rows (the first is
     their number), `depths` how many blocks there are, in which the parameter count is linear."""
 
-    part: str  # the network's name in its pipeline
     depths: tuple[str, ...]
     states: tuple[str, ...]
     classes: tuple[str, ...] = ()
@@ -40,14 +39,14 @@ class Family:
 
 FAMILIES = {
     "unet": Family(
-        "unet", ("layers_per_block",), ("sample_size", "in_channels", "out_channels"),
+        ("layers_per_block",), ("sample_size", "in_channels", "out_channels"),
         ("num_class_embeds", "class_embed_type"),
     ),
     "dit": Family(
-        "transformer", ("num_layers",), ("sample_size", "in_channels", "out_channels"), ("num_embeds_ada_norm",)
+        ("num_layers",), ("sample_size", "in_channels", "out_channels"), ("num_embeds_ada_norm",)
     ),
     "flux": Family(
-        "transformer", ("num_layers", "num_single_layers"),
+        ("num_layers", "num_single_layers"),
         ("patch_size", "in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
     ),
 }  # fmt: skip
@@ -124,7 +123,7 @@ def _rows(model: Model, family: Family, scales: tuple[float, ...] | None) -> Fie
         raise InputError(f"guidance_scales={scales} need class rows, which family {model.family} lacks; leave them out")
     model._null_label(f"guidance_scales={scales}")  # without it the teacher cannot be guided
     if not scales or len(set(scales)) < len(scales) or not all(math.isfinite(scale) for scale in scales):
-        raise InputError(f"guidance_scales={scales} should be different numbers, one or more; try 1.0, 2.0, 4.0")
+        raise InputError(f"guidance_scales={scales} should be one or more different numbers; try 1.0, 2.0, 4.0")
     return {family.classes[0]: len(model.classes) * len(scales)}
 
 
@@ -220,19 +219,19 @@ def _search(model: Model, family: Family, fields: Fields, ratio: float) -> Field
     if not 1 < ratio < math.inf:
         raise InputError(f"ratio={ratio:g} makes no smaller network; use a number above 1, such as 4")
     teacher = parameters(model.network)
-    found = [c for c in _candidates(model, family, fields) if c.parameters < teacher]
-    if not found:
+    smaller = [c for c in _candidates(model, family, fields) if c.parameters < teacher]
+    if not smaller:
         raise InputError(
             f"{model.name} has no smaller network of its own shape; give a config instead of ratio={ratio:g}"
         )
-    off = [abs(math.log(candidate.parameters * ratio / teacher)) for candidate in found]
+    off = [abs(math.log(candidate.parameters * ratio / teacher)) for candidate in smaller]
     if min(off) > math.log(2):
-        nearest = teacher / found[off.index(min(off))].parameters
+        nearest = teacher / smaller[off.index(min(off))].parameters
         raise InputError(
             f"ratio={ratio:g} is out of reach for {model.name}, whose nearest network of its own shape is "
             f"{nearest:.3g} times smaller; ask for that, or give a config"
         )
-    near = [candidate for candidate, far in zip(found, off, strict=True) if far <= min(off) + EQUAL]
+    near = [candidate for candidate, far in zip(smaller, off, strict=True) if far <= min(off) + EQUAL]
     return min(near, key=lambda c: (round(c.distortion, 6), -c.depth)).fields
 
 
@@ -275,7 +274,7 @@ def _widths(model: Model, fields: Fields) -> Iterator[tuple[Fields, list[float]]
 
 def student_of(model: Model, network: Any, scales: tuple[float, ...] | None) -> Model:
     """The network in a pipeline of the teacher's class, with the teacher's other parts."""
-    pipeline = type(model.pipeline)(**{**model.pipeline.components, FAMILIES[model.family].part: network})
+    pipeline = type(model.pipeline)(**{**model.pipeline.components, model.PART: network})
     name = f"a student of {model.name}"
     if not isinstance(model, ClassDDPM):
         return type(model)(pipeline, name, model.resolution)  # type: ignore[arg-type]

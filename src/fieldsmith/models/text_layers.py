@@ -1,6 +1,6 @@
 """Where words enter a network: inputs of its text layers (for UCE), its attention to words (for EraseAnything).
 
-In: a model that says where the tokens of its text encoders lie (`Prompted.text_parts`). Out: layer inputs by module
+In: a model that names where the tokens of its text encoders lie (`Prompted.text_parts`). Out: layer inputs by module
 name, token places, or the attention maps of the last dual-stream block.
 """
 
@@ -20,7 +20,7 @@ from fieldsmith.models.parts import whole
 
 
 def check_text_layers(model: Model, method: str, attention: bool = False) -> None:
-    """Raises InputError where nobody says where words enter, or (`attention`) no dual-stream block reads them."""
+    """Raises InputError where the family has no `text_parts`, or (`attention`) no dual-stream block reads words."""
     blocks: Any = getattr(model.network, "transformer_blocks", None)
     reads = blocks is not None and hasattr(getattr(blocks[-1], "attn", None), "add_k_proj")
     if not getattr(model, "text_parts", ()) or (attention and not reads):
@@ -52,7 +52,7 @@ def word_positions(model: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 def _places(model: Any, prompts: Sequence[str], end: bool = False) -> list[list[list[int]]]:
     """By encoder and prompt, where its tokens lie; with `end`, a prompt without words lies at its mark of the end."""
-    found = []
+    parts = []
     for tokenizer, start in model.text_parts:
         length = min(model.text_length, tokenizer.model_max_length)
         marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -60,8 +60,8 @@ def _places(model: Any, prompts: Sequence[str], end: bool = False) -> list[list[
         places = [[start + i for i, token in enumerate(row) if token not in marks] for row in rows]
         if end:
             places = [own or [start + len(row) - 1] for own, row in zip(places, rows, strict=True)]
-        found.append(places)
-    return found
+        parts.append(places)
+    return parts
 
 
 @contextlib.contextmanager

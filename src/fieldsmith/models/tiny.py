@@ -42,7 +42,7 @@ def word_tokenizer(words: Sequence[str], length: int, bos: bool) -> PreTrainedTo
     )  # fmt: skip
 
 
-def _vae(
+def small_vae(
     channels: Sequence[int], latent_channels: int, size: int, scaling_factor: float, shift_factor: float | None = None
 ) -> AutoencoderKL:
     """An autoencoder without attention whose latents are smaller by 2 at each level but the last."""
@@ -55,29 +55,32 @@ def _vae(
     )  # fmt: skip
 
 
-def flux_pipeline(
-    words: Sequence[str],
-    *,
-    vae_channels: Sequence[int] = (16, 32, 32),
-    latent_channels: int = 8,
-    layers: int = 2,
-    single_layers: int = 2,
-    heads: int = 4,
-    text_width: int = 64,
-    text_length: int = 8,
-    guidance_embeds: bool = False,
-    seed: int = 0,
-) -> FluxPipeline:
-    """A FluxPipeline with random weights: 32-pixel images, 16 image tokens, `text_length` text tokens."""
-    return FluxPipeline(
-        **_flux_parts(
-            words, vae_channels, latent_channels, layers, single_layers, heads, text_width, text_length,
-            guidance_embeds, seed, size=32,
-        )
+def clip_config(words: Sequence[str], width: int, text_length: int, layers: int, heads: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words) + 5, hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=text_length,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
 
 
-def kontext_pipeline(
+def t5_config(words: Sequence[str], width: int) -> T5Config:
+    return T5Config(  # type: ignore[call-arg]
+        vocab_size=len(words) + 5, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=1, num_heads=4,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+
+
+def flux_pipeline(words: Sequence[str], **shape: Any) -> FluxPipeline:
+    """A FluxPipeline with random weights: 32-pixel images, 16 image tokens; `shape` as `flux_parts` takes it."""
+    return FluxPipeline(**flux_parts(words, **shape))
+
+
+def kontext_pipeline(words: Sequence[str], **shape: Any) -> FluxKontextPipeline:
+    """A FluxKontextPipeline with random weights, those of `flux_pipeline`, for images of `size` pixels."""
+    return FluxKontextPipeline(**flux_parts(words, **shape))
+
+
+def flux_parts(
     words: Sequence[str],
     *,
     vae_channels: Sequence[int] = (16, 32, 32),
@@ -90,55 +93,22 @@ def kontext_pipeline(
     guidance_embeds: bool = False,
     seed: int = 0,
     size: int = 32,
-) -> FluxKontextPipeline:
-    """A FluxKontextPipeline with random weights, those of `flux_pipeline`, for images of `size` pixels.
-
-    With three `vae_channels` a token is 8 pixels wide: 24-pixel images are 9 tokens.
-    """
-    return FluxKontextPipeline(
-        **_flux_parts(
-            words, vae_channels, latent_channels, layers, single_layers, heads, text_width, text_length,
-            guidance_embeds, seed, size=size,
-        )
-    )  # fmt: skip
-
-
-def _flux_parts(
-    words: Sequence[str],
-    vae_channels: Sequence[int],
-    latent_channels: int,
-    layers: int,
-    single_layers: int,
-    heads: int,
-    text_width: int,
-    text_length: int,
-    guidance_embeds: bool,
-    seed: int,
-    size: int,
 ) -> dict[str, Any]:
-    """What both Flux pipelines are made of, by their arguments' names; images have `size` pixels a side."""
+    """What both Flux pipelines are made of, by their arguments' names; images have `size` pixels a side.
+
+    With three `vae_channels` a token is 8 pixels wide: 24-pixel images are 9 tokens. Prompts are `text_length` tokens.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # module constructors draw from the global generator
-        rows = len(words) + 5
-        t5 = T5Config(  # type: ignore[call-arg]
-            vocab_size=rows, d_model=text_width, d_kv=text_width // 4, d_ff=2 * text_width, num_layers=1, num_heads=4,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
-        )  # fmt: skip
-        clip = CLIPTextConfig(
-            vocab_size=rows, hidden_size=text_width, intermediate_size=2 * text_width, projection_dim=text_width,
-            num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=text_length,
-            pad_token_id=0, eos_token_id=1, bos_token_id=2,
-        )  # fmt: skip
         transformer = FluxTransformer2DModel(
             patch_size=1, in_channels=4 * latent_channels, num_layers=layers, num_single_layers=single_layers,
             attention_head_dim=32, num_attention_heads=heads, joint_attention_dim=text_width,
             pooled_projection_dim=text_width, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 14, 14),
         )  # fmt: skip
-        vae = _vae(vae_channels, latent_channels, size=size, scaling_factor=1.0, shift_factor=0.0)
         parts: dict[str, Any] = {
-            "vae": vae,
-            "text_encoder": CLIPTextModel(clip),
-            "text_encoder_2": T5EncoderModel(t5),
+            "vae": small_vae(vae_channels, latent_channels, size=size, scaling_factor=1.0, shift_factor=0.0),
+            "text_encoder": CLIPTextModel(clip_config(words, text_width, text_length, layers=1, heads=4)),
+            "text_encoder_2": T5EncoderModel(t5_config(words, text_width)),
             "transformer": transformer,
         }
     for part in parts.values():
@@ -218,6 +188,6 @@ def dit_pipeline(
             out_channels=latent_channels * (2 if learned_variance else 1), num_embeds_ada_norm=classes,
             num_attention_heads=heads, attention_head_dim=head_width, num_layers=layers, patch_size=2,
         )  # fmt: skip
-        vae: Any = _vae(vae_channels, latent_channels, size * 2 ** (len(vae_channels) - 1), scaling_factor=0.18215)
+        vae: Any = small_vae(vae_channels, latent_channels, size * 2 ** (len(vae_channels) - 1), scaling_factor=0.18215)
     scheduler = DDIMScheduler(num_train_timesteps=train_times, clip_sample=clip)
     return DiTPipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=scheduler, id2label=labels)

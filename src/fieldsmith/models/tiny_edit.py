@@ -42,7 +42,7 @@ CHAT = (  # as Qwen3 puts it without thinking
 
 
 def chat_tokenizer(words: Sequence[str], length: int) -> PreTrainedTokenizerFast:
-    """A closed vocabulary of whole words beside the marks of a chat; whatever else a template says is unknown.
+    """A closed vocabulary of whole words beside the marks of a chat; every other word of a template is unknown.
 
     It counts words, punctuation and line breaks as Qwen's does in the pipelines' templates, so that the 34 and 64
     tokens that they drop are the same.

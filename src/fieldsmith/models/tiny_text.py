@@ -17,19 +17,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from fieldsmith.models.tiny import _vae, word_tokenizer
+from fieldsmith.models.tiny import clip_config, small_vae, t5_config, word_tokenizer
 
 VAE_CHANNELS = (8, 16)  # two levels: a latent is 2 pixels wide
-
-
-def _clip(words: Sequence[str], width: int, text_length: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(words) + 5, hidden_size=width, intermediate_size=2 * width, projection_dim=width,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=text_length,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
 
 
 def sd15_pipeline(
@@ -54,8 +46,8 @@ def sd15_pipeline(
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(widths) - 1),
             cross_attention_dim=text_width, attention_head_dim=2, norm_num_groups=8,
         )  # fmt: skip
-        vae: Any = _vae(VAE_CHANNELS, 4, size, scaling_factor=0.18215)
-        clip = CLIPTextModel(_clip(words, text_width, text_length))
+        vae: Any = small_vae(VAE_CHANNELS, 4, size, scaling_factor=0.18215)
+        clip = CLIPTextModel(clip_config(words, text_width, text_length, layers=2, heads=2))
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
         prediction_type=prediction_type,
@@ -95,13 +87,11 @@ def sd3_pipeline(
             joint_attention_dim=text_width, caption_projection_dim=width, pooled_projection_dim=sum(clips),
             pos_embed_max_size=size, dual_attention_layers=(0,) if newer else (), qk_norm="rms_norm" if newer else None,
         )  # fmt: skip
-        vae: Any = _vae(VAE_CHANNELS, latent_channels, size, scaling_factor=1.5305, shift_factor=0.0609)
-        encoders: list[Any] = [CLIPTextModelWithProjection(_clip(words, w, text_length)) for w in clips]
-        config = T5Config(  # type: ignore[call-arg]
-            vocab_size=len(words) + 5, d_model=text_width, d_kv=text_width // 4, d_ff=2 * text_width, num_layers=1,
-            num_heads=4, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
-        )  # fmt: skip
-        encoders.append(T5EncoderModel(config) if t5 else None)
+        vae: Any = small_vae(VAE_CHANNELS, latent_channels, size, scaling_factor=1.5305, shift_factor=0.0609)
+        encoders: list[Any] = [
+            CLIPTextModelWithProjection(clip_config(words, w, text_length, layers=2, heads=2)) for w in clips
+        ]
+        encoders.append(T5EncoderModel(t5_config(words, text_width)) if t5 else None)
     tokenizers: list[Any] = [word_tokenizer(words, text_length, bos=bos) for bos in (True, True, False)]
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.eval(),

@@ -2,7 +2,7 @@
 
 States are images (batch, channels, height, width) in [-1, 1]. A network may work on folded images: each square of fold
 x fold pixels is then one place of the state with fold^2 channels, a change of axes under which noise stays noise.
-Plain diffusers draws such states; torch.nn.functional.pixel_shuffle(states, fold) unfolds them. A scheduler with
+Plain diffusers samples such states; torch.nn.functional.pixel_shuffle(states, fold) unfolds them. A scheduler with
 `clip_sample=True` clips predicted x_0 inside its own step: `Model.clip` holds its radius, for samplers to do
 the same. Its dynamic thresholding is not done here.
 """
@@ -31,6 +31,7 @@ class UNet(ClassDDPM):
     """
 
     family = "unet"
+    PART = "unet"
     SUBSETS: ClassVar[dict[str, str]] = {
         "attention": r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)",
         "all-linear": r".*",  # attention, and the projections of time; convolutions train only as full weights

@@ -1,6 +1,6 @@
 """A variance head for a network that lacks one: twice the output channels, which start at the middle of the range.
 
-In: a class-conditional or unconditional DDPM model. Out: the same model, its prediction untouched, that also says v.
+In: a class-conditional or unconditional DDPM model. Out: the same model, its prediction unchanged, with v beside it.
 """
 
 from __future__ import annotations

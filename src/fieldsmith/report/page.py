@@ -207,9 +207,9 @@ def cell_text(cell: Any) -> str:
 
 
 def is_numeric(column: Sequence[str]) -> bool:
-    """Whether every cell that says anything is a number, also with an interval, a percent sign or an error bar."""
-    said = [cell.strip() for cell in column if cell.strip() not in BLANK]
-    return bool(said) and all(NUMBER.fullmatch(cell) for cell in said)
+    """Whether every cell that holds anything is a number, also with an interval, a percent sign or an error bar."""
+    filled = [cell.strip() for cell in column if cell.strip() not in BLANK]
+    return bool(filled) and all(NUMBER.fullmatch(cell) for cell in filled)
 
 
 def line_of(
@@ -221,15 +221,15 @@ def line_of(
 ) -> dict[str, Any]:
     """One line of a grid as the template shows it; where captions carry marks, `score` counts the right ones."""
     cells = []
-    said = [Caption(caption) if isinstance(caption, str) else Caption(*caption) for caption in captions]
+    notes = [Caption(caption) if isinstance(caption, str) else Caption(*caption) for caption in captions]
     for i, image in enumerate(images):
         shown = picture(image)
         shown.thumbnail((LARGEST, LARGEST))
-        caption = said[i] if i < len(said) else Caption("")
+        caption = notes[i] if i < len(notes) else Caption("")
         parts = [alt, columns[i] if i < len(columns) else str(i + 1), caption.text]
         words = ": ".join(part for part in (", ".join(filter(None, parts[:2])), parts[2]) if part)
         cells.append({"uri": png_uri(shown), "alt": words, "caption": caption, "size": shown.size})
-    marks = [caption.right for caption in said if caption.right is not None]
+    marks = [caption.right for caption in notes if caption.right is not None]
     return {"name": name, "cells": cells, "score": f"{sum(marks)} of {len(marks)} ✓" if marks else ""}
 
 

@@ -55,7 +55,7 @@ class Row:
 
     @property
     def cosine(self) -> float:
-        """Of the mean estimate with the truth: what no scalar in front can mend."""
+        """Of the mean estimate with the truth: what no scalar in front can fix."""
         return max(-1.0, min(1.0, self.along / self.size**0.5)) if self.size > 0 else float("nan")
 
     @property

@@ -68,6 +68,12 @@ class AlignContext:
             like = model.noise(1, torch.Generator().manual_seed(0))
             helper = Auxiliary(like, len(config.prompts), config.auxiliary in ("residual", "value"), config.seed)
         context = AlignContext(model, config, reward, condition, s, _plan(config, s), sde, level, helper=helper)
+        h = context.effective_strength
+        if h and not any(h[k] for k in context.plan.is_stochastic.nonzero().flatten().tolist()):
+            raise InputError(
+                f"strength '{config.strength}' is 0 at every trained step of steps={config.steps}, so that nothing "
+                "would be learned; use more steps"
+            )
         return replace(context, prior=context.variance()) if config.strength == "jacobian" else context
 
     @cached_property

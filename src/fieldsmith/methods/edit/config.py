@@ -69,8 +69,8 @@ class EditConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """The recipe that these settings came from; a name for the record."""
 
     objective: Literal["nft", "grpo", "supervised", "none"] = "nft"
-    """nft: contrast of two implied policies on re-noised results; grpo: PPO on drawn steps; supervised: flow matching
-    to the planned result (worlds only); none: the identity and steady branches alone."""
+    """nft: contrast of two implied policies on re-noised results; grpo: PPO on stochastic steps; supervised: flow
+    matching to the planned result (worlds only); none: the identity and steady branches alone."""
     sources: Literal["own", "clean"] = "own"
     """What a turn after the first edits: what the model made, or the planned image (worlds only; the control)."""
     turns: Count = 3
@@ -104,7 +104,7 @@ class EditConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     floor: Positive = 0.05
     """Least deviation by which a group's rewards are divided: near the judge's own noise."""
     advantage_clip: Positive = 2.0
-    """A_max: advantages are held inside it; 5 as released leaves NFT's r near a half."""
+    """A_max: advantages are clipped to it; 5 as released leaves NFT's r near a half."""
     min_spread: NonNegative = 1e-6
     """Groups whose advantages spread less teach nothing and are left out."""
     max_mean: float = 0.9
@@ -132,7 +132,7 @@ class EditConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     noise_level: NonNegative | None = None
     """Its noise; None: 0.7 for flow-sde, 0.3 for dance-sde, 0.7 for cps."""
     window: tuple[int, int] | None = None
-    """GRPO: first and last step that is drawn and trained; None: every step with a density."""
+    """GRPO: first and last step that is stochastic and trained; None: every step with a density."""
     trust: Literal["none", "clip", "hinge", "guard-hinge", "fair-hinge"] = "clip"
     """GRPO: what keeps the policy near the one that made the rollouts; guard-hinge is GRPO-Guard's."""
     clip: Positive = 0.1

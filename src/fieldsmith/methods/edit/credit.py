@@ -45,12 +45,12 @@ def returns(scores: Tensor, credit: Credit, how: Aggregate, discount: float = 1.
     if credit == "broadcast":
         whole = scores[..., -1] if last_only else aggregate(scores, how)
         return whole[..., None].expand_as(scores)
-    found = torch.zeros_like(scores)
+    to_go = torch.zeros_like(scores)
     ahead = torch.zeros_like(scores[..., 0])
     for t in reversed(range(scores.shape[-1])):
         ahead = scores[..., t] + discount * ahead
-        found[..., t] = ahead
-    return found
+        to_go[..., t] = ahead
+    return to_go
 
 
 def normalise(values: Tensor, floor: float) -> Tensor:
@@ -71,10 +71,10 @@ def fuse(rewards: Sequence[Tensor], weights: Sequence[float], fusion: Fusion, fl
     if fusion == "reward":
         return normalise(sum(w * r for w, r in zip(weights, rewards, strict=True)), floor)  # type: ignore[arg-type]
     length = sum(w * w for w in weights) ** 0.5
-    found = torch.stack([w / length * normalise(r, floor) for w, r in zip(weights, rewards, strict=True)]).sum(0)
+    advantage = torch.stack([w / length * normalise(r, floor) for w, r in zip(weights, rewards, strict=True)]).sum(0)
     if fusion == "gdpo":
-        found = (found - found.mean()) / found.std(correction=0).clamp(min=floor)
-    return found
+        advantage = (advantage - advantage.mean()) / advantage.std(correction=0).clamp(min=floor)
+    return advantage
 
 
 def keep(advantage: Tensor, score: Tensor, min_spread: float, max_mean: float) -> Tensor:

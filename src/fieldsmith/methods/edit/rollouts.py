@@ -39,9 +39,7 @@ Channel = Callable[[Tensor, torch.Generator], Tensor]  # images of a turn -> ima
 class World:
     """What is known where sessions have a plan, for measuring."""
 
-    verdicts: Callable[
-        ..., Any
-    ]  # sessions, turn, before, after, first -> done and consistency, as measure.exposure asks
+    verdicts: Judge  # of which measure.exposure reads `done` and `kept_first`
     likeness: Callable[[Tensor, Tensor], Tensor]  # images, first images -> (n,) in [0, 1]
     nothing: str  # the instruction that asks for nothing
 
@@ -168,7 +166,8 @@ def collect(context: EditContext, epoch: int) -> Collection:
     repeated = sessions[index.tolist()]
     first = quantised(repeated.clean(0))
     source, before = first, first
-    texts, sources, results, transitions, waiting = [], [], [], [], []
+    texts, sources, results, transitions = [], [], [], []
+    waiting: list[Future[Any]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="edit-judge") as pool:
         for turn in range(1, T + 1):
             texts.append(encode_unique(model, sessions.prompts(turn)))
@@ -180,7 +179,7 @@ def collect(context: EditContext, epoch: int) -> Collection:
             check_images(after, f"at step {epoch * config.updates} with lr={config.lr:g}")
             if processes.is_main():  # the others get its scores
                 images = [part.clone() for part in (before, after, first)]  # which a judge may change
-                waiting.append(pool.submit(torch.no_grad()(context.inputs.judge), repeated, turn, *images))
+                waiting.append(pool.submit(_ask, context.inputs.judge, waiting[-1:], repeated, turn, *images))
             sources.append(latents)
             results.append(x_0)
             if steps is not None:
@@ -219,6 +218,14 @@ def _turn(
         else:
             results.append(rollout(field, x[at], context.schedule.times.to(x)).last)
     return torch.cat(sources), torch.cat(results), Transitions.cat(transitions) if transitions else None
+
+
+@torch.no_grad()
+def _ask(judge: Judge, earlier: list[Future[Any]], *shown: Any) -> Any:
+    """What the judge says of a turn; after a failure nothing more is asked."""
+    for future in earlier:
+        future.result()
+    return judge(*shown)
 
 
 def _gather(waiting: list[Future[Any]], P: int, G: int) -> tuple[Tensor, Tensor]:

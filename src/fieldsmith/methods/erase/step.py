@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldsmith import preflight
+from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
@@ -72,6 +72,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
 
     Raises InputError where prompts or method do not fit the model, before anything is attached.
     """
+    processes.check_share(config.batch, "batch")
     _check_model(model, config)
     pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
     model.encode(config.keep or [""])  # unknown words are refused now

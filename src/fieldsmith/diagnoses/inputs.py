@@ -14,8 +14,7 @@ from urllib.parse import parse_qsl, urlencode
 import torch
 from torch import Tensor
 
-from fieldsmith.commands.diagnose import Audit, Concepts, Exposure, Guidance, Judge, Smoothness
-from fieldsmith.diagnose.guidance import listed
+from fieldsmith.diagnoses.guidance import listed
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.measure.exposure import HELD_OUT
 from fieldsmith.methods.align.audit import Truths
@@ -53,13 +52,13 @@ def _name(given: Any) -> str:
 # guidance
 
 
-def guidance(config: Guidance) -> dict[str, Any]:
+def guidance(config: Any) -> dict[str, Any]:
     student, teacher = (_model(given, config.resolution) for given in (config.model, config.teacher))
     prompts = read_prompts(config.prompts)
     return {"model": student, "teacher": teacher, "prompts": prompts, "data": _classes(config, teacher)}
 
 
-def _classes(config: Guidance, teacher: Model) -> Any:
+def _classes(config: Any, teacher: Model) -> Any:
     """The held-out data of a model of classes, None for one that reads text."""
     known: tuple[str, ...] = getattr(teacher, "classes", ())
     if not known:
@@ -91,7 +90,7 @@ def image_shape(model: Model) -> tuple[int, int, int]:
 # smoothness
 
 
-def smoothness(config: Smoothness) -> dict[str, Any]:
+def smoothness(config: Any) -> dict[str, Any]:
     model = _model(config.model, config.resolution)
     return {"model": model, "world": judged_world(model, config.data, config.judge)}
 
@@ -110,7 +109,7 @@ def judged_world(model: Model, data: Any, judge: str | None) -> Any:
 # exposure
 
 
-def exposure(config: Exposure) -> dict[str, Any]:
+def exposure(config: Any) -> dict[str, Any]:
     world = _scenes(config)
     seed = HELD_OUT + config.seed
     sessions = world.sessions(config.samples, config.turns, seed, config.dependency)
@@ -125,7 +124,7 @@ def exposure(config: Exposure) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _scenes(config: Exposure) -> ScenesWorld:
+def _scenes(config: Any) -> ScenesWorld:
     """The world of sessions that the model's card names."""
     name = _name(config.model)
     pipeline_folder(name)  # a name that is no model at all is refused in its own words
@@ -144,7 +143,7 @@ def _scenes(config: Exposure) -> ScenesWorld:
 # concepts
 
 
-def concepts_of(config: Concepts) -> dict[str, Any]:
+def concepts_of(config: Any) -> dict[str, Any]:
     name = _name(config.model)
     pipeline_folder(name)
     world = world_of(name)
@@ -161,7 +160,7 @@ def concepts_of(config: Concepts) -> dict[str, Any]:
 # audit
 
 
-def audit(config: Audit) -> dict[str, Any]:
+def audit(config: Any) -> dict[str, Any]:
     name = _name(config.model)
     prompts = read_prompts(config.prompts)
     if name.startswith("world:"):
@@ -175,7 +174,7 @@ def audit(config: Audit) -> dict[str, Any]:
     return {"model": model, "reward": load_reward(config.reward, world), "prompts": prompts}
 
 
-def _triangle(config: Audit) -> dict[str, Any]:
+def _triangle(config: Any) -> dict[str, Any]:
     """Three Gaussians under a linear reward, and what is known of them: grad E r and alpha grad V."""
     mixture, path, b = triangle(), RectifiedFlow(), torch.tensor([-0.5, 0.0], dtype=torch.float64)
 
@@ -196,10 +195,13 @@ def _triangle(config: Audit) -> dict[str, Any]:
 # judge
 
 
-def judge(config: Judge) -> dict[str, Any]:
+def judge(config: Any) -> dict[str, Any]:
     judges = judges_of(str(config.judge))
     edits = graded(ScenesWorld(SCENES), config.samples, config.seed)
-    return {"model": None, "judges": judges, "edits": edits, "name": next(iter(judges.values())).server.name}
+    return {
+        "model": None, "judges": judges, "edits": edits, "name": next(iter(judges.values())).server.name,
+        "address": partial(address_of, str(config.judge)),
+    }  # fmt: skip
 
 
 def judges_of(address: str) -> dict[str, Any]:
@@ -223,6 +225,15 @@ def judges_of(address: str) -> dict[str, Any]:
         mine = {name: value for name, value in given.items() if name not in left_out}
         judges[mode] = edit_judge(f"{base}?{urlencode({**mine, 'mode': mode})}")
     return judges
+
+
+def address_of(given: str, mode: str, n: int) -> str:
+    """The judge in one mode with n replies, as `fieldsmith edit` takes it."""
+    base, _, query = given.partition("?")
+    options = {"temperature": "0.7"} | dict(parse_qsl(query, keep_blank_values=True))
+    if mode != "checklist":
+        options.pop("checks", None)
+    return f"{base}?{urlencode({**options, 'mode': mode, 'n': n})}"
 
 
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {

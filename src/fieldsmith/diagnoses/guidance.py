@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import GuidanceConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import GuidanceConfig
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.guidance import (
@@ -30,6 +28,7 @@ from fieldsmith.measure.guidance import (
     noised_tuples,
     path_tuples,
 )
+from fieldsmith.measure.sweep import Classes
 from fieldsmith.models.core import Model
 from fieldsmith.report.page import Page, Panel
 from fieldsmith.training import step_generator
@@ -54,17 +53,6 @@ HOW = (
     "All errors are per pixel, in the form in which the networks predict.",
     "The teacher's guided path is where sampling takes place; noised data is where training looked.",
 )
-
-
-class Classes(Protocol):
-    """Held-out images (n, c, h, w) in [0, 1] with labels (n,) into `names`."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    @property
-    def held_images(self) -> Tensor: ...
-    @property
-    def held_labels(self) -> Tensor: ...
 
 
 def diagnosis(

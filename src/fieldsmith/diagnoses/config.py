@@ -1,11 +1,13 @@
-"""What a diagnosis can be told: the settings of each, with their bounds. Imports no torch."""
+"""The settings of each diagnosis, with their bounds. Imports no torch."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
+import pathlib
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from fieldsmith.config import Count, NonNegative, Positive, Seed, Share, Words, config
 from fieldsmith.errors import InputError
 
 KINDS = {
@@ -18,167 +20,169 @@ KINDS = {
 }
 
 
-def bounded(config: Any, least: float, *names: str) -> None:
-    """Raises InputError where one of the fields is set and below `least`, or not a number."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and (math.isnan(value) or value < least):
-            raise InputError(f"{name}={value} must be at least {least}")
+Eight = Annotated[int, Field(ge=8)]
 
 
-def above_zero(config: Any, *names: str) -> None:
-    """Raises InputError where one of the fields is set and not a finite number above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{name}={value} must be above 0")
+@config
+class DiagnosisConfig:
+    """What every diagnosis is told."""
+
+    out: pathlib.Path | None = None
+    """The run directory to write (new or empty)."""
+    seed: Seed = 0
+    """Everything random follows from it."""
+
+    def check(self) -> None:
+        """Refuse settings that do not go together. Raises InputError with the value and the fix."""
 
 
-@dataclass(frozen=True)
-class GuidanceConfig:
+@config
+class ModelConfig(DiagnosisConfig):
+    """And what a diagnosis of a model is told."""
+
+    model: str | None = None
+    """A diffusers pipeline folder, a hub id or a zoo model."""
+    resolution: Count | None = None
+    """Image side in pixels; None: the model's own, at most 512."""
+
+
+@config
+class GuidanceConfig(ModelConfig):
     """Measure a student's classifier-free guidance against its teacher's, at the same states."""
 
-    tuples: int = 2000
+    teacher: str | None = None
+    """What the model was distilled from, in the same states and with the same classes."""
+    data: str | None = None
+    """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used."""
+    prompts: Words = ()
+    """Prompts or class names to follow, or one text file with one a line; empty: every class."""
+    tuples: Count = 2000
     """States of each kind at which both are asked; below about 1000, bins are noisy."""
-    bins: int = 10
+    bins: Count = 10
     """Equal bins of time."""
-    steps: int = 25
+    steps: Count = 25
     """Sampler steps of the teacher's path, and of the images for liveness."""
-    scale: float = 2.0
+    scale: NonNegative = 2.0
     """Guidance scale of the teacher's path."""
-    samples: int = 32
+    samples: Annotated[int, Field(ge=0)] = 32
     """Images of each model at each of two scales for liveness; 0 leaves it out."""
-    reference: float | None = None
+    reference: Positive | None = None
     """E_c + E_u of another student, the yardstick of drift; None: the teacher's own mean squared gap."""
-    chunk: int = 256
+    chunk: Count = 256
     """States per forward; lower it when memory is short."""
-    seed: int = 0
-    """Everything random follows from it."""
-
-    def check(self) -> None:
-        bounded(self, 1, "tuples", "bins", "steps", "chunk")
-        bounded(self, 0, "samples", "scale")
-        above_zero(self, "reference")
 
 
-@dataclass(frozen=True)
-class SmoothnessConfig:
+@config
+class SmoothnessConfig(ModelConfig):
     """Measure the score's Jacobian along a DDPM's sampling paths, and whether it tells bad samples from good ones."""
 
-    steps: int = 25
+    data: str | None = None
+    """columns, cards or a folder of images; None: what the model's card names."""
+    judge: str | None = None
+    """With a folder: file.py:name, package.module:name or http:// address that says what is valid."""
+    steps: Count = 25
     """Sampler steps of a path."""
-    samples: int = 32
+    samples: Count = 32
     """Paths; detectors watch four times as many."""
-    chunk: int = 256
+    chunk: Count = 256
     """Paths at a time; lower it when memory is short."""
-    seed: int = 0
-    """Everything random follows from it."""
 
     def check(self) -> None:
-        bounded(self, 1, "steps", "samples", "chunk")
         if self.steps < 4 or self.samples < 2:
             raise InputError(
                 f"steps={self.steps}, samples={self.samples}: halves of paths are compared; use at least 4 and 2"
             )
 
 
-@dataclass(frozen=True)
-class ExposureConfig:
+@config
+class ExposureConfig(ModelConfig):
     """Measure what an editor loses turn by turn because it edits its own results."""
 
-    samples: int = 32
+    adapter: pathlib.Path | None = None
+    """A LoRA folder to attach first."""
+    samples: Count = 32
     """Sessions; at least 100 for narrow intervals."""
-    turns: int = 5
+    turns: Count = 5
     """Turns of a session."""
-    steps: int = 25
+    steps: Count = 25
     """Sampler steps of every turn."""
-    dependency: float = 0.7
+    dependency: Share = 0.7
     """How often a turn refers to what an earlier turn made."""
-    still: int = 5
+    still: Annotated[int, Field(ge=0)] = 5
     """Turns that ask for nothing, for the drift of identity; 0 leaves it out."""
-    contrast: float = 1.0
+    contrast: Positive = 1.0
     """Between turns: factor on the distance from mid grey."""
-    blur: float = 0.0
+    blur: Share = 0.0
     """Between turns: weight of each pixel's 3 x 3 mean."""
-    noise: float = 0.0
+    noise: NonNegative = 0.0
     """Between turns: deviation of added noise, in [0, 1]."""
-    seed: int = 0
-    """Everything random follows from it."""
 
     def check(self) -> None:
         if self.turns < 2:
             raise InputError(f"turns={self.turns}: the first turn has no source of the editor's own; give at least 2")
-        bounded(self, 1, "steps", "samples")
-        bounded(self, 0, "still", "noise")
-        for name in ("dependency", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} is no share; give 0 to 1")
-        above_zero(self, "contrast")
 
 
-@dataclass(frozen=True)
-class ConceptsConfig:
+@config
+class ConceptsConfig(ModelConfig):
     """Judge what a model draws for every concept of its world."""
 
-    each: int = 16
+    adapter: pathlib.Path | None = None
+    """A LoRA folder to attach first, such as a run's adapter/."""
+    each: Count = 16
     """Images per prompt."""
-    steps: int = 28
+    steps: Count = 28
     """Sampler steps."""
     guidance: float | None = None
     """Guidance scale; None and 1 are off."""
-    seed: int = 0
-    """Equal seeds give equal noise."""
-
-    def check(self) -> None:
-        bounded(self, 1, "each", "steps")
 
 
-@dataclass(frozen=True)
-class AuditConfig:
+@config
+class AuditConfig(ModelConfig):
     """Measure estimators, strengths and trust regions of `align`'s recipes on a model and a reward, before training."""
 
-    steps: int = 10
+    model: str | None = "zoo:shapes-flux"
+    """A diffusers pipeline folder, a hub id, a zoo model, or world:triangle, whose truth is a closed form."""
+    reward: str = "classifier"
+    """A reward, or a weighted sum of rewards, e.g. `classifier` or `right+0.1*brightness`; world:triangle: `linear`."""
+    prompts: Words = ()
+    """Prompts to look at, or one text file with a prompt a line; empty: the world's own captions."""
+    steps: Count = 10
     """Sampler steps."""
-    times: int = 5
+    times: Count = 5
     """At how many of them to measure."""
-    states: int = 16
+    states: Annotated[int, Field(ge=2)] = 16
     """States at each time."""
-    samples: int = 128
+    samples: Eight = 128
     """Rollouts from each state for the reference; its noise is subtracted, what it hides falls as 1 / samples."""
     reference: Literal["auto", "zeroth-order"] = "auto"
     """auto: a closed form where there is one, gradients along drawn chains where the reward has one, else rewards."""
     sde: Literal["auto", "flow-sde", "dance-sde", "cps", "ddim", "ddim-uniform"] = "auto"
     """The stochastic step; auto: flow-sde on flows, ddim elsewhere and on exact worlds."""
-    noise_level: float | None = None
+    noise_level: Positive | None = None
     """Its noise; None: its usual one."""
     guidance: float | None = None
     """Guidance scale; None: off."""
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """alpha: what the spread of rewards is compared with, since the limit of small reward / alpha is measured."""
-    displacement: float = 0.02
+    displacement: Positive = 0.02
     """Root mean square change of the output, a number, at which the clip fractions are given."""
-    chunk: int = 256
+    chunk: Eight = 256
     """States per forward; lower it when memory is short."""
-    seed: int = 0
-    """Everything random follows from it."""
 
     def check(self) -> None:
-        bounded(self, 1, "steps", "times")
-        bounded(self, 8, "samples", "chunk")
-        bounded(self, 2, "states")
-        above_zero(self, "temperature", "displacement", "noise_level")
         if self.times > self.steps:
             raise InputError(f"times={self.times} is more than the sampler's {self.steps} steps; lower it")
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
+@config
+class JudgeConfig(DiagnosisConfig):
     """Measure a judge of edits against edits whose truth is known."""
 
-    samples: int = 32
+    judge: str | None = None
+    """remote:http://HOST:PORT/v1?model=M&mode=direct&mode=expected&n=4&temperature=0.7, a server that sees images,
+    asked n times in each mode that is named (none: all four)."""
+    samples: Count = 32
     """Instructions, each with 8 edits."""
-    seed: int = 0
-    """Everything random follows from it."""
 
     def check(self) -> None:
         if self.samples < 2:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import AuditConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import AuditConfig
 from fieldsmith.errors import InputError
 from fieldsmith.measure.progress import progress
 from fieldsmith.methods.align.advice import BUDGET, Outlook, breaks, outlooks, outside, recommend
@@ -104,13 +104,13 @@ def of_moment(moment: Moment) -> dict[str, Any]:
 
 
 def of_outlook(one: Outlook, displacement: float, dim: int) -> dict[str, Any]:
-    """What metrics.json holds of one recipe; held and breaks by step, displacements a number of the output."""
+    """What metrics.json holds of one recipe; clip fractions and break points by step, per number of the output."""
     trust: dict[str, Any] = {}
     if one.config.trust != "none":
         moved = torch.full_like(one.s.w, displacement * dim**0.5)
-        held = outside(moved, one.s, one.config.trust, one.config.clip) / 2
+        share = outside(moved, one.s, one.config.trust, one.config.clip) / 2
         at = breaks(one.s, one.config.trust, one.config.clip) / dim**0.5
-        trust = {"kind": one.config.trust, "clip": one.config.clip, "held": held.tolist(),
+        trust = {"kind": one.config.trust, "clip": one.config.clip, "held": share.tolist(),
                  "breaks": [_finite(d) for d in at.tolist()]}  # fmt: skip
     kept = {name: _finite(getattr(one, name)) for name in ("of_estimator", "of_strength", "of_noise")}
     return {"h": one.h.tolist(), "silenced": one.silenced, "estimator": one.estimator, **kept, "hurts": one.hurts,
@@ -189,7 +189,7 @@ def _estimators(page: Page, times: list[dict[str, Any]]) -> None:
         page.curves(heading, panels, note="Direction error is what no scalar can fix: the sine of the angle to the "
                     "truth. How much of the truth: 1 is the right size, along the right direction.")  # fmt: skip
     else:
-        page.text(heading, "At no time does the reference stand out from its own noise, so no bias can be told.")
+        page.text(heading, "At no time does the reference stand out from its own noise, so no bias can be measured.")
     heads = [f"{m['t']:.2f}" for m in times]
     rows = [
         [name, *([known[0]["estimators"][name]["cost"]] if known else []),
@@ -272,7 +272,7 @@ def _trust(page: Page, metrics: dict[str, Any], displacement: float) -> None:
     rows, series = [], {}
     for trust, names in regions.values():
         label = f"{trust['kind']}, {trust['clip']:g}"
-        rows.append([_names(names), label, *(f"{100 * held:.0f}%" for held in trust["held"])])
+        rows.append([_names(names), label, *(f"{100 * share:.0f}%" for share in trust["held"])])
         at = [(t, math.log10(d)) for t, d in zip(grid[:-1], trust["breaks"], strict=True) if d]
         series[_names(names)] = ([t for t, _ in at], [d for _, d in at])
     page.curves("Where the trust region breaks", series, "t", "log10 of the output's change",

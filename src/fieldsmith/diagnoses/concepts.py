@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import ConceptsConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import ConceptsConfig
 from fieldsmith.measure.detection import Asked, Concept, Groups, World, ask, right_by_group
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models.core import Model

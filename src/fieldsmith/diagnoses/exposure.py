@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import ExposureConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import ExposureConfig
 from fieldsmith.measure import editing
 from fieldsmith.measure.exposure import Channel, Drift, Exposure, Judge, Likeness, exposure, identity_drift
 from fieldsmith.measure.intervals import Interval, mean_interval, share

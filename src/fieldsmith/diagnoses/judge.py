@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import JudgeConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import JudgeConfig
 from fieldsmith.errors import RunError
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.measure.judges import JudgeMeasures, Recommendation, measure_judge, recommend
@@ -86,9 +86,17 @@ class Advice:
 
 
 def diagnosis(
-    model: Model | None, config: JudgeConfig, judges: Mapping[str, EditJudge], edits: Graded, name: str
+    model: Model | None,
+    config: JudgeConfig,
+    judges: Mapping[str, EditJudge],
+    edits: Graded,
+    name: str,
+    address: Callable[[str, int], str],
 ) -> Diagnosis:
-    """`judges` by mode, each giving as many replies; `model` is not used. Raises RunError where no mode answers."""
+    """`judges` by mode, each giving as many replies; address(mode, n) is what `fieldsmith edit --judge` takes for one.
+
+    `model` is not used: a judge stands alone. Raises RunError where no mode answers.
+    """
     scores: dict[str, Scores] = {}
     refused: dict[str, str] = {}
     for mode, judge in track(list(judges.items()), f"asking {2 * edits.following.numel()} questions in each mode"):
@@ -124,6 +132,8 @@ def diagnosis(
     page.verdict(words, *verdict_of(advice[BUDGET]))
     _sections(page, measures, advice, scores, refused, edits)
     page.text("How to read it", HOW)
+    if best := advice[BUDGET]:
+        page.command("Train with it", f'fieldsmith edit --judge "{address(best.use.mode, best.use.n)}" ...')
     return Diagnosis(numbers, words, page)
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnose import Diagnosis
-from fieldsmith.diagnose.config import SmoothnessConfig
+from fieldsmith.diagnoses import Diagnosis
+from fieldsmith.diagnoses.config import SmoothnessConfig
 from fieldsmith.errors import InputError
 from fieldsmith.measure.hallucination import auroc, tpr_at
 from fieldsmith.measure.intervals import share

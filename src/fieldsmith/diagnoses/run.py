@@ -1,0 +1,73 @@
+"""A diagnosis from names or objects to a page: what `fieldsmith.diagnose` and `fieldsmith diagnose KIND` call."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+from fieldsmith.diagnoses import Diagnosis, config_of
+from fieldsmith.diagnoses.inputs import INPUTS
+from fieldsmith.errors import InputError, check_word
+from fieldsmith.measure.progress import CONSOLE
+from fieldsmith.models.core import Model
+from fieldsmith.run import Run
+
+NEEDED = {
+    "guidance": {"model": "FOLDER, the student", "teacher": "FOLDER, what it was distilled from"},
+    "smoothness": {"model": "FOLDER, a DDPM pipeline"},
+    "exposure": {"model": "FOLDER, an editing model of the scenes world"},
+    "concepts": {"model": "FOLDER, a model whose card.json names its world"},
+    "audit": {"model": "FOLDER"},
+    "judge": {"judge": "remote:http://HOST:PORT/v1?model=MODEL"},
+}
+
+
+def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **settings: Any) -> Diagnosis:
+    """Measure one thing of a model (a name or an object; None for 'judge'): nothing is trained.
+
+    `kind` is guidance, smoothness, exposure, concepts, audit or judge. `settings` are the fields of `fieldsmith diagnose
+    KIND --help`, where a teacher, data or a reward may be an object; `config` takes the whole. out=None writes nothing.
+    Raises InputError with the value and the fix before anything is written.
+    """
+    given = settings if model is None else {"model": model, **settings}
+    objects = {name: value for name, value in given.items() if name != "prompts" and _is_object(value)}
+    if config is None:
+        kind_of_config = config_of(kind)
+        for name in given:
+            check_word(name, [field.name for field in fields(kind_of_config)], f"diagnose {kind}'s settings")
+        named = {name: getattr(value, "name", type(value).__name__) for name, value in objects.items()}
+        config = kind_of_config(**{**given, **named})
+    for name, what in NEEDED[kind].items():
+        if getattr(config, name) is None:
+            raise InputError(f"no {name} given; add --{name} {what}")
+    config.check()
+    directory = Run(config.out, f"diagnose {kind}", config) if config.out else None
+    if directory and directory.finished:
+        CONSOLE.print(f"this run is complete: {directory.folder / 'report.html'}")
+        numbers = json.loads((directory.folder / "metrics.json").read_text(encoding="utf-8"))
+        return Diagnosis(numbers, numbers["words"], None)
+    asked = SimpleNamespace(**{field.name: getattr(config, field.name) for field in fields(config)} | objects)
+    inputs = INPUTS[kind](asked)
+    began = time.monotonic()
+    module = importlib.import_module(f"fieldsmith.diagnoses.{kind}")
+    diagnosis: Diagnosis = module.diagnosis(inputs.pop("model"), config, **inputs)
+    shared = {"method": "diagnose", "instrument": kind, "seconds": time.monotonic() - began, "words": diagnosis.words}
+    diagnosis = replace(diagnosis, numbers={**shared, **diagnosis.numbers})
+    CONSOLE.print(diagnosis.words, markup=False)
+    if directory and diagnosis.page:
+        directory.begin()
+        cost = f"{diagnosis.numbers['nfe']:,} network evaluations, {diagnosis.numbers['seconds']:.0f} s."
+        again = f"fieldsmith diagnose {kind} --config {directory.folder}/config.toml --out ANOTHER-FOLDER"
+        diagnosis.page.command("Repeat it", again, cost)
+        diagnosis.page.write(directory.folder / "report.html")
+        directory.finish(diagnosis.numbers)
+        CONSOLE.print(f"page: {directory.folder / 'report.html'}")
+    return diagnosis
+
+
+def _is_object(value: Any) -> bool:
+    return not (value is None or isinstance(value, (str, int, float, tuple, list)) or hasattr(value, "__fspath__"))

@@ -1,0 +1,269 @@
+"""How a model's network trains, as a LoRA or in full, over a frozen reference; and what is saved of it."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from fieldsmith import processes
+from fieldsmith.errors import InputError
+from fieldsmith.models import export
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA in its folder
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A low-rank adapter on a named subset of a family's layers."""
+
+    subset: str = "attention"  # a name from the family's SUBSETS
+    rank: int = 16
+    alpha: float | None = None  # scale = alpha / rank; None is alpha = rank
+    dropout: float = 0.0
+    seed: int = 0  # of the adapter's random half; the other half starts at zero
+
+
+class Trainable:
+    """A frozen network, on which training can be attached and taken off again."""
+
+    family: ClassVar[str]
+    SUBSETS: ClassVar[dict[str, str]]  # name -> regular expression over the network's module names
+    DEFAULT_SUBSET: ClassVar[str] = "attention"  # what trains where a config names no subset
+    ERASE_SUBSET: ClassVar[str] = "attention"  # and what erase trains then
+    UNREAD: ClassVar[str] = ""  # regular expression of names whose results nothing reads; LAST: the last block's index
+    ORIGINAL_NAMES: ClassVar[export.Rules] = ()  # diffusers' layers under the names of the model's first checkpoint
+    PART: ClassVar[str] = "transformer"  # the network's name in its pipeline, and so in the keys of its LoRA files
+    pipeline: Any
+    network: Any  # an nn.Module with diffusers' config, whose fields no checker knows
+
+    def __init__(self, pipeline: Any, network: nn.Module, name: str):
+        self.pipeline, self.network, self.name = pipeline, network, name
+        self.spec: LoraSpec | None = None
+        self._off = False
+        self._base: dict[str, nn.Parameter] = {}  # the originals of unfrozen weights
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+
+    def _modules(self, subset: str) -> list[str]:
+        if subset not in self.SUBSETS:
+            known = ", ".join(self.SUBSETS)
+            raise InputError(
+                f"layer subset '{subset}' is unknown for family {self.family}; "
+                f"known: {known} (and 'all' for training full weights)"
+            )
+        pattern = re.compile(self.SUBSETS[subset])
+        linear = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and not self._unread(n)]
+        matching = [n for n in linear if pattern.fullmatch(n)]
+        if not matching:
+            raise InputError(f"layer subset '{subset}' matches no layer of {self.name}")
+        return matching
+
+    def _unread(self, name: str) -> bool:
+        """Whether what a layer or parameter of that name makes is read by nothing, so that it could never learn."""
+        last = len(getattr(self.network, "transformer_blocks", ())) - 1
+        return re.fullmatch(self.UNREAD.replace("LAST", str(last)), name) is not None
+
+    def adapt(self, spec: LoraSpec) -> None:
+        """Inject a LoRA that starts as zero; only its weights train from here on.
+
+        Raises InputError at an unknown subset, ValueError where training is under way already.
+        """
+        self._refuse_second_training()
+        config = LoraConfig(
+            r=spec.rank, lora_alpha=spec.rank if spec.alpha is None else spec.alpha,  # type: ignore[arg-type]
+            lora_dropout=spec.dropout, target_modules=self._modules(spec.subset),
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(spec.seed)  # peft draws from the global generator
+            inject_adapter_in_model(config, self.network)
+        self._adapter_attached(spec)
+
+    def _adapter_attached(self, spec: LoraSpec) -> None:
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+            if "lora_" in name:
+                parameter.data = parameter.data.float()  # peft gives an adapter its layer's type, such as bf16
+        self.network.eval()
+        self.spec = spec
+        if processes.sharded():
+            _shard(self.network)
+
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter or unfrozen weights are attached."""
+        return bool(self.spec or self._base)
+
+    def _refuse_second_training(self) -> None:
+        if self.trains:
+            raise ValueError(f"{self.name} is being trained already; call remove_training() or load a fresh model")
+
+    def unfreeze(self, subset: str) -> None:
+        """Train the full weights of a subset, or all that are read with 'all'; the originals stay for `reference`.
+
+        Raises InputError at an unknown subset, ValueError where training is under way already.
+        """
+        self._refuse_second_training()
+        if processes.sharded():
+            raise InputError("FSDP holds parts of weights here, so that full weights cannot train; train a LoRA")
+        if subset == "all":
+            names = [name for name, _ in self.network.named_parameters() if not self._unread(name)]
+        else:
+            names = [
+                f"{name}.{key}"
+                for name in self._modules(subset)
+                for key, _ in self.network.get_submodule(name).named_parameters(recurse=False)
+            ]
+        self._base = self._swap({n: nn.Parameter(self.network.get_parameter(n).detach().clone()) for n in names})
+
+    def _swap(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Put parameters into the network by name; returns those that they displace.
+
+        Whole objects move, never their data: a graph keeps the weights that it was built with.
+        """
+        displaced = {name: self.network.get_parameter(name) for name in parameters}
+        for name, parameter in parameters.items():
+            owner, _, key = name.rpartition(".")
+            setattr(self.network.get_submodule(owner), key, parameter)
+        return displaced
+
+    def remove_training(self) -> None:
+        """Back to the model as loaded, to the last bit: adapter taken out, original weights put back."""
+        for name, layer in self._tuners().items():
+            self.network.set_submodule(name, layer.get_base_layer())
+        self.network.__dict__.pop("peft_config", None)
+        self.network.__dict__.pop("_hf_peft_config_loaded", None)  # diffusers' own mark of an adapter
+        self._swap(self._base)
+        self.spec, self._base = None, {}
+        self.network.requires_grad_(False)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that training moves, by name. Ask outside `reference`, where unfrozen weights are away."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def dropout(self, on: bool) -> None:
+        """Switch the adapter's dropout; the network itself always stays in eval mode."""
+        for name, module in self.network.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
+
+    def _tuners(self) -> dict[str, Any]:
+        return {name: module for name, module in self.network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The frozen model, inside `with`: adapter off, or the original weights in place; re-entrant.
+
+        Graphs built before, inside and after each keep their own weights, so a backward may run anywhere.
+        """
+        with self._turned(off=True):
+            yield
+
+    @contextlib.contextmanager
+    def _turned(self, off: bool) -> Iterator[None]:
+        """What was trained off or on, inside `with`, whatever it is outside; for a forward that is run again too."""
+        if self._off == off:
+            yield
+            return
+        layers = list(self._tuners().values())
+
+        def turn(off: bool) -> None:
+            self._base = self._swap(self._base)  # which holds the trained weights while the originals are in place
+            # peft's enable_adapters would switch requires_grad too, and so lose the gradients of a backward in here
+            for layer in layers:
+                layer._disable_adapters = off
+            self._off = off
+
+        turn(off)
+        try:
+            yield
+        finally:
+            turn(not off)
+
+    def scale_adapter(self, scale: float) -> None:
+        """Multiply the adapter's effect: 0 is the base model, 1 what was trained."""
+        for layer in self._tuners().values():
+            layer.set_scale("default", scale)
+
+    # what the user ships
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter's weights under peft's names, without the adapter's own name in them."""
+        state = get_peft_model_state_dict(self.network)
+        return {k: processes.full(v.detach()).contiguous() for k, v in state.items()}
+
+    def adapter(self) -> export.Adapter:
+        """The adapter at its present scale, as `export` takes it. Raises InputError where there is none."""
+        if not self.spec:
+            raise InputError(f"{self.name} carries no adapter; load one, or train with LoRA")
+        scales = {name: float(layer.scaling["default"]) for name, layer in self._tuners().items()}
+        return export.adapter_from(self.adapter_state(), scales)
+
+    def save(self, folder: str | pathlib.Path, merged: bool = False) -> None:
+        """Write what diffusers loads as it is; the live model stays as it was.
+
+        An adapter on a family that diffusers loads LoRA for: the LoRA alone. Everything else, and anything with
+        `merged`: the whole pipeline, with the adapter's effect at its present scale inside the weights. Of several
+        processes all call this and one writes.
+        """
+        adapter = self.adapter() if self.spec else None
+        if processes.is_main():
+            self._write(pathlib.Path(folder), adapter, merged)
+        processes.wait()
+
+    def _write(self, folder: pathlib.Path, adapter: export.Adapter | None, merged: bool) -> None:
+        if adapter and not merged and hasattr(self.pipeline, "save_lora_weights"):
+            export.write_diffusers(adapter, self.PART, folder / LORA_FILE)
+            return
+        if processes.sharded():
+            raise InputError(
+                "FSDP holds parts of weights here, so that no pipeline can be written; save the adapter alone"
+            )
+        with self._merged():
+            self._save_pipeline(folder)
+
+    def _save_pipeline(self, folder: pathlib.Path) -> None:
+        self.pipeline.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def _merged(self) -> Iterator[None]:
+        """Inside: plain layers with merged weights, as diffusers names them; afterwards the adapter is back.
+
+        The base weights are set aside instead of merged in place, because subtracting again would not be exact.
+        """
+        tuners = self._tuners()
+        aside = {name: layer.get_base_layer().weight for name, layer in tuners.items()}
+        marks = {k: self.network.__dict__.pop(k) for k in ("peft_config", "_hf_peft_config_loaded")
+                 if k in self.network.__dict__}  # fmt: skip
+        try:
+            for name, layer in tuners.items():
+                plain = layer.get_base_layer()
+                with torch.no_grad():
+                    sum_ = aside[name] + layer.get_delta_weight("default").to(aside[name])
+                plain.weight = nn.Parameter(sum_, requires_grad=False)
+                self.network.set_submodule(name, plain)
+            yield
+        finally:
+            for name, layer in tuners.items():
+                layer.get_base_layer().weight = aside[name]
+                self.network.set_submodule(name, layer)
+            self.network.__dict__.update(marks)
+
+
+def _shard(network: nn.Module) -> None:
+    """Each process keeps a part of every weight, and gathers a block's whole weights while the block runs."""
+    from torch.distributed.fsdp import fully_shard
+
+    for blocks in (part for part in network.children() if isinstance(part, nn.ModuleList)):
+        for block in blocks:
+            fully_shard(block)
+    fully_shard(network)
