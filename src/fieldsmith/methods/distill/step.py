@@ -51,7 +51,8 @@ def prepare(teacher: Model, config: DistillConfig, inputs: Inputs) -> Job:
     Raises InputError where teacher, student, data and objective do not go together, before anything is trained.
     """
     processes.check_share(config.batch, "batch")
-    preflight.check_sampled(teacher, config.sampler_steps)
+    if inputs.source is None:
+        preflight.check_sampled(teacher, config.sampler_steps)
     objective = objective_of(config)
     scales = config.guidance_scales if objective.guided_input else None
     student = inputs.student or student_for(teacher, config, scales)

@@ -56,7 +56,8 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     """
     processes.check_share(config.batch, "batch")
     check_path(model)
-    preflight.check_sampled(model, config.sampler_steps)
+    if inputs.states is None:
+        preflight.check_sampled(model, config.sampler_steps)
     if config.method in NEEDS_HEAD and config.add_head and not getattr(model, "learns_variance", False):
         model = with_variance_head(model)
     world = None if inputs.states is not None else world_for(model, inputs.world)
