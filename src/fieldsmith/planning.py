@@ -179,6 +179,8 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
             checkpoint_activations(job.model)
         live.hold(job.model._base.values(), REFERENCE)
         live.hold(job.parameters.values(), TRAINABLE)
+        with job.model.uncounted():
+            job.checks(False)  # for the memory that it takes: what it finds in made-up numbers means nothing
         job.begin()
         stack.enter_context(job.around())
         updates = Updates(job, live)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -226,6 +227,12 @@ class Model:
     def device(self) -> torch.device:
         first: Tensor = next(self.network.parameters())
         return first.device
+
+    def free_memory(self) -> float:
+        """Bytes that are free on the network's device."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.mem_get_info(self.device)[0])
+        return float(psutil.virtual_memory().available)
 
     @property
     def dtype(self) -> torch.dtype:
