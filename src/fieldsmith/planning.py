@@ -179,6 +179,8 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
             checkpoint_activations(job.model)
         live.hold(job.model._base.values(), REFERENCE)
         live.hold(job.parameters.values(), TRAINABLE)
+        with job.model.uncounted():
+            job.checks(False)  # for the memory that it takes: what it finds in made-up numbers means nothing
         job.begin()
         stack.enter_context(job.around())
         updates = Updates(job, live)
@@ -245,20 +247,28 @@ class Updates:
         self.hooks = count_gradients(self.live, self.params)
 
     def collection(self, at: int) -> None:
-        """The updates that share collection `at`, all of them forward alone but those that may be the peak: the first,
-        without moments, the next, with them, and the first after one more collection."""
+        """The updates that share collection `at`. Whole are those that may be the peak: the first, without moments, the
+        next, with them, and the first after one more collection; of the others the evaluations are counted."""
         block, steps = self.job.optimisation.block, self.job.optimisation.steps
         for step in range(at * block, min((at + 1) * block, steps)):
             generator = training.step_generator(self.job.optimisation.seed, step)
+            losses = self.job.losses(step, generator, {})
             with training.global_randomness(generator.initial_seed(), torch.device("cpu")):
-                self._update(self.job.losses(step, generator, {}), step in (0, 1, block))
+                if step in (0, 1, block):
+                    self._update(losses)
+                else:
+                    with self.live.paused():
+                        for _ in losses:
+                            pass
 
-    def _update(self, losses: Iterator[Tensor], whole: bool) -> None:
+    def _update(self, losses: Iterator[Tensor]) -> None:
         for chunk, loss in enumerate(losses):
-            if whole and chunk < 2 and loss.requires_grad:  # the second finds the first one's gradients
+            if not loss.requires_grad:
+                continue
+            if chunk < 2:  # the second finds the first one's gradients
                 loss.backward()
-        if not whole:
-            return
+            else:  # frees the graph as a backward does, in less time
+                torch.autograd.grad(loss, self.params[:1], allow_unused=True)
         torch.nn.utils.clip_grad_norm_(self.params, self.job.optimisation.clip or math.inf)
         self.optimizer.step()
         states = self.optimizer.state.values()

@@ -81,8 +81,6 @@ def gradients(model: Model, loss: Tensor) -> list[Check]:
 
 def memory(model: Model, states: int) -> Check:
     """Weights, gradients, moments and a coarse bound on activations against the free memory of the device, in GB."""
-    import psutil
-
     weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
     training = sum(12 * p.numel() for p in model.trainable().values())
     x = model.noise(1, torch.Generator().manual_seed(0))
@@ -90,8 +88,5 @@ def memory(model: Model, states: int) -> Check:
     widest = max(m.out_features for m in model.network.modules() if isinstance(m, torch.nn.Linear))
     activations = states * x.shape[1] * layers * widest * 4
     need = (training + activations + (0 if model.device.type == "cpu" else weights)) / 1e9
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0] / 1e9
-    else:
-        free = psutil.virtual_memory().available / 1e9
+    free = model.free_memory() / 1e9
     return Check("memory needed, GB", need, f"below {free:.1f}", need < free, "lower `chunk` or `batch`")

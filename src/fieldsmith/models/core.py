@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -196,6 +197,12 @@ class Model(Trainable):
     def device(self) -> torch.device:
         first: Tensor = next(self.network.parameters())
         return first.device
+
+    def free_memory(self) -> float:
+        """Bytes that are free on the network's device."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.mem_get_info(self.device)[0])
+        return float(psutil.virtual_memory().available)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class Meta(Model):
     def dropout(self, on: bool) -> None:
         super().dropout(on)
         self._drops = on
+
+    def free_memory(self) -> float:
+        return math.inf  # a plan says what is needed, whatever this machine has
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         one = super().noise(1, generator)

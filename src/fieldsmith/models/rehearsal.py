@@ -108,6 +108,7 @@ class Rehearsal:
         with self.mode:
             self._fake = torch.empty(())
         self._seen: dict[Any, Seen] = {}
+        self._nothing: dict[Any, Tensor] = {}
         self._states: dict[Any, tuple[list[nn.Parameter], Any]] = {}
 
     @contextlib.contextmanager
@@ -193,8 +194,10 @@ class Rehearsal:
 
     def nothing(self, like: Tensor) -> Tensor:
         """A gradient of the tensor's shape that has no bytes of its own."""
-        zero: Tensor = self._fake.new_zeros((1,) * (like.ndim or 1), dtype=like.dtype)
-        return zero.expand(like.shape) if like.ndim else zero.squeeze()
+        key = like.shape, like.dtype
+        if key not in self._nothing:
+            self._nothing[key] = self._fake.new_empty((), dtype=like.dtype).expand(like.shape)
+        return self._nothing[key]
 
 
 class _Recalled(torch.autograd.Function):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -104,8 +103,7 @@ def check_memory(context: EditContext) -> None:
     rows = int(context.plan.is_stochastic.sum()) if config.objective == "grpo" else config.renoise
     # source and result, four states a row, and three images of the size of states
     each = config.groups * config.rollouts * ((2 + 4 * rows) * state + 3 * 3 * state)
-    on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    free = model.free_memory()
     if each * config.turns > free:
         raise InputError(
             f"turns={config.turns} of {config.groups} x {config.rollouts} sessions need "
