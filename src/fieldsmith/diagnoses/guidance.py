@@ -63,11 +63,10 @@ def diagnosis(
     prompts = prompts or (data.names if data else ())
     if not prompts:
         raise InputError(f"{teacher.name} reads text; name what to draw with --prompts 'a prompt' 'another'")
-    states = _states(config, teacher, data, prompts)
-    results = {
-        kind: measure(*(ask(m, one, config.chunk) for m in (student, teacher)), one.t, config.bins, config.reference)
-        for kind, one in states.items()
-    }
+    results = {}
+    for kind, tuples in _states(config, teacher, data, prompts).items():
+        of_student, of_teacher = (ask(model, tuples, config.chunk) for model in (student, teacher))
+        results[kind] = measure(of_student, of_teacher, tuples.t, config.bins, config.reference)
     alive = None
     if config.samples:
         drawn = [prompts[i % len(prompts)] for i in range(config.samples)]

@@ -67,7 +67,7 @@ def _classes(config: Any, teacher: Model) -> Any:
         return None
     if config.data is None:
         raise InputError(f"no data given, and {teacher.name} has classes; add --data digits, shapes or a folder")
-    data = config.data
+    data: Any = config.data
     if isinstance(data, str):
         channels, height, width = image_shape(teacher)
         if height != width:
