@@ -93,7 +93,7 @@ class DistillConfig(FitConfig, MemoryConfig):
     """Updates over which the learning rate rises."""
     evaluate: Natural = 300
     """Images a guidance scale for the page, and a measure of the states that are compared and of how long the page's
-    classifier trains; unless it is given, a run of fewer steps than 1,500 has a fifth of them. 0 trains and saves only."""
+    classifier trains; unless it is given, a run of fewer than 1,500 steps has a fifth of them. 0 only trains."""
     sampler_steps: Count = 20
     """Sampler steps for the page."""
 
