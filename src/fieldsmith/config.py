@@ -123,8 +123,8 @@ class Config:
 class LoraConfig:
     """Which weights train: a low-rank adapter on a subset of the layers, or the layers' full weights."""
 
-    subset: str = "attention"
-    """Which layers train: a subset of the family (attention, all-linear, ...)."""
+    subset: str | None = "attention"
+    """Which layers train: a subset of the family (attention, all-linear, ...); None: the family's own."""
     full: bool = False
     """Train full weights of the subset ('all': every weight) instead of a LoRA."""
     rank: Count = 16

@@ -223,12 +223,13 @@ def attach(
     model: Model, config: LoraConfig, output: Callable[[], Tensor], dropout: float = 0.0, seed: int = 0
 ) -> Check:
     """Attach what trains, a LoRA or full weights; the check that the reference gives what `output` gave before."""
+    subset = config.subset or model.DEFAULT_SUBSET
     with torch.no_grad(), model.uncounted():
         base = output()
         if config.full:
-            model.unfreeze(config.subset)
+            model.unfreeze(subset)
         else:
-            model.adapt(LoraSpec(config.subset, config.rank, config.alpha, dropout, seed))
+            model.adapt(LoraSpec(subset, config.rank, config.alpha, dropout, seed))
         with model.reference():
             gap = (output() - base).abs().max().item()
     fix = "this is a defect of fieldsmith: please report it"

@@ -92,7 +92,7 @@ class SharpenConfig(FitConfig, MemoryConfig):
         method = given.get("method")
         if method is not None:
             check_word(method, METHODS, "sharpen's methods")
-        name = name or PRESET_OF_METHOD.get(method, method) or "guide"
+        name = name or PRESET_OF_METHOD.get(str(method), method) or "guide"
         check_word(name, tuple(PRESETS), "sharpen's presets")
         zoo = str(given.get("model", cls.model)).startswith("zoo:")
         scale = scale or ("laptop" if zoo else "paper")
