@@ -7,7 +7,6 @@ downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -235,15 +234,14 @@ def _extrapolated(
 
 
 class Updates:
-    """A job's updates as `training.fit` takes them, rehearsed."""
+    """A job's updates as `training.fit` takes them, rehearsed; a step moves nothing, since it is never the peak."""
 
     def __init__(self, job: Job, live: Live):
         self.job, self.live = job, live
         self.params = [p for p in job.parameters.values() if p.requires_grad]
-        self.optimizer, self.moments = moments_of(self.params, job.optimisation.optimizer)
+        self.moments: list[Tensor] = []
         self.averages = [p.detach().clone() for p in job.parameters.values()] if job.optimisation.ema else []
         self.live.hold(self.averages, EMA)
-        self.live.hold(self.moments, MOMENTS)
         self.hooks = count_gradients(self.live, self.params)
 
     def collection(self, at: int) -> None:
@@ -269,11 +267,9 @@ class Updates:
                 loss.backward()
             else:  # frees the graph as a backward does, in less time
                 torch.autograd.grad(loss, self.params[:1], allow_unused=True)
-        torch.nn.utils.clip_grad_norm_(self.params, self.job.optimisation.clip or math.inf)
-        self.optimizer.step()
-        states = self.optimizer.state.values()
-        self.moments = self.moments or [v for state in states for key, v in state.items() if key != "step"]
+        self.moments = self.moments or moments_of(self.params, self.job.optimisation.optimizer)
         self.live.hold(self.moments, MOMENTS)
         if self.averages:
             torch._foreach_lerp_(self.averages, [p.detach() for p in self.job.parameters.values()], 0.5)
-        self.optimizer.zero_grad()
+        for p in self.params:
+            p.grad = None

@@ -162,14 +162,10 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def moments_of(parameters: Sequence[Tensor], kind: str) -> tuple[torch.optim.Optimizer, list[Tensor]]:
-    """An optimiser before its first step and the moments it will have: none yet for AdamW, which makes them itself.
-
-    In 8 bits, whose kernels take no shapes, an optimiser without moments and beside it what bitsandbytes keeps.
-    """
-    if kind == "adamw":
-        return torch.optim.AdamW(parameters, lr=0.0), []
-    return torch.optim.SGD(parameters, lr=0.0), [part for p in parameters for _ in range(2) for part in _quantised(p)]
+def moments_of(parameters: Sequence[Tensor], optimizer: str) -> list[Tensor]:
+    """What an optimiser keeps after its first step, two tensors a parameter."""
+    kept = _quantised if optimizer == "adamw8bit" else lambda p: [torch.zeros_like(p)]
+    return [part for p in parameters for _ in range(2) for part in kept(p)]
 
 
 def _quantised(p: Tensor) -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from fieldsmith.models.core import Condition
 from fieldsmith.models.estimate_memory import GRADIENTS, SAVED, Live, size_of
@@ -108,6 +109,7 @@ class Rehearsal:
         with self.mode:
             self._fake = torch.empty(())
         self._seen: dict[Any, Seen] = {}
+        self._unhooked: dict[nn.Module, int] = {}
         self._nothing: dict[Any, Tensor] = {}
         self._states: dict[Any, tuple[list[nn.Parameter], Any]] = {}
 
@@ -138,7 +140,7 @@ class Rehearsal:
 
         `state` stands for what the call depends on beside its inputs, where its owner can tell; it is slow to read off.
         """
-        if not _plain(module):
+        if not self._plain(module):
             return function(*args, **(kwargs or {}))
         leaves, tree = tree_flatten(_opened((args, kwargs or {})))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -186,6 +188,17 @@ class Rehearsal:
         forward = max(0, most.beyond - _bytes(output) - saved)
         return Seen(tree_map(_spec, output), forward, saved, max(0, back.beyond - _bytes(gradients)))
 
+    def _plain(self, module: nn.Module) -> bool:
+        """Whether nobody looks inside, and no derivative but the usual backward pass is taken."""
+        if torch._C._len_torch_function_stack() or torch._C._functorch.maybe_current_level() is not None:
+            return False
+        hooks = RemovableHandle.next_id  # counts up with each hook that is registered anywhere
+        if self._unhooked.get(module) != hooks:
+            if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+                return False
+            self._unhooked[module] = hooks
+        return True
+
     def make(self, specs: Any) -> Any:
         """Outputs by their shapes."""
         return tree_map(
@@ -219,13 +232,6 @@ class _Recalled(torch.autograd.Function):
         ctx.rehearsal.live.spike(ctx.seen.backward)
         needed = zip(tensors, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(ctx.rehearsal.nothing(tensor) if needs else None for tensor, needs in needed)
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether nobody looks inside, and no derivative but the usual backward pass is taken."""
-    if torch._C._len_torch_function_stack() or torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def _state(module: nn.Module) -> Any:
