@@ -145,8 +145,8 @@ def test_aligning_runs(family: str, name: str) -> None:
     model = model_of(family)
     brightness = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
     config = replace(
-        AlignConfig.preset_of(name, "laptop", {}), prompts=("a red circle", "a blue square"), steps=4, epochs=1, prompts_per_epoch=2,
-        rollouts=2, rank=2, guidance=2.0,
+        AlignConfig.preset_of(name, "laptop", {}), prompts=("a red circle", "a blue square"), steps=4, epochs=1,
+        prompts_per_epoch=2, rollouts=2, rank=2, guidance=2.0,
     )  # fmt: skip
     base = ours(model, ["a red circle"])
     assert align(model, config, brightness).steps >= 1

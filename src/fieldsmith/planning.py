@@ -1,7 +1,7 @@
 """What a run would take: its verb's own preparation and first updates, on shapes instead of weights.
 
-In: a verb's name and its config. Out: a `Plan`. What judges images is stood in for by `Judged`, which counts; nothing is
-downloaded but JSON, and nothing is trained or written.
+In: a verb's name and its config. Out: a `Plan`. What judges images is stood in for by `Judged`, which counts; nothing
+is downloaded but JSON, and nothing is trained or written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fieldsmith import api, rewards, training, verb
-from fieldsmith.commands.plan import Plan
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
 from fieldsmith.models.estimate_memory import (
@@ -24,6 +23,7 @@ from fieldsmith.models.estimate_memory import (
     MOMENTS,
     REFERENCE,
     TRAINABLE,
+    Component,
     Live,
     components,
     modules,
@@ -39,6 +39,22 @@ from fieldsmith.verb import Job, Verb
 
 ELSEWHERE = "parts that wait on the CPU"
 EQUAL, MOST = 5, 24  # collections that are rehearsed: until so many in a row cost the same, and at most
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take. Memory and disk in bytes."""
+
+    verb: str
+    model: str
+    components: list[Component]  # of the model, and of a student or guide beside it
+    trainable: int  # parameters
+    memory: dict[str, int]  # by part, when most is alive
+    peak: int
+    nfe: float  # network evaluations: a forward of one state is 1, its backward 2
+    reward_calls: int
+    disk: dict[str, int]
+    notes: list[str]
 
 
 class Judged:

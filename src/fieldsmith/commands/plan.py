@@ -11,32 +11,15 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError, check_word
 
 if TYPE_CHECKING:
-    from fieldsmith.models.estimate_memory import Component
+    from fieldsmith.planning import Plan
 
 PLANNED = tuple(verbs.CONFIGS)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would take. Memory and disk in bytes."""
-
-    verb: str
-    model: str
-    components: list[Component]  # of the model, and of a student or guide beside it
-    trainable: int  # parameters
-    memory: dict[str, int]  # by part, when most is alive
-    peak: int
-    nfe: float  # network evaluations: a forward of one state is 1, its backward 2
-    reward_calls: int
-    disk: dict[str, int]
-    notes: list[str]
 
 
 def plan(words: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """One answer about a finished model: numbers, a verdict in words, a page. Nothing is trained.
 
-Each kind has a file with a function `diagnosis(model, config, ...)`, its settings in config.py, and what its names stand
-for (a teacher, a judge, a reward) in inputs.py; run.py is the whole of it, for Python and for the command line.
+Each kind has a file with a function `diagnosis(model, config, ...)`, its settings in config.py, and what its names
+stand for (a teacher, a judge, a reward) in inputs.py; run.py is the whole of it, for Python and the command line.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ NEEDED = {
 def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **settings: Any) -> Diagnosis:
     """Measure one thing of a model (a name or an object; None for 'judge'): nothing is trained.
 
-    `kind` is guidance, smoothness, exposure, concepts, audit or judge. `settings` are the fields of `fieldsmith diagnose
-    KIND --help`, where a teacher, data or a reward may be an object; `config` takes the whole. out=None writes nothing.
-    Raises InputError with the value and the fix before anything is written.
+    `kind` is guidance, smoothness, exposure, concepts, audit or judge. `settings` are the fields of
+    `fieldsmith diagnose KIND --help`, where a teacher, data or a reward may be an object; `config` takes the whole.
+    out=None writes nothing. Raises InputError with the value and the fix before anything is written.
     """
     given = settings if model is None else {"model": model, **settings}
     objects = {name: value for name, value in given.items() if name != "prompts" and _is_object(value)}
