@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,9 @@ class Bench:
         fixed: dict[str, Any] = {**arm.changes, **setting}
         if "batch" in fixed:
             fixed["batch"] = int(fixed["batch"])
-        return replace(
-            EraseConfig.preset_of("tiny", None, {"method": arm.method}), targets=tuple(t for t, _ in pairs), anchors=tuple(a for _, a in pairs),
-            keep=kept_prompts(parse(concept)), model=self.config.model, seed=seed, budget=10**9, **fixed,
+        return EraseConfig.preset_of("tiny", None, {"method": arm.method}).replace(
+            targets=tuple(t for t, _ in pairs), anchors=tuple(a for _, a in pairs), keep=kept_prompts(parse(concept)),
+            model=self.config.model, seed=seed, budget=10**9, **fixed,
         )  # fmt: skip
 
     def record(self, name: str, concept: str, seed: int, setting: Setting | None = None) -> Record:
