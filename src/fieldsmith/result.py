@@ -185,4 +185,4 @@ def _load_samples(folder: pathlib.Path) -> Iterator[Pair]:
             sheet = torch.from_numpy(numpy.array(Image.open(folder / row[side]).convert("RGB"))).permute(2, 0, 1) / 255
             width = (sheet.shape[2] + 2) // row["images"] - 2
             sides.append(torch.stack([sheet[:, :, k * (width + 2) :][:, :, :width] for k in range(row["images"])]))
-        yield Pair(row["label"], *sides)
+        yield Pair(row["label"], sides[0], sides[1])

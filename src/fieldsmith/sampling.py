@@ -89,7 +89,7 @@ def _ancestral(config: Any) -> Sampler:
         raise InputError(f"{config.model} is on rectified flow; --worse and --variance are for DDPM schedules")
     if config.adapter or config.schedule != "constant":
         raise InputError("--adapter and --schedule go with DDIM steps; leave out --worse and --variance")
-    variance = "small" if config.variance == "none" else config.variance
+    variance: Any = "small" if config.variance == "none" else config.variance
     if variance == "learned" and not getattr(model, "learns_variance", False):
         raise InputError(f"{config.model} learns no variance; use --variance small or large")
     worse = load(config.worse, config.resolution) if config.worse else None

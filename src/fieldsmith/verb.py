@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -256,7 +256,7 @@ def check_memory(verb: Verb, config: Any) -> None:
         )
 
 
-def curves(page: Page, outcome: Outcome, panels: dict[str, tuple[str, ...]]) -> None:
+def curves(page: Page, outcome: Outcome, panels: Mapping[str, tuple[str, ...]]) -> None:
     """A section with the training curves: panel title -> keys of metrics.jsonl; what was never logged is left out."""
     drawn = []
     for title, keys in panels.items():

@@ -13,6 +13,7 @@ from typing import Literal
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError
 from fieldsmith.read import read_toml
+from fieldsmith.run import check_out
 
 USE = "e.g. fieldsmith export runs/edit/adapter --format comfyui --out edit.safetensors"
 
@@ -40,7 +41,7 @@ def export(words: Sequence[str]) -> None:
         raise InputError(f"no out file given; add --out FILE.safetensors, {USE}")
     if config.out.suffix != ".safetensors":
         raise InputError(f"out '{config.out}' is no name of a safetensors file; call it {config.out}.safetensors")
-    arguments.check_out(config.out, folder=False)
+    check_out(config.out, folder=False)
     from fieldsmith.models import denoiser_of, lora_file
 
     file = lora_file(source / "adapter" if (source / "adapter").is_dir() else source)

@@ -131,8 +131,8 @@ def meta_model(name: str | pathlib.Path, resolution: int | None = None, dtype: t
             raise InputError(f"'{name}' could not be read, is it whole? ({models._first_line(error)})") from error
     made_by = family.model_class()
     base = MetaPrompted if issubclass(made_by, Prompted) else Meta
-    made_by = type(made_by.__name__, (base, made_by), {"rehearsal": rehearsal})
-    model: Model = made_by.of_folder(pipeline, name, resolution, inside)
+    shapes: Any = type(made_by.__name__, (base, made_by), {"rehearsal": rehearsal})
+    model: Model = shapes.of_folder(pipeline, name, resolution, inside)
     return MetaModel(model, rehearsal, 0 if folder else downloads)
 
 

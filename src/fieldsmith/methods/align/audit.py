@@ -141,9 +141,8 @@ def measure(
     seed = context.config.seed
     with context.model.reference():
         generator = step_generator(seed, 0, stream=8)
-        prompt = torch.randperm(max(states, len(context.config.prompts)), generator=generator)[:states] % len(
-            context.prompts
-        )
+        count = len(context.config.prompts)
+        prompt = torch.randperm(max(states, count), generator=generator)[:states] % count
         along = follow(context, context.model.noise(states, generator), 0, prompt, generator)
         moments = []
         for k in sorted(steps):

@@ -108,7 +108,11 @@ class Bank:
         self._shards: dict[int, Rows] = {}
         self._window: tuple[range, Rows] | None = None
         if folder:
-            contents = {"states": source.states, "prompt": source.prompt, "prompts": "\n".join(source.prompts)}
+            contents: dict[str, Tensor | str] = {
+                "states": source.states,
+                "prompt": source.prompt,
+                "prompts": "\n".join(source.prompts),
+            }
             self.meta = {
                 "teacher": fingerprint(teacher), "data": source.name, "contents of the data": _checksum(contents),
                 "seed": seed, "rows a shard": SHARD,

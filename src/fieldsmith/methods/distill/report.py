@@ -93,7 +93,7 @@ def _images(page: Page, sweep: Sweep, teacher: Measured, student: Measured, scal
         if not rows:  # fewer images than classes
             continue
         marks = [[Caption(names[int(seen[i])], int(seen[i]) == label) for i in rows] for seen in read]
-        pairs.append(Pair(names[label], *(images[rows] for images in sides), *marks))
+        pairs.append(Pair(names[label], sides[0][rows], sides[1][rows], *marks))
     page.before_after(f"From equal noise, w = {scale}", pairs, sides=("teacher", "student"))
 
 

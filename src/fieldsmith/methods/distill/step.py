@@ -57,8 +57,10 @@ def prepare(teacher: Model, config: DistillConfig, inputs: Inputs) -> Job:
     scales = config.guidance_scales if objective.guided_input else None
     student = inputs.student or student_for(teacher, config, scales)
     student.network.float()
-    data = None if inputs.source else data_for(teacher, inputs.data)
-    source = inputs.source or Source(teacher.encode_images(data.images), data.labels, data.names, data.name)
+    data, source = None, inputs.source
+    if source is None:
+        data = data_for(teacher, inputs.data)
+        source = Source(teacher.encode_images(data.images), data.labels, data.names, data.name)
     check_pair(teacher, student, scales)
     relative = operations(teacher, teacher.encode(source.prompts[:1]))
     relative /= operations(student, student.encode(source.prompts[:1]))

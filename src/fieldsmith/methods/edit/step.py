@@ -123,7 +123,7 @@ def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
         if not len(rows):
             return checks  # there is no gradient to look at
     if config.objective == "grpo":
-        some = rows[: config.chunk].to(context.model.device)
+        some = rows[torch.arange(min(len(rows), config.chunk))].to(context.model.device)
         with torch.no_grad():
             output = context.output(
                 some.x, some.step, collection.condition(some.prompt), collection.source[some.prompt]

@@ -65,8 +65,8 @@ def _judged(page: Page, outcome: Outcome) -> dict[str, Any]:
         kept = [name for name in ("neighbours", "unrelated") if name in e.after]
         if kept:
             asked = [str(c) for name in kept for c in e.after[name].asked]
-            images = [torch.cat([side[name].images for name in kept]) for side in (e.before, e.after)]
-            metrics["rest"] = _side_effects(page, f"Side effects: {target}", *images, asked, config.seed)
+            before, after = (torch.cat([side[name].images for name in kept]) for side in (e.before, e.after))
+            metrics["rest"] = _side_effects(page, f"Side effects: {target}", before, after, asked, config.seed)
     return metrics
 
 

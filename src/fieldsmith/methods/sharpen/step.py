@@ -63,6 +63,7 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     world = None if inputs.states is not None else world_for(model, inputs.world)
     states = inputs.states
     if states is None:
+        assert world is not None
         images = world.sample(POOL, config.seed)
         states = model.encode_images(images)
         if config.samples:
