@@ -14,10 +14,10 @@ from typing import Any
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
-from fieldsmith.commands.plan_error import plan_error
 from rich.console import Console
 
 from benchmarks import samplers, steps
+from benchmarks.plan_error import plan_error
 from experiments.study import render
 from fieldsmith.run import write_atomically
 
