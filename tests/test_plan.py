@@ -250,7 +250,7 @@ def test_a_network_that_trains_beside_another_is_planned_too(capsys):
         (["erase", *PAIR, "--method", "uce"], "trains nothing, so there is nothing to plan"),
         (["erase", *PAIR, "--optimizer", "adamw8bit"], "pip install fieldsmith[8bit]"),
         (["edit", "--model", "zoo:shapes-flux"], "draws from words alone"),
-        (["align", "--model", "zoo:digits-unet"], "no prompts given"),
+        (["align", "--model", "zoo:digits-unet", "--reward", "brightness"], "no prompts given"),
         (["sharpen", "--model", "zoo:shapes-flux"], "is on rectified flow"),
         (["sharpen", "--method", "plain", "--dtype", "bf16"], "trains full ones"),
         (["distill", "--shrink", "1e9"], "out of reach"),

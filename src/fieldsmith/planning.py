@@ -1,6 +1,6 @@
 """What a run would take: its verb's own preparation and first updates, on shapes instead of weights.
 
-In: a verb's name and its config. Out: a `Plan`. What judges images is stood in for by `Judged`, which counts; nothing is
+In: a verb's name and its config. Out: a `Plan`. `Judged` stands in for what judges images, and counts; nothing is
 downloaded but JSON, and nothing is trained or written.
 """
 
@@ -136,9 +136,8 @@ def plan(name: str, config: Any) -> Plan:
         "download": meta.downloads, "a checkpoint (two for a moment)": seen.kept,
         f"{'adapter' if learner.spec else 'model'}/": size_of(trained) if learner.spec else whole,
     }  # fmt: skip
-    if getattr(config, "bank", 0):  # two branches of fp16 numbers a row, one for each evaluation of the teacher
-        one = learner.noise(1, torch.Generator().manual_seed(0)).numel()
-        disk["bank/"] = 2 * one * seen.cost["teacher forwards"]
+    if getattr(config, "bank", 0) and "teacher forwards" in seen.cost:  # each is a state of fp16 numbers
+        disk["bank/"] = 2 * learner.noise(1, torch.Generator()).numel() * seen.cost["teacher forwards"]
     return Plan(
         name, source, parts, sum(p.numel() for p in trained), seen.memory, sum(seen.memory.values()), seen.nfe,
         seen.reward_calls, disk, _notes(seen, config),

@@ -1,8 +1,8 @@
 """A model from its JSON configs alone: whole in shape and type, without one weight.
 
 In: what `models.load` takes. Out: a `Model` whose weights are fake tensors, which cost nothing; of a hub id only JSON
-is fetched. Inside its `rehearsal` a run's own Python works on it; prompts become `Model.dummy_condition`, since it has no
-words.
+is fetched. Inside its `rehearsal` a run's own Python works on it; prompts become `Model.dummy_condition`, since it has
+no words.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 In: networks whose weights are fake tensors (meta_model.py). Inside a `Rehearsal` every large tensor that follows from
 them is a fake one too, with a shape and a type but no numbers, and costs nothing. Few numbers (losses, rewards, times,
 norms: at most one dimension) are real, made up where they follow from fake ones, so that code that looks at them runs
-as it is. What was seen once is not run again: of a network's equal blocks one is run, and of equal calls of the whole the
-first; the others take as much memory as those did, which makes 12 billion parameters a matter of seconds.
+as it is. What was seen once is not run again: of a network's equal blocks one is run, and of equal calls of the whole
+the first; the others take as much memory as those did, which makes 12 billion parameters a matter of seconds.
 """
 
 from __future__ import annotations
