@@ -18,7 +18,6 @@ from torch import Tensor
 from fieldsmith import api, rewards, training, verb
 from fieldsmith.commands.plan import Plan
 from fieldsmith.errors import InputError
-from fieldsmith.models.core import Model
 from fieldsmith.models.estimate_memory import (
     EMA,
     MOMENTS,
@@ -172,7 +171,7 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
             raise InputError(f"method '{config.method}' trains nothing, so there is nothing to plan")
         if job.model is not model:  # a student or a guide has a count of its own
             nfe = stack.enter_context(job.model.count_nfe())
-            _hold_both(live, model, job.model)
+            live.hold(tensors(job.model.network), "frozen weights: the student's")
         if config.checkpointing:
             checkpoint_activations(job.model)
         live.hold(job.model._base.values(), REFERENCE)
@@ -199,16 +198,12 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
         varies = every > len(costs) and not _settled(costs)
         cost = job.cost(Fit(taken, 0.0, "steps"), round(spent))
     memory = {kind: size for kind, size in live.peak.items() if size and kind != ELSEWHERE}
+    if job.model is not model:
+        names = {f"frozen weights: {name}": name for name, part in modules(model).items() if part is model.network}
+        whose = {kind: f"frozen weights: the teacher's {name}" for kind, name in names.items()}
+        memory = {whose.get(kind, kind): size for kind, size in memory.items()}
     kept = size_of(job.parameters.values()) + size_of(updates.moments) + size_of(updates.averages)
     return Rehearsed(job, memory, kept, cost["nfe"], cost, asked, varies)
-
-
-def _hold_both(live: Live, model: Model, learner: Model) -> None:
-    """Weights of two networks under names of their own."""
-    for whose, one in (("teacher", model), ("student", learner)):
-        for name, part in modules(one).items():
-            if part is one.network and (whose == "teacher" or part is not model.network):
-                live.hold(tensors(part), f"frozen weights: the {whose}'s {name}")
 
 
 def _settled(costs: list[tuple[int, int]]) -> bool:
