@@ -18,6 +18,11 @@ from torch import Tensor
 from fieldsmith import api, rewards, training, verb
 from fieldsmith.commands.plan import Plan
 from fieldsmith.errors import InputError
+from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.distill.verb import DISTILL
+from fieldsmith.methods.edit.verb import EDIT
+from fieldsmith.methods.erase.verb import ERASE
+from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models.estimate_memory import (
     EMA,
     MOMENTS,
@@ -52,7 +57,7 @@ class Judged:
         self.calls += len(images)
         return torch.rand(len(images), generator=self._generator)
 
-    def load(self, words: str, world: Any = None) -> MadeUp:
+    def load(self, words: str, world: Any = None) -> Any:
         """In place of the reward that words name. Raises InputError where they name none; loads no large network."""
         free = any(name in rewards.FREE for _, name, _ in rewards.parse(words))
         return MadeUp(
@@ -91,11 +96,11 @@ def edit_inputs(config: Any, judged: Judged) -> Any:
 
 # what a run of each verb is given beside its config, with what judges images stood in for
 INPUTS: dict[str, tuple[Verb, Callable[[Any, Judged], tuple[Any, Any]]]] = {
-    "align": (api.ALIGN, lambda config, judged: api.align_inputs(config, judged.load)),
-    "distill": (api.DISTILL, lambda config, judged: (config, api.distill_inputs(config))),
-    "edit": (api.EDIT, lambda config, judged: (config, edit_inputs(config, judged))),
-    "erase": (api.ERASE, lambda config, judged: (config, api.erase_inputs(config))),
-    "sharpen": (api.SHARPEN, lambda config, judged: (config, api.sharpen_inputs(config))),
+    "align": (ALIGN, lambda config, judged: api.align_inputs(config, judged.load)),
+    "distill": (DISTILL, lambda config, judged: (config, api.distill_inputs(config))),
+    "edit": (EDIT, lambda config, judged: (config, edit_inputs(config, judged))),
+    "erase": (ERASE, lambda config, judged: (config, api.erase_inputs(config))),
+    "sharpen": (SHARPEN, lambda config, judged: (config, api.sharpen_inputs(config))),
 }
 
 
