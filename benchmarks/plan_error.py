@@ -33,10 +33,11 @@ from fieldsmith.models.estimate_memory import measured
 from fieldsmith.models.meta_model import meta_model
 from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
-from fieldsmith.planning import Judged, MadeUp, Scores
+from fieldsmith.planning import Judged, Scores
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
+CLASSES = ("cat", "dog", "owl")
 WORDS = ("a", "red", "blue", "square", "circle")
 ERASE = EraseConfig(
     targets=("red circle",), anchors=("blue circle",), steps=4, window=(1, 3), budget=24, rollout_guidance=1.0, rank=4,
@@ -107,19 +108,25 @@ def compare(setting: Setting, folder: pathlib.Path) -> Compared:
     return Compared(sum(seen.memory.values()), peak, (seen.nfe, ran[0].cost["nfe"]), (seen.reward_calls, judged.calls))
 
 
+def _saved(pipeline: Any, folder: pathlib.Path) -> None:
+    pipeline.save_pretrained(folder)
+
+
 def _unet(folder: pathlib.Path) -> None:
-    UNet(unet_pipeline(class_rows=4), "tiny", classes=("cat", "dog", "owl")).save(folder)
+    UNet(unet_pipeline(class_rows=4), "tiny", classes=CLASSES).save(folder)
 
 
 PIPELINES: dict[str, Callable[[pathlib.Path], object]] = {
-    "flux": lambda folder: flux_pipeline(WORDS, layers=1, single_layers=1, heads=2).save_pretrained(folder),
-    "flux-mid": lambda folder: flux_pipeline(
-        WORDS, layers=1, single_layers=6, heads=12, text_width=128, text_length=16
-    ).save_pretrained(folder),
-    "kontext": lambda folder: kontext_pipeline(
-        VOCABULARY, vae_channels=(8, 8, 8), latent_channels=4, layers=1, single_layers=1, heads=2, text_length=10,
-        size=24,
-    ).save_pretrained(folder),
+    "flux": lambda folder: _saved(flux_pipeline(WORDS, layers=1, single_layers=1, heads=2), folder),
+    "flux-mid": lambda folder: _saved(
+        flux_pipeline(WORDS, layers=1, single_layers=6, heads=12, text_width=128, text_length=16), folder
+    ),
+    "kontext": lambda folder: _saved(
+        kontext_pipeline(
+            VOCABULARY, vae_channels=(8, 8, 8), latent_channels=4, layers=1, single_layers=1, heads=2, text_length=10,
+            size=24,
+        ), folder,
+    ),
     "unet": _unet,
 }  # fmt: skip
 
@@ -140,10 +147,9 @@ def _states() -> torch.Tensor:
 
 
 INPUTS: dict[str, Callable[[Any, Judged], Any]] = {
-    "align": lambda config, judged: AlignInputs(MadeUp("made up", True, judged)),
-    "distill": lambda config, judged: DistillInputs(source=Source(_states(), torch.arange(64) % 3, UNET_CLASSES)),
+    "align": lambda config, judged: AlignInputs(judged.load("brightness")),
+    "distill": lambda config, judged: DistillInputs(source=Source(_states(), torch.arange(64) % 3, CLASSES)),
     "edit": _sessions,
     "erase": lambda config, judged: EraseInputs(),
     "sharpen": lambda config, judged: SharpenInputs(states=_states()),
 }
-UNET_CLASSES = ("cat", "dog", "owl")

@@ -22,7 +22,6 @@ from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.methods.sharpen.verb import SHARPEN
-from fieldsmith.models.core import Model
 from fieldsmith.models.estimate_memory import (
     EMA,
     MOMENTS,
@@ -74,7 +73,7 @@ class Judged:
         self.calls += len(images)
         return torch.rand(len(images), generator=self._generator)
 
-    def load(self, words: str, world: Any = None) -> MadeUp:
+    def load(self, words: str, world: Any = None) -> Any:
         """In place of the reward that words name. Raises InputError where they name none; loads no large network."""
         free = any(name in rewards.FREE for _, name, _ in rewards.parse(words))
         return MadeUp(
@@ -157,9 +156,8 @@ def plan(name: str, config: Any) -> Plan:
         "download": meta.downloads, "a checkpoint (two for a moment)": seen.kept,
         f"{'adapter' if learner.spec else 'model'}/": size_of(trained) if learner.spec else whole,
     }  # fmt: skip
-    if getattr(config, "bank", 0):  # two branches of fp16 numbers a row, one for each evaluation of the teacher
-        one = learner.noise(1, torch.Generator().manual_seed(0)).numel()
-        disk["bank/"] = 2 * one * seen.cost["teacher forwards"]
+    if getattr(config, "bank", 0) and "teacher forwards" in seen.cost:  # each is a state of fp16 numbers
+        disk["bank/"] = 2 * learner.noise(1, torch.Generator()).numel() * seen.cost["teacher forwards"]
     return Plan(
         name, source, parts, sum(p.numel() for p in trained), seen.memory, sum(seen.memory.values()), seen.nfe,
         seen.reward_calls, disk, _notes(seen, config),
@@ -194,7 +192,7 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
             raise InputError(f"method '{config.method}' trains nothing, so there is nothing to plan")
         if job.model is not model:  # a student or a guide has a count of its own
             nfe = stack.enter_context(job.model.count_nfe())
-            _hold_both(live, model, job.model)
+            live.hold(tensors(job.model.network), "frozen weights: the student's")
         if config.checkpointing:
             checkpoint_activations(job.model)
         live.hold(job.model._base.values(), REFERENCE)
@@ -221,16 +219,12 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
         varies = every > len(costs) and not _settled(costs)
         cost = job.cost(Fit(taken, 0.0, "steps"), round(spent))
     memory = {kind: size for kind, size in live.peak.items() if size and kind != ELSEWHERE}
+    if job.model is not model:
+        names = {f"frozen weights: {name}": name for name, part in modules(model).items() if part is model.network}
+        whose = {kind: f"frozen weights: the teacher's {name}" for kind, name in names.items()}
+        memory = {whose.get(kind, kind): size for kind, size in memory.items()}
     kept = size_of(job.parameters.values()) + size_of(updates.moments) + size_of(updates.averages)
     return Rehearsed(job, memory, kept, cost["nfe"], cost, asked, varies)
-
-
-def _hold_both(live: Live, model: Model, learner: Model) -> None:
-    """Weights of two networks under names of their own."""
-    for whose, one in (("teacher", model), ("student", learner)):
-        for name, part in modules(one).items():
-            if part is one.network and (whose == "teacher" or part is not model.network):
-                live.hold(tensors(part), f"frozen weights: the {whose}'s {name}")
 
 
 def _settled(costs: list[tuple[int, int]]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fieldsmith import preflight
+from fieldsmith import optimizers, preflight
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
@@ -248,7 +248,8 @@ def load_model(verb: Verb, config: Any) -> Model:
 
 
 def check_memory(verb: Verb, config: Any) -> None:
-    """Raises InputError where the memory options do not fit what trains."""
+    """Raises InputError where the memory options do not fit what trains, or need a package that is not there."""
+    optimizers.check(config.optimizer)
     if config.dtype == "bf16" and not verb.frozen(config):
         raise InputError(
             "dtype 'bf16' is for frozen weights, but this run trains full ones, which need float32; leave out --dtype, "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError, check_word
+from fieldsmith.models import pipeline_folder
 
 if TYPE_CHECKING:
     from fieldsmith.planning import Plan
@@ -36,8 +37,9 @@ def plan(words: Sequence[str]) -> None:
     check_word(verb, PLANNED, "the verbs that are planned")
     config = verbs.settings(verb, words)
     config.check()
-    rehearse = importlib.import_module("fieldsmith.planning")  # imports torch: only once the words are known to be good
-    made = rehearse.plan(verb, config)
+    pipeline_folder(getattr(config, "model", None) or config.teacher)  # an unknown zoo model is refused now
+    planning = importlib.import_module("fieldsmith.planning")  # imports torch: only once the words are known to be good
+    made = planning.plan(verb, config)
     if as_json:
         print(json.dumps(dataclasses.asdict(made), indent=1))
     else:
