@@ -112,16 +112,18 @@ def test_live_bytes_are_those_of_storages():
     assert sum(live.peak.values()) == 9_400
 
 
-def test_equal_blocks_are_tried_once_and_counted_all(pipelines, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_equal_blocks_are_tried_once_and_counted_all(checkpointing, pipelines, monkeypatch):
     """The mid-size network's six blocks, recalled and run."""
     place = pipelines / "flux-mid"
     if not place.exists():
         plan_error.PIPELINES["flux-mid"](place)
+    config = plan_error.ERASE.replace(budget=12, checkpointing=checkpointing)
     peaks = []
     for least in (4, 100):
         monkeypatch.setattr("fieldsmith.models.rehearsal.BLOCKS", least)
-        inputs = plan_error.INPUTS["erase"](plan_error.ERASE, planning.Judged())
-        seen = planning.rehearse(planning.INPUTS["erase"][0], meta_model(place), plan_error.ERASE, inputs)
+        inputs = plan_error.INPUTS["erase"](config, planning.Judged())
+        seen = planning.rehearse(planning.INPUTS["erase"][0], meta_model(place), config, inputs)
         peaks.append(sum(seen.memory.values()))
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
@@ -217,7 +219,7 @@ def test_a_plan_as_json_and_as_tables(small_folder, capsys):
     assert found["trainable"] * 4 == found["disk"]["adapter/"] and found["reward_calls"] == 0
     assert found["components"][0]["name"] == "transformer"
     capsys.readouterr()
-    plan._print(plan.Plan(**{**found, "components": [Component(**part) for part in found["components"]]}))
+    plan._print(planning.Plan(**{**found, "components": [Component(**part) for part in found["components"]]}))
     text = capsys.readouterr().out
     assert "network evaluations" in text and "text_encoder_2" in text and f"{found['trainable']:,}" in text
 
