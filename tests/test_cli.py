@@ -268,7 +268,7 @@ def test_nan_in_training_is_code_3_and_the_last_checkpoint_stays(capsys, tmp_pat
 
 
 def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys, tmp_path, flux_folder, monkeypatch):
-    gradient, calls = training.gradient, []
+    gradient, calls = training._gradient, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -280,7 +280,7 @@ def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys,
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     cut = [*words, "--out", str(tmp_path / "cut")]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "gradient", interrupted)
+        patch.setattr(training, "_gradient", interrupted)
         assert main(cut) == 130
     assert "the same command resumes it" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "adapter").exists()
@@ -306,7 +306,7 @@ def test_a_machine_that_gives_out_is_code_3(capsys, tmp_path, flux_folder, monke
     def breaking(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(training, "gradient", breaking)
+    monkeypatch.setattr(training, "_gradient", breaking)
     assert main([*TINY, "--model", str(flux_folder), "--out", str(tmp_path / "run")]) == 3
     assert "last good checkpoint stays" in capsys.readouterr().err
 
@@ -329,7 +329,7 @@ def test_the_demo_erases_the_triangle_and_little_else(erased):
     assert found["target detected"]["value"] <= 0.1
     assert found["unrelated drop points"]["value"] <= 5
     assert {f.name for f in erased.iterdir()} == {
-        "config.toml", "metrics.jsonl", "metrics.json", "checkpoints", "adapter", "report.html"
+        "config.toml", "metrics.jsonl", "metrics.json", "checkpoints", "adapter", "samples", "report.html"
     }  # fmt: skip
 
 

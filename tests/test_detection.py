@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.measure import attacks
-from fieldsmith.measure.detection import Asked, ask, detected, erasure, right_by_group
+from fieldsmith.measure.detection import Asked, ask, ask_groups, detected, erasure, right_by_group
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.models import load
@@ -159,7 +159,8 @@ def test_detection_and_asking_agree_with_the_world_itself():
 
 
 def test_an_unchanged_model_has_lost_nothing():
-    found = erasure(rendered, rendered, WORLD, TRIANGLE, groups(TRIANGLE), 2)
+    side = ask_groups(rendered, WORLD, groups(TRIANGLE), 2, 0)
+    found = erasure(side, side, TRIANGLE)
     changes = {k: v for k, v in found.numbers.items() if k.endswith("points")}
     assert len(changes) == 3
     assert all((v.value, v.low, v.high) == (0, 0, 0) or v.value == 0 for v in changes.values())
@@ -175,7 +176,8 @@ def test_a_perfect_erasure_scores_one_and_a_broken_model_does_not():
     def noise(prompts: Any, seed: int) -> Tensor:
         return torch.rand(len(prompts), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
-    perfect, broken = (erasure(rendered, after, WORLD, TRIANGLE, groups(TRIANGLE), 2) for after in (circles, noise))
+    before, *sides = (ask_groups(draw, WORLD, groups(TRIANGLE), 2, 0) for draw in (rendered, circles, noise))
+    perfect, broken = (erasure(before, after, TRIANGLE) for after in sides)
     assert perfect.numbers["target detected"].value == 0 and perfect.composite > 0.95
     assert broken.numbers["target detected"].value == 0 and broken.numbers["target invalid"].value > 0.9
     assert broken.composite < 0.1
@@ -183,7 +185,8 @@ def test_a_perfect_erasure_scores_one_and_a_broken_model_does_not():
 
 @pytest.mark.parametrize("target", [Concept(), Concept(*HELD_OUT)], ids=str)
 def test_even_everything_and_the_held_out_composition_can_be_judged(target):
-    found = erasure(rendered, rendered, WORLD, target, groups(target), 1)
+    side = ask_groups(rendered, WORLD, groups(target), 1, 0)
+    found = erasure(side, side, target)
     assert found.numbers["target detected"].value > 0.9
     assert found.to_json()["composite (ours)"] == found.composite
 

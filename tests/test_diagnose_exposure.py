@@ -43,7 +43,7 @@ def test_the_command_measures_every_turn_and_writes_a_page(tmp_path, editor, cap
     found = exposed(editor, tmp_path / "run")
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.toml", "metrics.json", "report.html"}
     assert (found["method"], found["instrument"]) == ("diagnose", "exposure")
-    assert found["forward_equivalents"] == 3 * 2 * (2 * 2 + 2)
+    assert found["nfe"] == 3 * 2 * (2 * 2 + 2)
     for name in ("following", "marginal", "conditional", "teacher_forced", "gap", "consistency", "overall", "drift",
                  "artefacts"):  # fmt: skip
         assert len(found[name]) == 2
@@ -148,8 +148,8 @@ def test_verdicts(forced, gap, n, good, word, says):
         ({"--samples": "0"}, "samples=0 must be at least 1"),
         ({"--turns": "1"}, "turns=1: the first turn has no source of the editor's own"),
         ({"--turns": "9"}, "turns=9: the scenes world plans sessions of 1 to 8 turns"),
-        ({"--dependency": "1.5"}, "dependency=1.5 is no share"),
-        ({"--blur": "2"}, "blur=2.0 is no share"),
+        ({"--dependency": "1.5"}, "dependency=1.5 must be at most 1"),
+        ({"--blur": "2"}, "blur=2.0 must be at most 1"),
         ({"--contrast": "0"}, "contrast=0.0 must be above 0"),
         ({"--noise": "-1"}, "noise=-1.0 must be at least 0"),
         ({"--still": "-1"}, "still=-1 must be at least 0"),

@@ -285,7 +285,7 @@ def test_the_command_measures_both_kinds_of_states_and_writes_a_page(tmp_path, p
     for found in metrics["states"].values():
         assert found["pooled"]["n"] == 40 and len(found["bins"]) <= 10 and len(found["guided_error"]) == 7
         assert found["guided_error"]["1"] == pytest.approx(found["pooled"]["e_c"])
-    assert metrics["forward_equivalents"] == 2 * 40 * 4 + 40 * 2 + 4 * 4 * 6
+    assert metrics["nfe"] == 2 * 40 * 4 + 40 * 2 + 4 * 4 * 6
     page = (out / "report.html").read_text()
     assert metrics["words"][:40] in page.replace("&#39;", "'") and page.count("<svg") == 8 and "a*(t)" in page
     assert "Guidance" in capsys.readouterr().err

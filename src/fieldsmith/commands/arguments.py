@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import math
+import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
@@ -64,12 +64,5 @@ def _first_of_box(text: str) -> str:
     rules = [not line.strip("─-+╭╮╰╯ ") for line in lines]
     parts = itertools.groupby(zip(rules, lines, strict=True), key=lambda pair: pair[0])
     said = next((" ".join(line for _, line in part) for rule, part in parts if not rule), "these words are no settings")
+    said = re.sub(r"^Error parsing \w+: ", "", said)  # what our own bounds say stands behind it
     return said.rstrip(".").replace(". ", ", ")
-
-
-def at_least(config: Any, least: float, *names: str) -> None:
-    """Raises InputError where one of the fields is set and below `least`, or not a number."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and (math.isnan(value) or value < least):
-            raise InputError(f"{name}={value} must be at least {least}")
