@@ -17,6 +17,7 @@ from typing import Any
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+import trained
 
 from fieldsmith import processes, verb
 from fieldsmith.methods.align.config import AlignConfig
@@ -38,7 +39,6 @@ from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
-from tests import trained
 
 WORDS = ("a", "red", "blue", "square", "circle")
 SMALL = {"layers": 1, "single_layers": 1, "heads": 1}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pathlib
 import re
 import shlex
-from typing import Any
+import sys
+import types
 
 import pytest
 
@@ -46,11 +47,14 @@ def with_blocks(language: str) -> list[pathlib.Path]:
 
 
 @pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
-def test_the_python_blocks_of_a_page_run_one_after_another(page: pathlib.Path, here: pathlib.Path) -> None:
-    names: dict[str, Any] = {"__name__": "page"}
+def test_the_python_blocks_of_a_page_run_one_after_another(
+    page: pathlib.Path, here: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("a_page_of_the_docs")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look up the names that they use
     for kind, block in blocks(page, "python"):
         if kind != "norun":
-            exec(compile(block, page.name, "exec"), names)
+            exec(compile(block, page.name, "exec"), module.__dict__)
 
 
 @pytest.mark.parametrize("page", with_blocks("sh"), ids=lambda page: page.name)
