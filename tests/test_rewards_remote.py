@@ -297,7 +297,7 @@ def test_a_cache_that_is_no_folder_is_refused(server, tmp_path):
         (500, {}), (503, {}), "reset", b"<html>", b"\xff\xfe", b"[]", b"null", {"choices": []},
         {"choices": [{"message": None}]}, completion("a lovely picture"), completion("I would say 11"), completion(""),
         (429, {"Retry-After": "soon"}), "hang up", completion("nan"), b'{"choices": NaN}', b"[" * 100_000,
-        (200, {"Content-Encoding": "gzip"}, gzip.compress(json.dumps(completion("9")).encode())),
+        (200, {"Content-Encoding": "gzip"}, gzip.compress(json.dumps(completion("9")).encode(), mtime=0)),
     ],
     ids=lambda first: str(first)[:60],
 )  # fmt: skip

@@ -26,7 +26,7 @@ from fieldsmith.models.memory import checkpoint_activations, offload
 from fieldsmith.preflight import Check
 from fieldsmith.report.page import Page, Panel
 from fieldsmith.result import Result, save_samples
-from fieldsmith.run import Run
+from fieldsmith.run import Run, plain
 from fieldsmith.training import Fit, Losses, Optimisation, fit
 
 Side = Literal["before", "after"]
@@ -147,6 +147,7 @@ def run(
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
         page.text("", f"{verb.evaluated} is 0: nothing was measured.")
+    metrics = plain(metrics)  # as metrics.json has them
     result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
     if folder:
         page.command("Repeat it, load it", _repeat(verb, config, folder, shipped))

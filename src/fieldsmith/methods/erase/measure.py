@@ -31,7 +31,7 @@ class Measured:
     """What was seen of one model."""
 
     concepts: dict[Any, Concept]  # where a world judges
-    shown: dict[str, Tensor] = field(default_factory=dict)  # elsewhere: images (4, 3, h, w) of targets and kept prompts
+    shown: dict[str, Tensor] = field(default_factory=dict)  # elsewhere: images (n, 3, h, w) of targets and kept prompts
     kept: Tensor | None = None  # images of kept prompts, for their statistics
 
 
@@ -41,7 +41,7 @@ def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
     judged: Judged | None = job.inputs.judged
     if judged is None:
         names = list(dict.fromkeys((*config.targets[:4], *config.keep[:8])))
-        shown = {prompt: draw([prompt] * 4, config.seed) for prompt in names}
+        shown = {prompt: draw([prompt] * min(4, config.evaluate), config.seed) for prompt in names}
         return Measured({}, shown, draw(kept_prompts(config), config.seed))
     seen = {target: _concept(draw, judged, target, config) for target in judged.groups}
     if side == "after" and config.attacks and model.family == "flux" and config.method != "projection":
@@ -60,5 +60,7 @@ def _concept(draw: Sampler, judged: Judged, target: Any, config: EraseConfig) ->
 
 
 def kept_prompts(config: EraseConfig) -> list[str]:
-    """Prompts that the run should leave alone, each as often as it is drawn."""
-    return [prompt for prompt in (config.keep or ("",)) for _ in range(max(4, config.evaluate // 2))]
+    """Prompts that the run should leave alone, each as often as it is drawn: four images in all are the least."""
+    kept = config.keep or ("",)
+    each = max(config.evaluate // 2, -(-4 // len(kept)))
+    return [prompt for prompt in kept for _ in range(each)]

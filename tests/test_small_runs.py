@@ -1,0 +1,38 @@
+"""The least that can be asked: one prompt, one image, one step; what is measured scales with the run."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+import fieldsmith as fs
+
+
+def test_one_prompt_and_one_image_have_no_interval(flux_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = fs.align(
+        str(flux_folder), reward=lambda images, prompts: images.mean((1, 2, 3)), prompts=["a red circle"],
+        preset="flow-grpo", epochs=1, prompts_per_epoch=1, rollouts=2, steps=2, evaluate=1, out=tmp_path / "run",
+    )  # fmt: skip
+    (after,) = result.metrics["after"].values()
+    assert after["n"] == 1 and after.get("low") is None
+    assert "[" not in result.table()[0][1][1]
+    assert fs.open_run(tmp_path / "run").table()[0][0] == result.table()[0][0]
+
+
+@pytest.mark.parametrize("evaluate", [0, 1])
+def test_an_erasure_draws_what_it_is_asked_to(flux_folder: pathlib.Path, evaluate: int) -> None:
+    result = fs.erase(
+        str(flux_folder), "red circle", "blue circle", preset="tiny", steps=2, window=(0, 1), batch=1, budget=2,
+        subset=None, evaluate=evaluate,
+    )  # fmt: skip
+    assert len(result.pairs) == evaluate and all(len(pair.before) == 1 for pair in result.pairs)
+
+
+def test_nothing_is_written_without_a_folder(
+    flux_folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = fs.erase(str(flux_folder), "red circle", "blue circle", preset="tiny", steps=2, window=(0, 1), budget=1,
+                      evaluate=0)  # fmt: skip
+    assert result.out is None and list(tmp_path.iterdir()) == []
