@@ -55,6 +55,7 @@ def test_the_python_blocks_of_a_page_run_one_after_another(
     for kind, block in blocks(page, "python"):
         if kind != "norun":
             exec(compile(block, page.name, "exec"), module.__dict__)
+    assert len(vars(module)) > 5  # names that the blocks made, beside a module's own
 
 
 @pytest.mark.parametrize("page", with_blocks("sh"), ids=lambda page: page.name)

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.core import Model
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,6 @@ def check_sampled(model: Model, steps: int) -> None:
         model.grid(steps)
     except ValueError as error:
         raise InputError(f"sampler_steps={steps}: {error}") from error
-
-
-@torch.no_grad()
-def adapter_off(model: Model, x: Tensor, t: Tensor, condition: Condition, base: Tensor) -> Check:
-    """The reference gives the base model's output to the last bit; `base` was computed before anything was adapted."""
-    with model.reference():
-        gap = (model.predict(x, t, condition).velocity - base).abs().max().item()
-    return Check("adapter off against base", gap, "0", gap == 0, "this is a defect of fieldsmith: please report it")
 
 
 def separation(anchor: Tensor, target: Tensor, names: str) -> Check:

@@ -92,7 +92,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verb:
-    """A method as data; methods/*/__init__ has one each."""
+    """A verb as data; methods/*/verb.py has one each."""
 
     name: str
     config: type[Config]
