@@ -29,6 +29,7 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
@@ -44,16 +45,23 @@ WORDS = ("a", "red", "blue", "square", "circle")
 SMALL = {"layers": 1, "single_layers": 1, "heads": 1}
 
 
-def flux() -> Flux:
-    return Flux(flux_pipeline(WORDS, **SMALL), "tiny")  # type: ignore[arg-type]
+def flux() -> Model:
+    pipeline = flux_pipeline(WORDS, **SMALL)  # type: ignore[arg-type]
+    if not processes.sharded():
+        return Flux(pipeline, "tiny")
+    folder = pathlib.Path(os.environ["RUNS"]) / "flux"
+    if processes.is_main() and not folder.exists():
+        pipeline.save_pretrained(folder)
+    processes.wait()
+    return load(folder)  # a part in every process
 
 
-def erase(run: Run) -> tuple[Model, int]:
+def erase(run: Run, **settings: Any) -> tuple[Model, int]:
     model = flux()
-    config = EraseConfig(
-        targets=("red circle",), anchors=("blue square",), steps=3, window=(0, 2), batch=3, budget=18, rank=2, chunk=4,
-        rollout_guidance=2.0, dropout=0.0,
-    )  # fmt: skip
+    config = EraseConfig(**{
+        "targets": ("red circle",), "anchors": ("blue square",), "steps": 3, "window": (0, 2), "batch": 3, "budget": 18,
+        "rank": 2, "chunk": 4, "rollout_guidance": 2.0, "dropout": 0.0, "retain": 0.1, **settings,
+    })  # fmt: skip
     with model.count_nfe() as nfe:
         trained.erase(model, config, run)
     return model, nfe.total
@@ -62,30 +70,33 @@ def erase(run: Run) -> tuple[Model, int]:
 def align(run: Run, **settings: Any) -> tuple[Model, int]:
     """Groups of three rollouts, which two processes cannot share evenly."""
     model = flux()
-    config = AlignConfig(
-        prompts=("red circle", "blue square", "a"), prompts_per_epoch=3, rollouts=3, steps=3, epochs=2, updates=1,
-        rank=2, chunk=4, **settings,
-    )  # fmt: skip
+    config = AlignConfig(**{
+        "prompts": ("red circle", "blue square", "a"), "prompts_per_epoch": 3, "rollouts": 3, "steps": 3, "epochs": 2,
+        "updates": 1, "rank": 2, "chunk": 4, **settings,
+    })  # fmt: skip
     reward = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
-    _, done = verb.train(ALIGN, model, config, Inputs(reward), run)
-    return model, done.nfe
+    with model.count_nfe() as nfe:
+        verb.train(ALIGN, model, config, Inputs(reward), run)
+    return model, nfe.total
 
 
-def edit(run: Run) -> tuple[Model, int]:
+def edit(run: Run, **settings: Any) -> tuple[Model, int]:
+    """Three groups, which two processes cannot share evenly."""
     model = FluxKontext(kontext_pipeline(VOCABULARY, size=24, vae_channels=(8, 8, 8), latent_channels=4, text_length=10,
                                          **SMALL), "tiny")  # type: ignore[arg-type]  # fmt: skip
-    config = EditConfig(epochs=2, groups=1, rollouts=3, turns=2, steps=2, updates=1, rank=2, chunk=2, max_mean=1.0,
-                        identity=0.1, min_spread=0.0)  # fmt: skip
+    config = EditConfig(epochs=2, groups=3, rollouts=2, turns=2, steps=2, updates=1, rank=2, chunk=2, max_mean=1.0,
+                        identity=0.1, min_spread=0.0, **settings)  # fmt: skip
     world, asked = ScenesWorld(24), []
 
-    def judge(*shown: Any) -> Any:
-        asked.append(processes.rank())
-        return Exact(config.against)(*shown)
+    def judge(sessions: Any, *shown: Any) -> Any:
+        asked.append(len(sessions))
+        return Exact(config.against)(sessions, *shown)
 
-    inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.5), judge, Channel())
+    inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.5), judge, Channel(noise=0.01))
     with model.count_nfe() as nfe:
         trained.edit(model, config, inputs, run)
-    assert bool(asked) == processes.is_main()  # a judge is asked by one process
+    # a judge is asked of each image once, by the process that has it
+    assert set(asked) == {len(processes.owned(3)) * 2} and len(asked) == 2 * 2
     return model, nfe.total
 
 
@@ -116,32 +127,47 @@ def sharpen(run: Run, **settings: Any) -> tuple[Model, int]:
 VERBS: dict[str, Callable[[Run], tuple[Model, int]]] = {
     "erase": erase,
     "align, zeroth order": lambda run: align(run, estimator="reverse-noise", kl=0.1),
+    "align, branches": lambda run: align(run, rollout="branches", branches=(2, 0, 0), group_by="root", anchor=0.1),
+    "align, nft": lambda run: align(run, estimator="nft", rollout="ode"),
+    "align, awm": lambda run: align(run, estimator="awm", rollout="ode"),
+    "align, balance": lambda run: align(run, estimator="balance", auxiliary="flow"),
+    "align, terminal": lambda run: align(run, estimator="terminal", rollout="ode"),
     "align, first order": lambda run: align(run, estimator="tweedie"),
     "align, adjoint": lambda run: align(run, estimator="adjoint"),
     "align, pathwise": lambda run: align(run, estimator="pathwise", truncate=1),
     "edit": edit,
+    "edit, grpo": lambda run: edit(run, objective="grpo", steady=0.1),
     "distill": distill,
     "distill, features": lambda run: distill(run, objective="fitnets"),
     "sharpen": lambda run: sharpen(run, method="variance-penalty"),
     "sharpen, jacobian": lambda run: sharpen(run, method="jacobian-match"),
 }
-ADAPTERS = ("erase", "edit")  # what FSDP is tried on
+# what FSDP is tried on, which wants groups that its processes can share evenly
+EVEN = {"prompts_per_epoch": 2, "epochs": 1, "updates": 2}
+SHARDED: dict[str, Callable[[Run], tuple[Model, int]]] = {
+    "erase, lora": lambda run: erase(run, batch=4, budget=24),
+    "align, lora": lambda run: align(run, estimator="nft", rollout="ode", **EVEN),
+    "align, full": lambda run: align(run, estimator="reverse-noise", kl=0.1, full=True, subset="all", lr=1e-3, **EVEN),
+}
 
 
 def main(out: pathlib.Path, some: tuple[str, ...]) -> None:
     logging.disable()
     torch.set_num_threads(1)
+    if "DOUBLE" in os.environ:
+        torch.set_default_dtype(torch.float64)
     processes.begin()
     found: dict[str, Any] = {"processes": processes.count(), "sharded": processes.sharded()}
     shared = pathlib.Path(os.environ.get("RUNS", tempfile.mkdtemp()))
     for name in some:
         run = Run(shared / name.replace(", ", "-"), name, {"name": name})
-        model, nfe = VERBS[name](run)
+        model, nfe = {**VERBS, **SHARDED}[name](run)
+        nfe = sum(processes.exchange(nfe))
         spec = model.spec is not None
-        state = model.adapter_state() if spec else {k: p.detach() for k, p in model.network.named_parameters()}
+        state = model.adapter_state() if spec else dict(model.network.named_parameters())
         found[name] = {
             "history": run.history(),
-            "weights": {key: float(value.double().norm()) for key, value in state.items()},
+            "weights": {key: float(processes.full(value.detach()).double().norm()) for key, value in state.items()},
             "forwards": nfe,
         }
     if processes.is_main():

@@ -22,6 +22,7 @@ from fieldsmith.paths import VariancePreserving
 from fieldsmith.read import read_prompts
 from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, gaussian_step
+from fieldsmith.training import Log
 from fieldsmith.worlds.mixtures import isotropic
 
 PATH = VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float64)).cumprod(0))
@@ -55,7 +56,7 @@ def test_the_reverse_slope_is_that_of_the_two_densities():
     """grad_x log pi / pi_ref at a fixed next state, against central differences: the means move with x too."""
     model = toy()
     setting = AlignContext.of(model, settings("residual-nabla-db-full"), LINEAR)
-    rows = collect(setting, 0, {}).rollout.transitions
+    rows = collect(setting, 0, Log()).rollout.transitions
     slope = log_ratio_slope(setting, rows)
 
     def log_ratio(x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_at_the_optimum_the_reverse_slope_is_minus_the_guidance():
     with torch.no_grad():
         model.network.on.fill_(1.0)
     setting = AlignContext.of(model, replace(settings("residual-nabla-db-full"), steps=50), LINEAR)
-    rows = collect(setting, 0, {}).rollout.transitions
+    rows = collect(setting, 0, Log()).rollout.transitions
     truth = model.network.guidance(setting.schedule.times[rows.step].float())
     early = rows.step < 30  # a step later on changes the variance by as much as is left
     torch.testing.assert_close(log_ratio_slope(setting, rows)[early], -truth[early], rtol=0.15, atol=2e-3)

@@ -24,6 +24,7 @@ from fieldsmith.models.exact import Exact
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, euler, flow_grid, gaussian_step
+from fieldsmith.training import Log
 from fieldsmith.worlds.mixtures import triangle
 
 FLOW = RectifiedFlow()
@@ -319,9 +320,10 @@ def test_thinning_keeps_the_last_step_and_one_of_each_block_without_repeats(keep
     ends, many = 4, 50
     lineage = torch.arange(ends * many).reshape(many, ends).T.clone()
     step = torch.arange(many).repeat_interleave(ends)
-    rows = Transitions(*[torch.zeros(ends * many, 1)] * 4, step, step * 0, step * 0, torch.ones(ends * many))
-    found = Rollout(rows, torch.zeros(ends, 1), torch.zeros(ends).long(), lineage, None)
-    kept = thinned(found, keep, seeded(seed))
+    rows = Transitions(*[torch.zeros(ends * many, 1)] * 4, step, step * 0, step * 0, torch.ones(ends * many),
+                       torch.arange(ends * many))  # fmt: skip
+    found = Rollout(rows, torch.zeros(ends, 1), torch.zeros(ends).long(), lineage, None, torch.arange(ends))
+    kept = thinned(found, keep, ends, seeded(seed))
     for end in range(ends):
         steps = step[kept][torch.isin(kept, lineage[end])].tolist()
         assert len(steps) == len(set(steps)) == min(keep, many)
@@ -332,7 +334,7 @@ def test_thinning_keeps_the_last_step_and_one_of_each_block_without_repeats(keep
 
 def test_thinning_draws_every_step_of_a_block():
     found = go(FLOW, "sde", roots=2)
-    seen = {int(k) for seed in range(40) for k in found.transitions.step[thinned(found, 3, seeded(seed))]}
+    seen = {int(k) for seed in range(40) for k in found.transitions.step[thinned(found, 3, 2, seeded(seed))]}
     assert seen == set(range(K))
 
 
@@ -387,7 +389,7 @@ def test_a_collection_is_judged_once_an_endpoint_and_differentiated_once_a_traje
 
     one = setting(TOY, Reward("counted", True, reward), estimator="terminal", rollouts=7, train_steps=2)
     with one.model.count_nfe() as nfe:
-        batch = collect(one, 0, {})
+        batch = collect(one, 0, Log())
     assert calls == [(7, False), (7, True)]
     assert nfe.total == 7 * one.plan.nfe()
     assert len(batch.rollout.transitions) == 7 * 2
@@ -398,7 +400,7 @@ def test_a_collection_is_judged_once_an_endpoint_and_differentiated_once_a_traje
 def test_the_lean_adjoint_is_the_gradient_through_the_reference_chain(path):
     """a_{k+1} = d r(x_K) / d x_{k+1} with the noises held, for DDIM's certain last step too."""
     one = setting(path, estimator="adjoint", sde="ddim", state="current", rollouts=5)
-    batch = collect(one, 0, {})
+    batch = collect(one, 0, Log())
     rows, s, lineage = batch.rollout.transitions, one.schedule, batch.rollout.lineage
     for k in range(int(s.noisy.nonzero().max()) + 1):
         row = lineage[:, k]
@@ -416,7 +418,7 @@ def test_the_lean_adjoint_is_the_gradient_through_the_reference_chain(path):
 
 def test_next_state_guidance_carries_omega_and_current_state_guidance_does_not():
     now, ahead = (
-        collect(setting(TOY, estimator="terminal", state=state, rollouts=4), 0, {}) for state in ("current", "next")
+        collect(setting(TOY, estimator="terminal", state=state, rollouts=4), 0, Log()) for state in ("current", "next")
     )
     rows = now.rollout.transitions
     torch.testing.assert_close(now.guidance, torch.tensor([-1.0, 0.0]).expand(len(rows), 2))
@@ -427,7 +429,7 @@ def test_next_state_guidance_carries_omega_and_current_state_guidance_does_not()
 def test_tweedie_guidance_is_taken_where_the_settings_say():
     for state in ("current", "next"):
         one = setting(FLOW, estimator="tweedie", state=state, rollouts=4, sde="ddim")
-        batch = collect(one, 0, {})
+        batch = collect(one, 0, Log())
         rows, s = batch.rollout.transitions, one.schedule
         for k in range(K):
             at = rows.step == k
@@ -441,7 +443,7 @@ def test_advantages_compare_siblings_of_one_state_or_all_rows_of_a_prompt():
     shape = {"rollout": "branches", "branches": (3, 0, 2), "rollouts": 2, "advantage": "mean"}
     for group_by in ("root", "prompt"):
         one = setting(FLOW, group_by=group_by, **shape)
-        batch = collect(one, 0, {})
+        batch = collect(one, 0, Log())
         rows = batch.rollout.transitions
         returns = batch.rollout.mean_over_endpoints(batch.rewards) / 0.5
         truth = torch.empty(len(rows))
@@ -456,7 +458,7 @@ def test_advantages_compare_siblings_of_one_state_or_all_rows_of_a_prompt():
 
 def test_shared_noise_is_one_start_a_prompt():
     one = setting(FLOW, shared_noise=True, prompts=("a", "b"), prompts_per_epoch=2, rollouts=3)
-    rows = collect(one, 0, {}).rollout.transitions
+    rows = collect(one, 0, Log()).rollout.transitions
     first = rows.x[rows.step == 0]
     assert first.unique(dim=0).shape[0] == 2 and bool((first[:3] == first[0]).all())
 
@@ -464,7 +466,7 @@ def test_shared_noise_is_one_start_a_prompt():
 @pytest.mark.parametrize("name", ["nft", "awm"])
 def test_renoised_rows_lie_on_the_path_at_the_samplers_own_times(name):
     one = setting(FLOW, estimator=name, rollout="ode", rollouts=5, renoise=4)
-    batch = collect(one, 0, {})
+    batch = collect(one, 0, Log())
     rows, s = batch.rollout.transitions, one.schedule
     assert len(rows) == 5 * 4 == len(batch.advantage)
     t = s.times[rows.step].to(rows.x)
@@ -481,8 +483,8 @@ def test_t13_the_rewards_scale_over_the_temperature_is_all_that_counts():
         {"estimator": "terminal"}, {"estimator": "tweedie"}, {"estimator": "adjoint", "sde": "ddim"},
         {"advantage": "raw", "soft": True}, {"advantage": "leave-one-out"},
     ):  # fmt: skip
-        plain = collect(setting(FLOW, temperature=2.0, **kw), 0, {})
-        scaled = collect(setting(FLOW, loud, temperature=20.0, **kw), 0, {})
+        plain = collect(setting(FLOW, temperature=2.0, **kw), 0, Log())
+        scaled = collect(setting(FLOW, loud, temperature=20.0, **kw), 0, Log())
         torch.testing.assert_close(scaled.advantage, plain.advantage)
         if plain.guidance is not None:
             assert plain.guidance.any()
@@ -493,22 +495,22 @@ def test_t13_the_rewards_scale_over_the_temperature_is_all_that_counts():
 def test_critics_learn_the_reward_over_the_temperature_whatever_the_advantage(settings):
     """DAG's flow ends at r / alpha: a normalised advantage, which does without alpha, must not take it away."""
     one = setting(FLOW, advantage="std", **settings)
-    batch = collect(one, 0, {})
+    batch = collect(one, 0, Log())
     torch.testing.assert_close(batch.returns, batch.rollout.mean_over_endpoints(batch.rewards) / 0.5)
 
 
 def test_soft_collections_are_soft_returns_of_the_reference():
     """At the start policy and reference agree, so that r_tilde is r; then the last layer moves."""
     one = setting(FLOW, advantage="raw", soft=True, rollouts=4, advantage_clip=1e9)
-    batch = collect(one, 0, {})
-    normalised = collect(replace(one, config=replace(one.config, advantage="std")), 0, {})
+    batch = collect(one, 0, Log())
+    normalised = collect(replace(one, config=replace(one.config, advantage="std")), 0, Log())
     torch.testing.assert_close(normalised.returns, batch.returns)  # log-ratios are in nats, so that r must be too
     plain = batch.rollout.mean_over_endpoints(batch.rewards) / 0.5
     torch.testing.assert_close(batch.advantage, plain)
     one.model.unfreeze("all")
     with torch.no_grad():
         one.model.network.last.bias += 0.3
-    batch = collect(one, 0, {})
+    batch = collect(one, 0, Log())
     rows, s = batch.rollout.transitions, one.schedule
     shift = torch.full_like(rows.output_old, 0.3)  # f - f_ref
     log_rho = (
@@ -525,7 +527,7 @@ def test_recipes_cost_what_their_plans_say(name):
         AlignConfig.preset_of(name, "laptop", {}), prompts=("",), steps=10, prompts_per_epoch=1, rollouts=2
     )
     one = AlignContext.of(world(FLOW, 10), config, LINEAR)
-    log: dict[str, float] = {}
+    log = Log()
     with one.model.count_nfe() as nfe:
         collect(one, 0, log)
     reference = 2 * int(one.plan.is_stochastic.sum()) if config.soft else 0

@@ -24,6 +24,7 @@ from fieldsmith.models.exact import Exact
 from fieldsmith.paths import RectifiedFlow, VariancePreserving
 from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, flow_grid, gaussian_step
+from fieldsmith.training import Log
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
 
 FLOW = RectifiedFlow()
@@ -96,7 +97,7 @@ def regress(context: AlignContext, rounds: int, keep: float = 0.5) -> Batch:
     """To the fixed point: collect under the current policy, fit, repeat."""
     s, gamma = context.schedule, context.strength.gamma
     for epoch in range(rounds):
-        batch = collect(context, epoch, {})
+        batch = collect(context, epoch, Log())
         step = batch.rollout.transitions.step
         fit(
             context,
@@ -202,7 +203,7 @@ def test_t12_reinforce_with_soft_returns_converges_to_the_best_policy_of_the_cha
     context = start(path, reward, "reinforce", advantage="leave-one-out", advantage_clip=1e9)
     s = context.schedule
     for epoch in range(16):
-        batch = collect(context, epoch, {})
+        batch = collect(context, epoch, Log())
         rows = batch.rollout.transitions
         fit(context, batch, L.over(batch.advantage / s.w[rows.step], rows.noise) * rows.noise, 0.7)
     assert_moments(moments(chain(context.model, context)), best(reference(context), reward), 0.04)
@@ -240,10 +241,10 @@ def test_the_loops_loss_is_at_rest_where_the_regression_is_solved(path, name):
     weights = list(context.model.trainable().values())
 
     def slope(batch: Batch) -> float:
-        loss = transition_losses(context, batch)[0] * batch.rollout.transitions.weight
+        loss = transition_losses(context, batch, Log()) * batch.rollout.transitions.weight
         return float(sum(g.abs().sum() for g in torch.autograd.grad(loss.mean(), weights)))
 
-    batch = collect(context, 0, {})
+    batch = collect(context, 0, Log())
     before = slope(batch)
     s, step = context.schedule, batch.rollout.transitions.step
     fit(context, batch, L.over((context.strength.gamma / s.kappa)[step], batch.guidance) * batch.guidance, 0.0)

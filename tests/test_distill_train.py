@@ -32,7 +32,7 @@ from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import noised
 from fieldsmith.run import Run
-from fieldsmith.training import Optimisation, fit, step_generator
+from fieldsmith.training import Log, Optimisation, fit, step_generator
 from fieldsmith.worlds.classes import digits
 from tests.trained import distill
 
@@ -58,7 +58,7 @@ def teacher() -> UNet:
     model = tiny()
     model.network.requires_grad_(True)
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         rows = torch.randint(len(SOURCE.states), (48,), generator=generator)
         label = SOURCE.prompt[rows].clone()
         label[torch.rand(48, generator=generator) < 0.2] = model.null_class
@@ -381,9 +381,9 @@ def test_a_bank_and_the_teacher_itself_give_one_loss(teacher, banked):
         step = Step(
             student_of(teacher, config), feed, config, objective, weights_of.Curriculum("uniform", teacher.path)
         )
-        rows, null = feed(0, step_generator(0, 0))
+        rows, null, times = feed(0, step_generator(0, 0))
         asked = feed._ask(rows.x_t, rows.t, rows.prompt, rows.noise, null)
-        losses = [float(step(some, null, step_generator(0, 1), {})) for some in (rows, asked)]
+        losses = [float(step(some, null, times, step_generator(0, 1), Log())) for some in (rows, asked)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

@@ -37,6 +37,7 @@ from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.run import Run
 from fieldsmith.samplers import ancestral_step, ddim_grid, flow_grid, variance_bounds
+from fieldsmith.training import Log
 from fieldsmith.worlds.mixtures import lattice, line
 from tests.trained import sharpen
 
@@ -137,7 +138,7 @@ def test_the_penaltys_gradient_reaches_the_head_alone_and_is_the_closed_form(wei
     config = replace(SHORT, method="variance-penalty", strength=0.1, weight=weight, batch=64)
     step = Step(model, data, config)
     rows = step.draw(seeded(1))
-    (gradient,) = torch.autograd.grad(step(rows, seeded(), {}).term, kept[0])
+    (gradient,) = torch.autograd.grad(step(rows, seeded(), Log()).term, kept[0])
     assert (gradient[:, :2] == 0).all()
     at = of_table(rows)
     s4 = ((v + 1) / 2 * at["beta"].log() + (1 - v) / 2 * at["low"].log()).exp() ** 2
@@ -151,7 +152,7 @@ def test_the_bounds_gradient_reaches_the_head_alone_and_is_the_closed_form():
     model, data, kept = doubled((0.3, -0.4))
     step = Step(model, data, replace(SHORT, method="variance-learning", train="head", batch=64))
     rows = step.draw(seeded(1))
-    (gradient,) = torch.autograd.grad(step(rows, seeded(), {}).base, kept[0])
+    (gradient,) = torch.autograd.grad(step(rows, seeded(), Log()).base, kept[0])
     assert (gradient[:, :2] == 0).all()
     at = of_table(rows)
     c = at["before"].sqrt() * at["beta"] / (1 - at["abar"])
@@ -169,7 +170,7 @@ def test_in_images_too_bound_and_penalty_leave_the_mean_alone():
     model.network.requires_grad_(True)
     model.network.conv_out.register_forward_hook(lambda layer, inputs, out: kept.append(out))
     step = Step(model, images(), replace(SHORT, method="variance-penalty", train="head"))
-    found = step(step.draw(seeded(1)), seeded(), {})
+    found = step(step.draw(seeded(1)), seeded(), Log())
     for part in (found.base, found.term):
         (gradient,) = torch.autograd.grad(part, kept[0], retain_graph=True)
         assert (gradient[:, :3] == 0).all() and gradient[:, 3:].any()
@@ -231,7 +232,7 @@ def test_the_last_steps_bound_is_of_pixels_or_of_densities():
         rows = Rows(data[:8], noised(model.path, data[:8], eps, t.float()), t, eps)
         beta = 1 - model.path.alphas_cumprod[0]
         with torch.no_grad():
-            bound = step(rows, seeded(), {}).base
+            bound = step(rows, seeded(), Log()).base
             eps_hat = model.predict(rows.x_t, t.float(), model.encode([""])).eps
         mean = (rows.x_t - beta.sqrt() * eps_hat) / (1 - beta).sqrt()
         table = torch.cat((torch.ones(1), model.path.alphas_cumprod.double()))
@@ -351,9 +352,9 @@ def test_the_covariance_term_vanishes_at_the_optimal_variance():
     config = replace(SHORT, method="covariance", strength=1.0, batch=64, probes=1.0, times=(0.1, 0.9))
     step = Step(model, mixture.sample(200, seeded()), config)
     rows = step.draw(seeded(1))
-    assert float(step(rows, seeded(), {}).term.detach()) < 1e-9
+    assert float(step(rows, seeded(), Log()).term.detach()) < 1e-9
     model.off = 0.01
-    assert float(step(rows, seeded(), {}).term.detach()) > 1e-3
+    assert float(step(rows, seeded(), Log()).term.detach()) > 1e-3
 
 
 def test_the_error_may_be_weighed_by_the_signal():
@@ -363,7 +364,7 @@ def test_the_error_may_be_weighed_by_the_signal():
     errors = (rows.eps - lattice().eps(rows.x_t, rows.t, WIDE)).square().mean(1)
     snr = WIDE.alpha(rows.t) ** 2 / WIDE.sigma(rows.t) ** 2
     assert 0 < int((snr > 5).sum()) < 64
-    found = step(rows, seeded(), {}).base.detach()
+    found = step(rows, seeded(), Log()).base.detach()
     torch.testing.assert_close(found, (errors * (5 / snr).clamp(max=1)).mean())
     whole = Step(model, data, replace(SHORT, batch=64))(rows, seeded(), {}).base.detach()
     torch.testing.assert_close(whole, errors.mean())

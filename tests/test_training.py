@@ -18,7 +18,7 @@ from torch import Tensor
 from fieldsmith import training
 from fieldsmith.errors import RunError
 from fieldsmith.run import Run
-from fieldsmith.training import Fit, Optimisation, fit
+from fieldsmith.training import Fit, Log, Optimisation, fit
 
 PLAN = Optimisation(steps=20, lr=0.05, clip=1.0, ema=0.9, cosine=True, warmup=4, checkpoint_every=5, seed=3)
 
@@ -33,7 +33,7 @@ def fresh() -> dict[str, Tensor]:
 def noisy(parameters: dict[str, Tensor], before: Callable[[int], None] = lambda step: None) -> training.Losses:
     """Random least squares in two chunks, with dropout; `before(step)` may break the step off halfway."""
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         x = torch.randn(4, 3, generator=generator)
         yield (torch.nn.functional.dropout(x, 0.5) @ parameters["a.weight"].T - 1).square().mean()
         before(step)
@@ -44,7 +44,7 @@ def noisy(parameters: dict[str, Tensor], before: Callable[[int], None] = lambda 
 
 
 def quadratic(parameters: dict[str, Tensor]) -> training.Losses:
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         yield sum((p.square().sum() for p in parameters.values()), torch.zeros(()))
 
     return losses
@@ -186,7 +186,7 @@ def test_chunks_add_up_to_one_loss():
     whole, chunked = fresh(), fresh()
     plan = Optimisation(steps=5, lr=0.1, clip=0.5)
 
-    def in_chunks(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def in_chunks(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         for p in chunked.values():
             for number in p.flatten():
                 yield number**2
@@ -201,7 +201,7 @@ def gradients_of(clip: float | None) -> tuple[Tensor, float]:
     p = torch.zeros(2, requires_grad=True)
     logs = []
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         yield (p * torch.tensor([30.0, 40.0])).sum()
 
     fit({"p": p}, losses, Optimisation(1, 1e-3, clip=clip), stop=lambda done, log: logs.append(log))
@@ -242,7 +242,7 @@ def test_cosine_falls_from_the_rate_towards_zero(monkeypatch):
 def test_the_average_of_a_constant_is_the_constant():
     p = torch.tensor([1.0, -2.0], requires_grad=True)
 
-    def flat(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def flat(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         yield (0 * p).sum()
 
     fit({"p": p}, flat, Optimisation(steps=10, lr=0.1, weight_decay=0.0, ema=0.99))
@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(tmp_path, 
     parameters = fresh()
     seen: list[Tensor] = []
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         seen.append(parameters["b"].detach().clone())
         yield parameters["b"].sum() * (bad if step == 12 else 1.0)
 
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(tmp_path, 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_moves():
     p = torch.zeros(2, requires_grad=True)
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         yield p.sqrt().sum()  # 0, with slope infinity
 
     with pytest.raises(RunError, match="gradient became inf"):

@@ -21,7 +21,7 @@ from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
-from fieldsmith.training import Optimisation, fit
+from fieldsmith.training import Log, Optimisation, fit
 from fieldsmith.worlds.classes import Classes, digits, shapes
 
 
@@ -64,7 +64,7 @@ def train(config: ClassUNet, folder: pathlib.Path, name: str) -> UNet:
     null = model.null_class
     assert null is not None
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         rows = torch.randint(len(states), (config.batch,), generator=generator)
         x_0, label = states[rows], data.labels[rows].clone()
         eps = torch.randn(x_0.shape, generator=generator)
@@ -72,7 +72,8 @@ def train(config: ClassUNet, folder: pathlib.Path, name: str) -> UNet:
         label[torch.rand(config.batch, generator=generator) < config.label_dropout] = null
         said = model.predict(noised(model.path, x_0, eps, t), t, model.condition(label))
         errors = (said.eps - eps).square().flatten(1).mean(1)
-        yield errors.mean() if weights is None else weighted(errors, weights(t, by_batch=True), by_batch=True)
+        omega = None if weights is None else weights(t, by_batch=True)
+        yield errors.mean() if omega is None else weighted(errors, omega, omega)
 
     weights = Curriculum("tirt", model.path, learned=True) if config.curriculum == "tirt" else None
     fit(

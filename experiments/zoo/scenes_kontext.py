@@ -21,7 +21,7 @@ from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
-from fieldsmith.training import Optimisation, fit
+from fieldsmith.training import Log, Optimisation, fit
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 
 
@@ -64,7 +64,7 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
     vae = model.pipeline.vae
     vae.requires_grad_(True)
 
-    def vae_losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def vae_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         rows = torch.randint(len(images), (config.vae_batch,), generator=generator)
         shown = images[rows] / 127.5 - 1
         posterior = vae.encode(shown).latent_dist
@@ -94,7 +94,7 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
         part.requires_grad_(True)
         parameters |= {f"{key}.{inside}": p for inside, p in part.named_parameters()}
 
-    def flow_losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def flow_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         rows = torch.randint(len(sessions), (config.batch,), generator=generator)
         turns = torch.randint(3, (config.batch,), generator=generator)
         x_0, source = latents[rows, turns + 1], latents[rows, turns]

@@ -20,7 +20,7 @@ from fieldsmith.models.flux import Flux
 from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
-from fieldsmith.training import Optimisation, fit
+from fieldsmith.training import Log, Optimisation, fit
 from fieldsmith.worlds.shapes import VOCABULARY, ShapesWorld, concepts
 from fieldsmith.worlds.shapes_groups import attributes
 
@@ -56,7 +56,7 @@ def train(config: ShapesFlux, folder: pathlib.Path, name: str) -> Flux:
     vae = model.pipeline.vae
     vae.requires_grad_(True)
 
-    def vae_losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def vae_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         images = data.images[torch.randint(config.images, (config.vae_batch,), generator=generator)] * 2 - 1
         posterior = vae.encode(images).latent_dist
         again = vae.decode(posterior.sample(generator)).sample
@@ -84,7 +84,7 @@ def train(config: ShapesFlux, folder: pathlib.Path, name: str) -> Flux:
         part.requires_grad_(True)
         parameters |= {f"{key}.{inside}": p for inside, p in part.named_parameters()}
 
-    def flow_losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def flow_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         rows = torch.randint(config.images, (config.batch,), generator=generator)
         x_0 = latents[rows]
         eps = torch.randn(x_0.shape, generator=generator)

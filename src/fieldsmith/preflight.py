@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
 
@@ -59,7 +60,9 @@ def separation(anchor: Tensor, target: Tensor, names: str) -> Check:
 
 def gradients(model: Model, loss: Tensor) -> list[Check]:
     """Gradient reaches every trainable layer and nothing else; behind a layer of zeros there is none at the start."""
-    loss.backward()
+    if loss.requires_grad:  # a process may have no row in it
+        loss.backward()
+    processes.add_gradients(list(model.trainable().values()))
     trained = {name: p for name, p in model.trainable().items() if model.DORMANT not in name}
     dead = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
     strays = [n for n, p in model.network.named_parameters() if not p.requires_grad and p.grad is not None]

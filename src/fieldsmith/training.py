@@ -3,7 +3,7 @@
 In: named parameters and `losses(step, generator, log)`, which yields the step's losses in chunks and fills `log`.
 Out: trained parameters (EMA weights where asked for). Each step draws from a generator seeded by (seed, step), and so
 does dropout, so a run that resumes repeats the uninterrupted one exactly and no random state needs saving. Of several
-processes each takes the same steps: gradients are averaged, losses are the same everywhere (models/parts.py).
+processes each yields the losses of its own groups, as parts of one sum: gradients are added up once a step.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from fieldsmith import processes
 from fieldsmith.config import FitConfig
@@ -34,7 +36,51 @@ from fieldsmith.errors import RunError
 from fieldsmith.optimizers import adamw
 from fieldsmith.run import Run
 
-Losses = Callable[[int, torch.Generator, dict[str, float]], Iterator[Tensor]]
+FILE = "model-00001-of-00001.safetensors"  # in a checkpoint; the name that torch's own writer has for it
+
+
+class Log(dict[str, float]):
+    """What a step reports, by name. An item that is set is alike in all processes; `mean` and `count` are joined.
+
+    Both add up over the chunks of a step: means over all rows of all processes, counts as sums.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[str, tuple[float, int | None]] = {}  # sum and rows; None: a count
+
+    def mean(self, name: str, values: Tensor) -> None:
+        """Rows (n,) of this process, whose mean over all rows is reported."""
+        total, rows = self._sums.get(name, (0, 0))
+        self._sums[name] = total + values.detach().double().sum().item(), (rows or 0) + values.numel()
+
+    def count(self, name: str, n: float) -> None:
+        """This process's part of a sum."""
+        self._sums[name] = self._sums.get(name, (0, None))[0] + n, None
+
+    def add(self, other: Log) -> None:
+        """Enter what another log holds, too."""
+        self.update(other)
+        for name, (total, rows) in other._sums.items():
+            before, earlier = self._sums.get(name, (0, None))
+            self._sums[name] = before + total, None if rows is None else rows + (earlier or 0)
+
+    def join(self) -> None:
+        """Turn what was added up into items, over all processes."""
+        joined = Log()
+        for sums in processes.exchange(self._sums):
+            one = Log()
+            one._sums = sums
+            joined.add(one)
+        self._sums = {}
+        for name, (total, rows) in joined._sums.items():
+            if rows is None:
+                self[name] = total
+            elif rows:
+                self[name] = total / rows
+
+
+Losses = Callable[[int, torch.Generator, Log], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +138,7 @@ def fit(
     params = list(parameters.values())
     optimizer = adamw(params, optimisation.lr, optimisation.weight_decay, optimisation.optimizer)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
-    first, stopped = _resume(run, parameters, optimizer, ema, optimisation) if run else (0, None)
+    first, stopped = _resume(run, parameters, optimizer, ema) if run else (0, None)
     began, done, whole = time.monotonic(), first, True
     main = processes.is_main()
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
@@ -117,7 +163,8 @@ def fit(
                 if run and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
                     _save(run, done, parameters, optimizer, ema, stopped)
         except BaseException:  # whatever a reward raises, or a loss that is not finite, comes before parameters move
-            if run and whole and done > first and done % optimisation.block == 0:
+            # not under FSDP, where all would have to save together and some may be gone
+            if run and whole and done > first and done % optimisation.block == 0 and not processes.sharded():
                 _save(run, done, parameters, optimizer, ema, stopped)
             raise
     if ema:
@@ -132,36 +179,42 @@ def _gradient(
     losses: Losses,
     optimizer: torch.optim.Optimizer,
     optimisation: Optimisation,
-) -> dict[str, float]:
+) -> Log:
     """Set the learning rate and every parameter's gradient for one step; what to log. Moves no parameter."""
     for group in optimizer.param_groups:
         group["lr"] = optimisation.lr * _schedule(step, optimisation)
     optimizer.zero_grad(set_to_none=True)
-    log: dict[str, float] = {}
-    total = 0.0
+    log, total = Log(), 0.0
+    log.update(loss=math.nan, gradient_norm=math.nan)  # first in the log
     generator = step_generator(optimisation.seed, step)
-    with global_randomness(generator.initial_seed(), params[0].device):
+    # dropout differs between processes, whose rows are different ones
+    seed = generator.initial_seed() + processes.rank()
+    with processes.together(), global_randomness(seed, params[0].device):
         for loss in losses(step, generator, log):
             total += loss.item()
             if not math.isfinite(total):
                 raise RunError(f"the loss became {total} at step {step}; lower the learning rate ({optimisation.lr:g})")
             if loss.requires_grad:
                 loss.backward()
-    if processes.count() > 1:
-        _average(params)
-    norm = processes.full(torch.nn.utils.clip_grad_norm_(params, optimisation.clip or math.inf))
-    if not torch.isfinite(norm):
-        raise RunError(
-            f"the gradient became {norm.item()} at step {step}; lower the learning rate ({optimisation.lr:g})"
-        )
-    return {"loss": total, "gradient_norm": norm.item(), **log}
+        log.count("loss", total)
+        log.join()
+    processes.add_gradients(params)
+    norm = _clip([p.grad for p in params if p.grad is not None], optimisation.clip)
+    if not math.isfinite(norm):
+        raise RunError(f"the gradient became {norm} at step {step}; lower the learning rate ({optimisation.lr:g})")
+    log["gradient_norm"] = norm
+    return log
 
 
-def _average(params: list[Tensor]) -> None:
-    """Each gradient's mean over processes; what FSDP holds parts of it has averaged itself."""
-    for p in params:
-        if p.requires_grad and not isinstance(p, DTensor):  # others are only kept in checkpoints
-            p.grad = processes.mean(torch.zeros_like(p) if p.grad is None else p.grad)
+def _clip(grads: list[Tensor], largest: float | None) -> float:
+    """Scale gradients down to a norm of at most `largest`; the norm that they had."""
+    kinds = [[g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]]
+    norms = [processes.full(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
+    for kind in kinds:
+        if kind and largest is not None:
+            torch.nn.utils.clip_grads_with_norm_(kind, largest, norm)
+    return float(norm)
 
 
 @contextlib.contextmanager
@@ -177,6 +230,20 @@ def _schedule(step: int, optimisation: Optimisation) -> float:
     return warm * (0.5 * (1 + math.cos(math.pi * step / optimisation.steps)) if optimisation.cosine else 1.0)
 
 
+def _tensors(
+    parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, ema: list[Tensor] | None
+) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by name; FSDP's parts as they are."""
+    weights = {f"weights/{name}": p.detach() for name, p in parameters.items()}
+    averages = {f"ema/{name}": p for name, p in zip(parameters, ema or (), strict=False)}
+    moments = {
+        f"moments/{name}/{key}": value
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    return weights | averages | moments
+
+
 def _save(
     run: Run,
     done: int,
@@ -185,34 +252,35 @@ def _save(
     ema: list[Tensor] | None,
     stopped: str | None,
 ) -> None:
-    """Write checkpoints/step-N beside and rename it, then delete the older ones; of several processes one writes."""
-    whole = processes.full  # FSDP's parts are put together by all processes
-    weights = {name: whole(p.detach()).contiguous() for name, p in parameters.items()}
-    averages = {name: whole(p) for name, p in zip(parameters, ema or (), strict=False)}
-    moments = {
-        f"{name}/{key}": whole(value).contiguous()
-        for name, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    if not processes.is_main():
+    """Write checkpoints/step-N beside and rename it, then delete the older ones; of several processes one writes.
+
+    Under FSDP each writes its parts; any number of processes reads them again.
+    """
+    sharded = processes.sharded()
+    if not (sharded or processes.is_main()):
         return
     folder = run.folder / "checkpoints"
-    target, beside = folder / f"step-{done:08d}", folder / f".step-{done:08d}.{os.getpid()}"
+    target = folder / f"step-{done:08d}"
+    beside = folder / (f".{target.name}" if sharded else f".{target.name}.{os.getpid()}")
     if target.exists():
         return
-    shutil.rmtree(beside, ignore_errors=True)  # of an earlier process with this id
+    tensors = _tensors(parameters, optimizer, ema)
     try:
-        beside.mkdir(parents=True)
-        _write(weights, beside / "weights.safetensors")
-        _write(moments, beside / "optimizer.safetensors")
-        if ema:
-            _write(averages, beside / "ema.safetensors")
-        (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
-        os.replace(beside, target)
+        if processes.is_main():
+            shutil.rmtree(beside, ignore_errors=True)  # of an earlier process
+            beside.mkdir(parents=True)
+            (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
+        if sharded:
+            processes.wait()
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        else:
+            _write({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / FILE)
+        if processes.is_main():
+            os.replace(beside, target)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint would keep a full disk full
         raise
-    for old in folder.glob("*step-*"):
+    for old in folder.glob("*step-*") if processes.is_main() else ():
         if old != target:
             shutil.rmtree(old)
 
@@ -225,11 +293,7 @@ def _write(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
 
 
 def _resume(
-    run: Run,
-    parameters: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    ema: list[Tensor] | None,
-    optimisation: Optimisation,
+    run: Run, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, ema: list[Tensor] | None
 ) -> tuple[int, str | None]:
     """Load the newest checkpoint into everything; (steps done, stop reason), (0, None) where there is none."""
     found = sorted((run.folder / "checkpoints").glob("step-*"))
@@ -238,21 +302,25 @@ def _resume(
         return 0, None
     newest: pathlib.Path = found[-1]
     state = json.loads((newest / "state.json").read_text())
-    weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
-    averages = load_file(newest / "ema.safetensors") if ema else {}
+    reader = HuggingFaceStorageReader(str(newest))
     with torch.no_grad():
-        for place, (name, p) in enumerate(parameters.items()):
-            p.copy_(_like(p, weights[name]))
-            if ema:
-                ema[place].copy_(_like(p, averages[name]))
-            kept = {key.rpartition("/")[2]: v for key, v in moments.items() if key.rpartition("/")[0] == name}
-            if kept:
-                optimizer.state[p] = {k: v if k == "step" else _like(p, v.to(p.device)) for k, v in kept.items()}
+        for name, size, dtype in _moments(reader):
+            key, _, of = name.rpartition("/")
+            p = parameters[key]
+            if size == p.shape and of != "step":
+                optimizer.state[p][of] = torch.zeros_like(p, dtype=dtype)  # in parts where the weight is
+            else:
+                place = torch.device("cpu") if of == "step" and not optimizer.defaults.get("fused") else p.device
+                optimizer.state[p][of] = torch.zeros(size, dtype=dtype, device=place)
+        wanted = _tensors(parameters, optimizer, ema)
+        dcp.load(wanted, storage_reader=reader, no_dist=not processes.sharded())
     processes.wait()  # all have read the history
     run.rewind(state["done"])
     return state["done"], state["stopped"]
 
 
-def _like(p: Tensor, value: Tensor) -> Tensor:
-    """The value, in parts where p is."""
-    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+def _moments(reader: HuggingFaceStorageReader) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
+    """The optimiser's tensors in a checkpoint: 'parameter/key', shape and type."""
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        if name.startswith("moments/"):
+            yield name.removeprefix("moments/"), stored.size, stored.properties.dtype

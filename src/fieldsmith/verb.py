@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fieldsmith import optimizers, preflight
+from fieldsmith import optimizers, preflight, processes
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
@@ -27,7 +27,7 @@ from fieldsmith.preflight import Check
 from fieldsmith.report.page import Page, Panel
 from fieldsmith.result import Result, save_samples
 from fieldsmith.run import Run, plain
-from fieldsmith.training import Fit, Losses, Optimisation, fit
+from fieldsmith.training import Fit, Log, Losses, Optimisation, fit
 
 Side = Literal["before", "after"]
 Callback = Callable[[int, dict[str, float]], "str | None"]  # steps done, the step's log -> a reason to stop, or None
@@ -100,6 +100,8 @@ class Verb:
     measure: Callable[[Any, Any, Job, Side], Any]  # a model, config, job, side -> what `report` compares; equal seeds
     report: Callable[[Page, Outcome], dict[str, Any]]  # fills the page; what goes into metrics.json
     source: str = "model"  # the config's field that names what is loaded
+    # how many groups the processes share, and the field that says so
+    groups: Callable[[Any], tuple[int, str]] = lambda config: (config.batch, "batch")
     evaluated: str = "evaluate"  # the config's field that says how much is measured; 0: nothing
     frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
 
@@ -118,6 +120,7 @@ def run(
     """
     config.check()
     check_memory(verb, config)
+    processes.check_groups(*verb.groups(config))
     console = Console(stderr=True, quiet=quiet)
     folder = Run(config.out, verb.name, config) if config.out else None
     if folder and folder.finished:
@@ -180,13 +183,17 @@ def train(
         nfe = stack.enter_context(model.count_nfe())
         job = None
         try:
-            job = verb.prepare(model, config, inputs)
-            if job.model is not model:  # a student or a guide has a count of its own
-                nfe = stack.enter_context(job.model.count_nfe())
-            if config.checkpointing:
-                checkpoint_activations(job.model)
-            with job.model.uncounted():
-                preflight.require(job.checks(resumes), quiet)
+            with processes.together():
+                model.chunk = getattr(config, "chunk", None) or max(config.batch, model.chunk)
+                job = verb.prepare(model, config, inputs)
+                if job.model is not model:  # a student or a guide has a count of its own
+                    nfe = stack.enter_context(job.model.count_nfe())
+                    job.model.chunk = model.chunk
+                if config.checkpointing:
+                    checkpoint_activations(job.model)
+                with job.model.uncounted():
+                    preflight.require(job.checks(resumes), quiet)
+                processes.wait()  # nobody writes before all have passed
         except BaseException:
             # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:
@@ -201,14 +208,17 @@ def train(
         if callback:
             callback(0, {})
 
-        def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+        def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
             if not carried:  # asked now that the log ends at the checkpoint; preparation is in there already
-                carried.append(int(run.history()[-1]["nfe"]) - prepared if run and step else 0)
+                before = int(run.history()[-1]["nfe"]) if run and step and processes.is_main() else 0
+                carried.append(before - prepared if run and step else 0)
             yield from job.losses(step, generator, log)
-            log["nfe"] = carried[0] + nfe.total
+            log.count("nfe", carried[0] + nfe.total)
 
         def stop(done: int, log: dict[str, float]) -> str | None:
-            reason = callback(done, log) if callback else None
+            # a user's function is called in one process, and all hear its reason
+            said = callback(done, log) if callback and processes.is_main() else None
+            reason = processes.exchange(said)[0] if callback else None
             return reason or (job.stop(done, log) if job.stop else None)
 
         prepared = nfe.total
@@ -216,7 +226,7 @@ def train(
         nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
         done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
         history = run.history() if run else []
-        spent = int(history[-1]["nfe"]) if history else nfe.total
+        spent = int(history[-1]["nfe"]) if history else sum(processes.exchange(nfe.total))
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
 
 

@@ -168,7 +168,7 @@ def _states(config: GuidanceConfig, teacher: Model, data: Classes | None, prompt
 
 
 def _sampler(model: Model, config: GuidanceConfig) -> GuidedSampler:
-    return lambda prompts, seed, guidance: sampler(model, config.steps, guidance, config.chunk)(prompts, seed)
+    return lambda prompts, seed, guidance: sampler(model, config.steps, guidance)(prompts, seed)
 
 
 def nfe(config: GuidanceConfig, kinds: int) -> int:

@@ -20,7 +20,6 @@ from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.intervals import Interval, share
 from fieldsmith.measure.progress import track
 from fieldsmith.models.core import Condition, Model
-from fieldsmith.models.parts import whole
 from fieldsmith.models.tiny import SPARE
 from fieldsmith.paths import noised
 from fieldsmith.samplers import rollout
@@ -163,8 +162,7 @@ def relearning(
                     if seen.value >= 0.5:
                         return step
                 optimizer.zero_grad()
-                with whole():  # nobody averages these gradients
-                    _flow_loss(model, latents, condition, generator).backward()
+                _flow_loss(model, latents, condition, generator).backward()
                 optimizer.step()
         return most
     finally:

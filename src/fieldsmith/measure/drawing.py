@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.measure.progress import progress
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import Prediction
@@ -19,8 +20,9 @@ Sampler = Callable[[Sequence[str], int], Tensor]  # prompts, seed -> images (n, 
 Guidance = float | None | Callable[[Tensor], float]  # a scale, or a schedule of scales: the time of a step () -> scale
 
 
-def sampler(model: Model, steps: int = 28, guidance: Guidance = None, batch: int = 128) -> Sampler:
-    """Draw images with the model as it stands; equal seeds give equal noise. Not counted as training cost.
+def sampler(model: Model, steps: int = 28, guidance: Guidance = None) -> Sampler:
+    """Draw images with the model as it stands, at most `model.chunk` at once; equal seeds give equal noise. Not counted
+    as training cost. Of several processes each draws its part, and all get all images.
 
     Predicted x_0 is clipped where the model's own pipeline clips it.
     """
@@ -32,12 +34,14 @@ def sampler(model: Model, steps: int = 28, guidance: Guidance = None, batch: int
         encoded = model.encode(names)
         noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
         rows = torch.tensor([names.index(prompt) for prompt in prompts])
-        parts = torch.arange(len(prompts)).split(batch)
+        parts = list(processes.chunks(processes.owned(len(prompts)), model.chunk))
         with model.uncounted(), progress(f"drawing {len(prompts)} images", len(parts) * steps) as advance:
-            for part in parts:
+            for part, real in parts:
                 field = guided_field(model, encoded[rows[part]], guidance, advance)
-                images.append(model.decode(rollout(field, noise[part], model.grid(steps), clip=model.clip).last))
-        return torch.cat(images)
+                drawn = model.decode(rollout(field, noise[part], model.grid(steps), clip=model.clip).last)
+                if real:
+                    images.append(drawn)
+        return processes.gather(torch.cat(images) if images else torch.zeros(0))
 
     return draw
 

@@ -54,13 +54,23 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         import torch
 
         made_by = family.model_class()
+        variant = _variant(name, folder, index) if folder else None
         try:
+            network = {}
+            if processes.sharded():
+                # fsdp is imported where it is asked for
+                from fieldsmith.models.sharding import load_sharded
+
+                folder = folder or pathlib.Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True))
+                kind = getattr(diffusers, index[made_by.PART][1])
+                network = {made_by.PART: load_sharded(kind, folder / made_by.PART, dtype or torch.float32, variant)}
             pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
                 folder or name,
                 use_safetensors=True,
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
-                variant=_variant(name, folder, index) if folder else None,
+                variant=variant,
+                **network,
                 **_absent(index),
                 **made_by.components(str(folder or name), local_files_only=folder is not None),
             )

@@ -6,8 +6,9 @@ A family (flux.py, unet.py) adds encode, predict, decode and the time grid over 
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.autoencoder import decoded, encoded
-from fieldsmith.models.parts import by_rows
 from fieldsmith.models.weights import LoraSpec as LoraSpec  # a model is adapted by it, so it is had from here too
 from fieldsmith.models.weights import Trainable
 from fieldsmith.paths import Kind, Path, Prediction
+
+STATES = 2**18  # numbers in the states that a network is asked for at once where nothing else was said: 4 at 512 pixels
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(padded)
 
 
+def _rows_of(value: Tensor | Condition) -> int:
+    return 0 if isinstance(value, Tensor) and not value.ndim else len(value)
+
+
 def check_resolution(model: Model, resolution: int | None) -> None:
     """Raises InputError where a config asks for another resolution than the model was loaded with."""
     if resolution not in (None, model.resolution):
@@ -88,6 +94,7 @@ class Model(Trainable):
     def __init__(self, pipeline: Any, network: nn.Module, name: str):
         super().__init__(pipeline, network, name)
         self._counters: list[Nfe] = []  # those that are open now
+        self._chunk: int | None = None
 
     @classmethod
     def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> Model:
@@ -117,6 +124,10 @@ class Model(Trainable):
         """
         raise InputError(f"what prompts of family {self.family} become is not known without its weights; no plan")
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises InputError at what the model does not know."""
+        self.encode(prompts)
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
         """The network's prediction at x_t (batch, ...) and t (batch,) or (); guidance None or 1 is off."""
         raise NotImplementedError
@@ -124,7 +135,7 @@ class Model(Trainable):
     def _forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
         """The raw network at x_t (batch, ...), one row of t and condition each: a Tensor, or a tuple of them and None.
 
-        `predict` asks it through `forward`, which shares the rows out among processes and counts them.
+        `predict` asks it through `forward`, which counts the rows and keeps to `chunk`.
         """
         raise NotImplementedError
 
@@ -147,8 +158,11 @@ class Model(Trainable):
     # what every family does alike
 
     def forward(self, x_t: Tensor, t: Tensor, *condition: Any) -> Any:
-        """The raw network at x_t (batch, ...), one row of t and condition each; its evaluations are counted."""
-        output = by_rows(self._forward, x_t, t, *condition)
+        """The raw network at x_t (batch, ...), one row of t and condition each; its evaluations are counted.
+
+        Without gradients it is asked for at most `chunk` rows at once.
+        """
+        output = self._by_chunks(self._forward, x_t, t, *condition)
         first = output[0] if isinstance(output, tuple) else output
         self.add_nfe(len(x_t) * (3 if first.requires_grad else 1))
         return output
@@ -156,14 +170,41 @@ class Model(Trainable):
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         """Images (batch, 3, height, width) in [0, 1] of latents; `grad` lets a reward's gradient through."""
         with torch.set_grad_enabled(grad):
-            images: Tensor = by_rows(self._decode, latents)
+            images: Tensor = self._by_chunks(self._decode, latents)
         return images
 
     def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
         """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]."""
         with torch.set_grad_enabled(grad):
-            latents: Tensor = by_rows(self._encode_images, images)
+            latents: Tensor = self._by_chunks(self._encode_images, images)
         return latents
+
+    def _by_chunks(self, function: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+        """function(x, *rest), which treats rows apart; without gradients at most `chunk` rows at once.
+
+        Arguments with as many rows as x are split with it, all others are given as they are.
+        """
+        n = len(x)
+        if torch.is_grad_enabled() or n <= self.chunk:
+            return function(x, *rest)
+        along = [isinstance(value, (Tensor, Condition)) and _rows_of(value) == n for value in rest]
+        outputs = []
+        for start in range(0, n, self.chunk):
+            rows = slice(start, start + self.chunk)
+            some = [value[rows] if split else value for value, split in zip(rest, along, strict=True)]
+            outputs.append(function(x[rows], *some))
+        if isinstance(outputs[0], tuple):
+            return tuple(None if part[0] is None else torch.cat(part) for part in zip(*outputs, strict=True))
+        return torch.cat(outputs)
+
+    @property
+    def chunk(self) -> int:
+        """The most states that are asked for at once: what was set, or fewer the larger a state is."""
+        return self._chunk or min(256, max(1, STATES // math.prod(self.latent_shape)))
+
+    @chunk.setter
+    def chunk(self, states: int | None) -> None:
+        self._chunk = states
 
     @contextlib.contextmanager
     def count_nfe(self) -> Iterator[Nfe]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.models.families import NO_SOURCES
@@ -58,15 +59,18 @@ def edit(
     generator: torch.Generator,
     steps: int,
     guidance: float | None = None,
-    chunk: int = 128,
 ) -> Tensor:
-    """One turn by the ODE from fresh noise: (n, 3, h, w) in [0, 1] at 8-bit levels, on the CPU."""
+    """One turn by the ODE from fresh noise: (n, 3, h, w) in [0, 1] at 8-bit levels, on the CPU.
+
+    At most `model.chunk` at once; of several processes each edits its part, and all get all images.
+    """
     editor: Any = model
     noise = model.noise(len(images), generator)
     grid = model.grid(steps)
     parts = []
-    for at in torch.arange(len(images)).split(chunk):
+    for at, real in processes.chunks(processes.owned(len(images)), model.chunk):
         seen = editor.with_images(condition[at], images[at])
         x_0 = rollout(lambda x, t: model.predict(x, t, seen, guidance), noise[at], grid).last  # noqa: B023
-        parts.append(quantised(model.decode(x_0)).cpu())
-    return torch.cat(parts)
+        if real:
+            parts.append(quantised(model.decode(x_0)).cpu())
+    return processes.gather(torch.cat(parts) if parts else images[:0].cpu())

@@ -53,7 +53,7 @@ class Prompted(Model):
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
         """One row a prompt. Raises InputError at a word outside a closed vocabulary."""
-        self._check_words(prompts)
+        self.check_prompts(prompts)
         with torch.set_grad_enabled(grad):
             return self._encode(list(prompts))
 
@@ -95,7 +95,7 @@ class Prompted(Model):
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return guide(conditional, unconditional, scale)
 
-    def _check_words(self, prompts: Sequence[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises InputError at a word outside a closed vocabulary, or at a prompt too long for one."""
         tokenizer = getattr(self.pipeline, self.TOKENIZER)
         if len(tokenizer) > 1000:  # sub-word vocabularies take every text

@@ -44,7 +44,7 @@ class QwenImageEdit(QwenImage, Editor):
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
         """The words of each prompt, one row a prompt: "words" (n, bytes) in UTF-8; `with_images` reads them."""
-        self._check_words(prompts)
+        self.check_prompts(prompts)
         rows = [torch.tensor([list(prompt.encode())], dtype=torch.uint8).to(self.device) for prompt in prompts]
         return stack([Condition({"words": row}) for row in rows])
 

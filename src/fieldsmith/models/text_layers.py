@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
-from fieldsmith.models.parts import whole
 
 
 def check_text_layers(model: Model, method: str, attention: bool = False) -> None:
@@ -90,8 +89,7 @@ def attention_maps(model: Any) -> Iterator[list[Tensor]]:
 
     hook = attention.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        with whole():  # the hook sees the rows of this process
-            yield maps
+        yield maps
     finally:
         hook.remove()
 

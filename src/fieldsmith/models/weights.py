@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
@@ -50,6 +51,7 @@ class Trainable:
         self.spec: LoraSpec | None = None
         self._off = False
         self._base: dict[str, nn.Parameter] = {}  # the originals of unfrozen weights
+        self._parts: dict[str, Tensor] = {}  # of those that FSDP holds in parts, this process's
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
@@ -92,16 +94,15 @@ class Trainable:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_("lora_" in name)
             if "lora_" in name:
-                parameter.data = parameter.data.float()  # peft gives an adapter its layer's type, such as bf16
+                # peft gives an adapter its layer's type, such as bf16
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         self.network.eval()
         self.spec = spec
-        if processes.sharded():
-            _shard(self.network)
 
     @property
     def trains(self) -> bool:
         """Whether an adapter or unfrozen weights are attached."""
-        return bool(self.spec or self._base)
+        return bool(self.spec or self._base or self._parts)
 
     def _refuse_second_training(self) -> None:
         if self.trains:
@@ -113,8 +114,6 @@ class Trainable:
         Raises InputError at an unknown subset, ValueError where training is under way already.
         """
         self._refuse_second_training()
-        if processes.sharded():
-            raise InputError("FSDP holds parts of weights here, so that full weights cannot train; train a LoRA")
         if subset == "all":
             names = [name for name, _ in self.network.named_parameters() if not self._unread(name)]
         else:
@@ -123,7 +122,13 @@ class Trainable:
                 for name in self._modules(subset)
                 for key, _ in self.network.get_submodule(name).named_parameters(recurse=False)
             ]
-        self._base = self._swap({n: nn.Parameter(self.network.get_parameter(n).detach().clone()) for n in names})
+        weights = {n: self.network.get_parameter(n) for n in names}
+        if any(isinstance(p, DTensor) for p in weights.values()):
+            self._parts = {n: p.to_local().clone() for n, p in weights.items() if isinstance(p, DTensor)}
+            for p in weights.values():
+                p.requires_grad_(True)
+            return
+        self._base = self._swap({n: nn.Parameter(p.detach().clone()) for n, p in weights.items()})
 
     def _swap(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Put parameters into the network by name; returns those that they displace.
@@ -143,7 +148,9 @@ class Trainable:
         self.network.__dict__.pop("peft_config", None)
         self.network.__dict__.pop("_hf_peft_config_loaded", None)  # diffusers' own mark of an adapter
         self._swap(self._base)
-        self.spec, self._base = None, {}
+        for name, part in self._parts.items():
+            self.network.get_parameter(name).to_local().detach().copy_(part)
+        self.spec, self._base, self._parts = None, {}, {}
         self.network.requires_grad_(False)
 
     def trainable(self) -> dict[str, Tensor]:
@@ -178,6 +185,11 @@ class Trainable:
 
         def turn(off: bool) -> None:
             self._base = self._swap(self._base)  # which holds the trained weights while the originals are in place
+            for name, part in self._parts.items():  # FSDP owns the objects, so numbers move: a backward runs outside
+                present = self.network.get_parameter(name).to_local().detach()
+                aside = present.clone()
+                present.copy_(part)
+                part.copy_(aside)
             # peft's enable_adapters would switch requires_grad too, and so lose the gradients of a backward in here
             for layer in layers:
                 layer._disable_adapters = off
@@ -216,54 +228,46 @@ class Trainable:
         processes all call this and one writes.
         """
         adapter = self.adapter() if self.spec else None
-        if processes.is_main():
-            self._write(pathlib.Path(folder), adapter, merged)
+        if adapter and not merged and hasattr(self.pipeline, "save_lora_weights"):
+            if processes.is_main():
+                export.write_diffusers(adapter, self.PART, pathlib.Path(folder) / LORA_FILE)
+        else:
+            weights = self._whole_state()
+            if processes.is_main():
+                with self._saves(weights):
+                    self._save_pipeline(pathlib.Path(folder))
         processes.wait()
 
-    def _write(self, folder: pathlib.Path, adapter: export.Adapter | None, merged: bool) -> None:
-        if adapter and not merged and hasattr(self.pipeline, "save_lora_weights"):
-            export.write_diffusers(adapter, self.PART, folder / LORA_FILE)
-            return
-        if processes.sharded():
-            raise InputError(
-                "FSDP holds parts of weights here, so that no pipeline can be written; save the adapter alone"
-            )
-        with self._merged():
-            self._save_pipeline(folder)
+    @contextlib.contextmanager
+    def _saves(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, diffusers saves these in place of the network's own, and sees no adapter."""
+        own = self.network.__dict__
+        aside = {k: own.pop(k) for k in ("peft_config", "_hf_peft_config_loaded") if k in own}
+        own["state_dict"] = lambda *_, **__: weights
+        try:
+            yield
+        finally:
+            del own["state_dict"]
+            own.update(aside)
+
+    def _whole_state(self) -> dict[str, Tensor]:
+        """Every weight under diffusers' name, with the adapter's effect at its present scale inside.
+
+        What FSDP holds in parts is put together one weight at a time, by all processes, and kept by the one that
+        writes.
+        """
+        tuners, state = self._tuners(), {}
+        for name, value in self.network.state_dict().items():
+            layer, base, key = name.partition(".base_layer.")
+            if ".lora_" in name:
+                continue
+            whole = processes.full(value)
+            if base and key == "weight":
+                with torch.no_grad():
+                    whole = whole + tuners[layer].get_delta_weight("default").to(whole)
+            if processes.is_main():
+                state[f"{layer}.{key}" if base else name] = whole.cpu() if processes.sharded() else whole
+        return state
 
     def _save_pipeline(self, folder: pathlib.Path) -> None:
         self.pipeline.save_pretrained(folder)
-
-    @contextlib.contextmanager
-    def _merged(self) -> Iterator[None]:
-        """Inside: plain layers with merged weights, as diffusers names them; afterwards the adapter is back.
-
-        The base weights are set aside instead of merged in place, because subtracting again would not be exact.
-        """
-        tuners = self._tuners()
-        aside = {name: layer.get_base_layer().weight for name, layer in tuners.items()}
-        marks = {k: self.network.__dict__.pop(k) for k in ("peft_config", "_hf_peft_config_loaded")
-                 if k in self.network.__dict__}  # fmt: skip
-        try:
-            for name, layer in tuners.items():
-                plain = layer.get_base_layer()
-                with torch.no_grad():
-                    sum_ = aside[name] + layer.get_delta_weight("default").to(aside[name])
-                plain.weight = nn.Parameter(sum_, requires_grad=False)
-                self.network.set_submodule(name, plain)
-            yield
-        finally:
-            for name, layer in tuners.items():
-                layer.get_base_layer().weight = aside[name]
-                self.network.set_submodule(name, layer)
-            self.network.__dict__.update(marks)
-
-
-def _shard(network: nn.Module) -> None:
-    """Each process keeps a part of every weight, and gathers a block's whole weights while the block runs."""
-    from torch.distributed.fsdp import fully_shard
-
-    for blocks in (part for part in network.children() if isinstance(part, nn.ModuleList)):
-        for block in blocks:
-            fully_shard(block)
-    fully_shard(network)

@@ -1,7 +1,7 @@
 """One collection: rollouts of the current policy, their rewards, and what follows for every transition.
 
 In: an AlignContext, an epoch. Out: a Batch of transitions with advantages (zeroth order) or guidance in score units
-(first order).
+(first order). Of several processes each has its own prompts with all their rollouts.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align.config import REGRESSIONS
 from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.policy.advantages import advantages
 from fieldsmith.methods.policy.losses import log_ratio, over, square
-from fieldsmith.methods.policy.rollouts import Rollout, Transitions, renoise, soft_returns
+from fieldsmith.methods.policy.rollouts import Rollout, Transitions, numbered, renoise, soft_returns
 from fieldsmith.rewards.reward import check_images
 from fieldsmith.samplers import euler, gaussian_step
-from fieldsmith.training import step_generator
+from fieldsmith.training import Log, step_generator
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One collection: transitions with what their estimator makes of the rewards."""
+    """One collection: this process's transitions with what their estimator makes of the rewards."""
 
     rollout: Rollout
     rewards: Tensor  # (m,) of endpoints, as given
@@ -34,14 +35,22 @@ class Batch:
     neighbour: Tensor | None = None  # (n, ...) the reward's part of the value's gradient at the step's other end
     ends: Tensor | None = None  # (n, ...) clean states by row; both for learned fields
 
+    teaches: Tensor | None = None  # (N,) bool, of all processes' rows: those whose advantage is not 0
+
     def __getitem__(self, at: Tensor) -> Batch:
         some = [None if part is None else part[at] for part in (self.returns, self.guidance, self.neighbour, self.ends)]
-        return Batch(
-            replace(self.rollout, transitions=self.rollout.transitions[at]), self.rewards, self.advantage[at], *some
-        )
+        rollout = replace(self.rollout, transitions=self.rollout.transitions[at])
+        return Batch(rollout, self.rewards, self.advantage[at], *some)
+
+    def numbered(self) -> Batch:
+        """Rows numbered anew over all processes, and which of all of them teach."""
+        transitions, everyone = numbered(self.rollout.transitions)
+        teaches = torch.zeros(everyone, dtype=torch.bool)
+        teaches[processes.gather(transitions.row)] = processes.gather(self.advantage != 0).cpu()
+        return replace(self, rollout=replace(self.rollout, transitions=transitions), teaches=teaches)
 
 
-def collect(context: AlignContext, epoch: int, log: dict[str, float]) -> Batch:
+def collect(context: AlignContext, epoch: int, log: Log) -> Batch:
     """Roll out the current policy, judge it, and estimate; no gradient reaches the weights."""
     config = context.config
     generator = step_generator(config.seed, epoch, stream=5)
@@ -49,19 +58,27 @@ def collect(context: AlignContext, epoch: int, log: dict[str, float]) -> Batch:
     x = context.model.noise(len(prompt), generator)
     if config.shared_noise:
         x = x[torch.arange(len(x)) // config.rollouts * config.rollouts]
-    rollout = context.roll(x, prompt, generator)
+    own = owned(prompt)
+    rollout = context.roll(x[own], prompt[own], generator, own, len(prompt))
     check_images(rollout.x_0, f"at step {epoch * config.updates} with lr={config.lr:g}")
     rewards = context.judge(rollout.x_0, rollout.prompt)
-    log["reward"], log["reward deviation"] = rewards.mean().item(), rewards.std(correction=0).item()
-    log["reward calls"] = float(len(rewards))
+    every = processes.gather(rewards)
+    log["reward"], log["reward deviation"] = every.mean().item(), every.std(correction=0).item()
+    log["reward calls"] = float(len(every))
     if config.estimator in ("nft", "awm"):
-        return renoised(context, rollout, rewards, generator, log)
+        return renoised(context, rollout, rewards, len(every), generator, log).numbered()
     kept = torch.arange(len(rollout.transitions))
     if config.train_steps:
-        kept = thinned(rollout, config.train_steps, generator)
+        kept = thinned(rollout, config.train_steps, len(every), generator)
     if config.estimator in REGRESSIONS:
-        return regression(context, rollout, rewards, kept)
-    return policy(context, rollout, rewards, kept, log)
+        return regression(context, rollout, rewards, kept).numbered()
+    return policy(context, rollout, rewards, kept, log).numbered()
+
+
+def owned(prompt: Tensor) -> Tensor:
+    """Which of all roots (n,) of a collection are this process's: whole prompts, with all their rollouts."""
+    prompts, group = torch.unique(prompt, return_inverse=True)
+    return torch.isin(group, processes.owned(len(prompts))).nonzero().squeeze(1)
 
 
 def choose(context: AlignContext, generator: torch.Generator) -> Tensor:
@@ -71,7 +88,7 @@ def choose(context: AlignContext, generator: torch.Generator) -> Tensor:
     return chosen.repeat_interleave(context.config.rollouts)
 
 
-def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tensor, log: dict[str, float]) -> Batch:
+def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tensor, log: Log) -> Batch:
     """Advantages of drawn transitions."""
     config, rows, s = context.config, rollout.transitions, context.schedule
     free = config.advantage == "std" and config.auxiliary == "none" and not config.soft  # of alpha: it cancels
@@ -93,22 +110,23 @@ def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tenso
     return Batch(rollout, rewards, advantage, returns)[kept]
 
 
-def centred(context: AlignContext, returns: Tensor, group: Tensor, log: dict[str, float]) -> Tensor:
+def centred(context: AlignContext, returns: Tensor, group: Tensor, log: Log) -> Tensor:
     """Advantages within groups, clipped where they are normalised."""
     config = context.config
     if config.advantage != "raw":
         spread = advantages(returns, group, "mean").abs()
-        log["rows without signal"] = (spread < 1e-9).float().mean().item()
+        log.mean("rows without signal", spread < 1e-9)
     advantage = advantages(returns, group, config.advantage)
     return advantage.clamp(-config.advantage_clip, config.advantage_clip) if config.advantage == "std" else advantage
 
 
 def renoised(
-    context: AlignContext, rollout: Rollout, rewards: Tensor, generator: torch.Generator, log: dict[str, float]
+    context: AlignContext, rollout: Rollout, rewards: Tensor, everyone: int, generator: torch.Generator, log: Log
 ) -> Batch:
-    """Endpoints noised again at the sampler's own times, the old policy's output beside them."""
+    """Endpoints noised again at the sampler's own times, the old policy's output beside them; `everyone` counts the
+    endpoints of all processes."""
     config = context.config
-    rows = renoise(rollout.x_0, context.schedule, config.renoise, generator)
+    rows = renoise(rollout.x_0, context.schedule, config.renoise, generator, rollout.end, everyone)
     prompt = rollout.prompt[rows.root]
     with torch.no_grad():
         output = context.output(rows.x, rows.step, prompt)
@@ -240,14 +258,15 @@ def log_ratio_slope(context: AlignContext, rows: Transitions) -> Tensor:
     return slope
 
 
-def thinned(rollout: Rollout, keep: int, generator: torch.Generator) -> Tensor:
-    """Rows left when every endpoint keeps its last step and one of each of keep - 1 blocks of equal length."""
+def thinned(rollout: Rollout, keep: int, everyone: int, generator: torch.Generator) -> Tensor:
+    """Rows left when every endpoint keeps its last step and one of each of keep - 1 blocks of equal length; `everyone`
+    counts the endpoints of all processes."""
     steps = (rollout.lineage >= 0).any(0).nonzero().squeeze(1)
     if keep >= len(steps):
         return torch.arange(len(rollout.transitions))
     left = [rollout.lineage[:, steps[-1]]]
     for block in steps[:-1].tensor_split(keep - 1) if keep > 1 else ():
-        pick = block[torch.randint(len(block), (len(rollout.lineage),), generator=generator)]
+        pick = block[torch.randint(len(block), (everyone,), generator=generator)[rollout.end]]
         left.append(rollout.lineage.gather(1, pick[:, None]).squeeze(1))
     rows = torch.cat(left)
     return rows[rows >= 0].unique()

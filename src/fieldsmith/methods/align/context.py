@@ -11,7 +11,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.auxiliary import Auxiliary
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
@@ -26,14 +25,14 @@ from fieldsmith.methods.policy.schedule import (
     schedule,
     strength,
 )
-from fieldsmith.models.core import Condition, Model, stack
+from fieldsmith.models.core import Model
+from fieldsmith.models.prompts import Prompts
 from fieldsmith.paths import Path, Prediction, RectifiedFlow
 from fieldsmith.rewards.reward import Reward, score_batches
 from fieldsmith.samplers import Sde, euler
 from fieldsmith.training import step_generator
 
 NOISE = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.8, "ddim": 1.0, "ddim-uniform": 4.5}
-TOGETHER = 64  # prompts that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class AlignContext:
     model: Model
     config: AlignConfig
     reward: Reward
-    condition: Condition  # of config.prompts, a row each
+    condition: Prompts  # of config.prompts, a row each
     schedule: Schedule
     plan: Plan
     sde: Sde
@@ -57,11 +56,11 @@ class AlignContext:
         if not config.prompts:
             raise InputError("no prompts given; add --prompts WORDS or a text file with a prompt a line")
         sde, level = stochastic_step(config, model.path, model.name)
-        parts = torch.arange(len(config.prompts)).split(TOGETHER)
-        condition = stack([model.encode([config.prompts[i] for i in part.tolist()]) for part in parts])
+        condition = Prompts(model, config.prompts)
         grid = model.grid(config.steps)
         with torch.no_grad(), model.uncounted():
-            kind = model.predict(model.noise(1, step_generator(config.seed, 0, stream=1)), grid[0], condition[:1]).kind
+            x, first = model.noise(1, step_generator(config.seed, 0, stream=1)), condition[torch.tensor([0])]
+            kind = model.predict(x, grid[0], first).kind
         s = schedule(model.path, grid, kind, sde, level)
         helper = None
         if config.auxiliary != "none":
@@ -120,11 +119,14 @@ class AlignContext:
         x = x.to(self.model.device)
         return self.predict(x, self.schedule.times[step].to(x), prompt).value
 
-    def roll(self, x: Tensor, prompt: Tensor, generator: torch.Generator) -> Rollout:
-        """The recipe's rollout from x under prompts (r,)."""
+    def roll(
+        self, x: Tensor, prompt: Tensor, generator: torch.Generator, own: Tensor | None = None,
+        everyone: int | None = None,
+    ) -> Rollout:  # fmt: skip
+        """The recipe's rollout from x under prompts (r,); the roots `own` of `everyone` of several processes."""
         store = "cpu" if self.config.trajectories == "cpu" else None
         s, plan = self.schedule, self.plan
-        return roll(self.predict, x, prompt, s, plan, self.sde, self.noise_level, generator, store)
+        return roll(self.predict, x, prompt, s, plan, self.sde, self.noise_level, generator, store, own, everyone)
 
     @torch.no_grad()
     def ode(self, x: Tensor, prompt: Tensor) -> Tensor:
@@ -159,9 +161,7 @@ class AlignContext:
         """Rewards (m,) of clean states, decoded and judged in chunks: a black box judges while the next is decoded."""
         chunks = torch.arange(len(x_0)).split(self.config.chunk)
         images = ((self.model.decode(x_0[at].to(self.model.device)), self.names(prompt[at])) for at in chunks)
-        # of several processes all decode together, then one asks
-        batches = images if processes.count() == 1 else list(images)
-        return processes.once(lambda: score_batches(self.reward, batches)).float()
+        return score_batches(self.reward, images).float()
 
 
 def stochastic_step(config: AlignConfig, path: Path, name: str) -> tuple[Sde, float]:

@@ -69,9 +69,12 @@ def other_prompts(job: Job) -> list[str]:
 
 
 def _scores(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    parts = torch.arange(len(prompts)).split(TOGETHER)
-    batches = ((images[at], [prompts[i] for i in at.tolist()]) for at in parts)
-    return processes.once(lambda: score_batches(reward, batches))
+    """Rewards (n,) of images; each process asks for its own part, and all hear all of them."""
+    own = processes.owned(len(prompts))
+    batches = ((images[at], [prompts[i] for i in at.tolist()]) for at in own.split(TOGETHER) if len(at))
+    with processes.together():
+        scores = score_batches(reward, batches) if len(own) else torch.zeros(0)
+    return processes.gather(scores)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What each recipe's loss asks of the network at transitions: the equations of losses.py with a model beneath them.
 
-In: an AlignContext, a Batch of n transitions. Out: losses (n,) and what to log of them.
+In: an AlignContext, a Batch of n transitions. Out: losses (n,); what is to be known of them goes into the log.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.methods.align.collect import Batch, carry, log_ratio_slope
 from fieldsmith.methods.align.config import REGRESSIONS
 from fieldsmith.methods.align.context import AlignContext
@@ -17,10 +18,11 @@ from fieldsmith.methods.align.losses import balance_loss, rsm_loss
 from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import optimality
 from fieldsmith.methods.policy.rollouts import OdeStates, Transitions
+from fieldsmith.training import Log
 
 
-def transition_losses(context: AlignContext, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """The recipe's loss of each transition, (n,), and numbers for the log."""
+def transition_losses(context: AlignContext, batch: Batch, log: Log) -> Tensor:
+    """The recipe's loss of each transition, (n,)."""
     config, s = context.config, context.schedule
     rows = batch.rollout.transitions.to(context.model.device)
     f = context.output(rows.x, rows.step, rows.prompt)
@@ -29,7 +31,6 @@ def transition_losses(context: AlignContext, batch: Batch) -> tuple[Tensor, dict
     if config.kl or config.estimator in REGRESSIONS or config.estimator == "balance":
         with torch.no_grad(), context.model.reference():
             reference = context.output(rows.x, rows.step, rows.prompt)
-    log: dict[str, float] = {}
     if config.estimator in REGRESSIONS:
         assert reference is not None
         loss = _regression(context, f, reference, rows, batch, log)
@@ -47,18 +48,18 @@ def transition_losses(context: AlignContext, batch: Batch) -> tuple[Tensor, dict
         # on re-noised rows there is no step to take the KL of: a distance of outputs, as released
         distance = config.estimator in ("nft", "awm")
         kl = L.square(f - reference) if distance else L.gaussian_kl(f, reference, s.w[rows.step].to(f))
-        log["kl to reference"] = kl.mean().item()
+        log.mean("kl to reference", kl)
         loss = loss + config.kl * kl / dim
-    return loss, log
+    return loss
 
 
-def _policy(context: AlignContext, f: Tensor, rows: Transitions, advantage: Tensor, log: dict[str, float]) -> Tensor:
+def _policy(context: AlignContext, f: Tensor, rows: Transitions, advantage: Tensor, log: Log) -> Tensor:
     """The policy gradient under its trust region."""
     config, s, dim = context.config, context.schedule, f[0].numel()
     w, sigma = s.w[rows.step].to(f), s.sigma[rows.step].to(f)
     log_rho = L.trust_log_ratio(config.trust, f, rows.output_old, rows.noise, w)
     outside = L.clipped(log_rho.detach(), advantage, config.trust, config.clip, sigma, dim)
-    log["clip_fraction"] = outside.float().mean().item()
+    log.mean("clip_fraction", outside)
     strength = context.multiplier[rows.step].to(f)
     return L.policy_loss(log_rho, advantage, strength, config.trust, config.clip, sigma, dim)
 
@@ -86,7 +87,7 @@ def _balance(context: AlignContext, f: Tensor, reference: Tensor, rows: Transiti
 
 
 def _regression(
-    context: AlignContext, f: Tensor, reference: Tensor, rows: Transitions, batch: Batch, log: dict[str, float]
+    context: AlignContext, f: Tensor, reference: Tensor, rows: Transitions, batch: Batch, log: Log
 ) -> Tensor:
     """Reward score matching, with the learned field's own loss where there is one."""
     config, s, given = context.config, context.schedule, context.strength
@@ -97,7 +98,7 @@ def _regression(
         guidance, field_loss = _learned_field(context, rows, batch, guidance)
     old, C1, gamma = rows.output_old, given.C1[rows.step], given.gamma[rows.step]
     loss = field_loss + rsm_loss(kappa * f, kappa * reference, kappa * old, guidance, C1, gamma)
-    log["guidance"] = guidance.square().mean().sqrt().item()
+    log.mean("guidance", guidance.flatten(1).square().mean(1).sqrt())
     return loss + config.proximal * L.square(f - old) / f[0].numel()
 
 
@@ -129,11 +130,15 @@ def _learned_field(context: AlignContext, rows: Transitions, batch: Batch, guida
 def anchor_losses(context: AlignContext, states: OdeStates, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
     """KL to the reference on ODE states where nothing branched: at most a tenth of the update's `rows`, in chunks."""
     config = context.config
-    chosen = torch.randperm(len(states.step), generator=generator)[: max(1, rows // 10)]
-    for at in chosen.split(config.chunk):
+    every = len(states.step) if processes.count() == 1 else sum(processes.exchange(len(states.step)))
+    chosen = torch.randperm(every, generator=generator)[: max(1, rows // 10)]
+    places = torch.full((every,), -1)
+    places[states.row] = torch.arange(len(states.step))
+    own = places[chosen]
+    for at, real in processes.chunks(own[own >= 0], config.chunk):
         x, step, prompt = states.x[at], states.step[at], states.prompt[at]
         f = context.output(x, step, prompt)
         with torch.no_grad(), context.model.reference():
             reference = context.output(x, step, prompt)
         kl = L.gaussian_kl(f, reference, context.schedule.w[step])
-        yield config.anchor * kl.sum() / len(chosen) / f[0].numel()
+        yield real * config.anchor * kl.sum() / len(chosen) / f[0].numel()

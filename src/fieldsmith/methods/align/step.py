@@ -14,17 +14,18 @@ from torch import Tensor
 
 from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
-from fieldsmith.methods.align.collect import Batch, choose, collect
+from fieldsmith.methods.align.collect import Batch, choose, collect, owned
 from fieldsmith.methods.align.config import FIRST_ORDER, AlignConfig
 from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.objectives import anchor_losses, transition_losses
 from fieldsmith.methods.policy.checks import on_policy
 from fieldsmith.methods.policy.collections import Collections
+from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
 from fieldsmith.preflight import Check
 from fieldsmith.rewards.reward import Reward, check_images
 from fieldsmith.samplers import euler
-from fieldsmith.training import Losses, Optimisation, step_generator
+from fieldsmith.training import Log, Losses, Optimisation, step_generator
 from fieldsmith.verb import Job, attach
 
 
@@ -42,7 +43,6 @@ def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
 
     Raises InputError where settings, prompts and reward do not fit the model, before anything is attached.
     """
-    processes.check_share(config.prompts_per_epoch * config.rollouts, "prompts_per_epoch x rollouts")
     if config.estimator in FIRST_ORDER and not inputs.reward.differentiable:
         raise InputError(
             f"reward '{inputs.reward.name}' is a black box, but estimator '{config.estimator}' needs its gradient; use "
@@ -51,9 +51,8 @@ def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
     context = AlignContext.of(model, config, inputs.reward)
     x = model.noise(2, step_generator(config.seed, 0, stream=1))
     t = context.schedule.times[0].to(x)
-    attached = attach(
-        model, config, lambda: model.predict(x, t, context.condition[:1], config.guidance).velocity, seed=config.seed
-    )
+    first = context.condition[torch.tensor([0])]
+    attached = attach(model, config, lambda: model.predict(x, t, first, config.guidance).velocity, seed=config.seed)
     updates = Pathwise(context) if config.estimator == "pathwise" else Updates(context)
 
     def checks(resumes: bool) -> list[Check]:
@@ -78,41 +77,40 @@ class Updates:
         self.block = context.config.updates  # updates that share a collection
         self.collections = Collections(context.model, partial(collect, context))
 
-    def losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        """The losses of one update, in chunks."""
+    def losses(self, step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
+        """The losses of one update, in chunks; this process's part of them."""
         context, config = self.context, self.context.config
         epoch, update = divmod(step, config.updates)
         batch = self.collections.at(epoch, log)
-        order = torch.randperm(len(batch.advantage), generator=step_generator(config.seed, epoch, stream=6))
-        mine = order.tensor_split(config.updates)[update]
+        assert batch.teaches is not None
+        order = torch.randperm(len(batch.teaches), generator=step_generator(config.seed, epoch, stream=6))
+        rows = order.tensor_split(config.updates)[update]
         if config.estimator in ("reverse-noise", "nft", "awm"):  # rows of advantage 0 teach nothing but staying
-            mine = mine if config.kl else mine[batch.advantage[mine] != 0]
-        if not len(mine):
+            rows = rows if config.kl else rows[batch.teaches[rows]]
+        if not len(rows):
             log["rows"] = 0.0
             yield torch.zeros(())
             return
-        sums: dict[str, float] = {}
-        for at in mine.split(config.chunk):
-            losses, numbers = transition_losses(context, batch[at])
-            for name, value in numbers.items():
-                sums[name] = sums.get(name, 0.0) + value * len(at) / len(mine)
-            weight = batch.rollout.transitions.weight[at]
-            yield (losses * weight.to(losses)).sum() / len(mine)
-        log |= sums
-        if config.anchor and len(batch.rollout.ode_states.step):
-            yield from anchor_losses(context, batch.rollout.ode_states, len(mine), generator)
+        own = here(batch.rollout.transitions, rows, len(batch.teaches))
+        for at, real in processes.chunks(own, config.chunk):
+            losses = transition_losses(context, batch[at], log if real else Log())
+            weight = real * batch.rollout.transitions.weight[at]
+            yield (losses * weight.to(losses)).sum() / len(rows)
+        states = batch.rollout.ode_states
+        if config.anchor and context.plan.has_ode_states:
+            yield from anchor_losses(context, states, len(rows), generator)
 
     def checks(self) -> list[Check]:
         """Collection 0, which the first update uses, and the gradient of its rows of largest advantage."""
         context, config = self.context, self.context.config
-        batch = self.collections.first({})
+        batch = self.collections.first()
         checks = []
         if config.estimator in ("reverse-noise", "balance"):
             checks.append(self._on_policy(batch))
         if config.estimator in ("reverse-noise", "nft", "awm"):
             checks.append(_varies(context, batch))
         some = batch.advantage.abs().argsort(descending=True)[: config.chunk]
-        loss = transition_losses(context, batch[some])[0].mean()
+        loss = transition_losses(context, batch[some], Log()).mean()
         checks += preflight.gradients(context.model, loss)
         for p in context.helper.parameters() if context.helper else ():
             p.grad = None
@@ -127,10 +125,12 @@ class Updates:
 
 
 def _varies(context: AlignContext, batch: Batch) -> Check:
-    lively = (batch.advantage != 0).float().mean().item()
-    every = bool((batch.rewards == batch.rewards[0]).all())
+    assert batch.teaches is not None
+    lively = batch.teaches.float().mean().item()
+    rewards = processes.gather(batch.rewards)
+    every = bool((rewards == rewards[0]).all())
     fix = (
-        f"reward '{context.reward.name}' gave {batch.rewards[0].item():.4g} to all {len(batch.rewards)} images; choose "
+        f"reward '{context.reward.name}' gave {rewards[0].item():.4g} to all {len(rewards)} images; choose "
         "another reward or harder prompts"
         if every
         else "no reward differs between the rollouts of one prompt; raise rollouts or noise_level"
@@ -146,7 +146,7 @@ class Pathwise:
         self.block = 1
         self._begun: Losses | None = None  # step 0, of which the preflight did a chunk
 
-    def losses(self, step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(self, step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         """Minus the rewards of fresh rollouts, in chunks; what the preflight did of step 0 is not done again."""
         begun, self._begun = self._begun, None
         yield from (begun or partial(pathwise_losses, self.context))(step, generator, log)
@@ -154,28 +154,26 @@ class Pathwise:
     def checks(self) -> list[Check]:
         """The gradient of step 0's first chunk, which is kept."""
         context, model = self.context, self.context.model
-        log: dict[str, float] = {}
+        log = Log()
         with model.count_nfe() as nfe:
             left = pathwise_losses(context, 0, step_generator(context.config.seed, 0), log)
             loss = next(left)
         params = list(model.trainable().values())
         slopes = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
 
-        def begun(step: int, generator: torch.Generator, entered: dict[str, float]) -> Iterator[Tensor]:
+        def begun(step: int, generator: torch.Generator, entered: Log) -> Iterator[Tensor]:
             model.add_nfe(nfe.total)
             # the loss that was computed, with its gradient
             pairs = [(p, slope) for p, slope in zip(params, slopes, strict=True) if slope is not None]
             yield loss.detach() + sum(((p - p.detach()) * slope).sum() for p, slope in pairs)
             yield from left
-            entered |= log
+            entered.add(log)
 
         self._begun = begun
         return preflight.gradients(model, loss)
 
 
-def pathwise_losses(
-    context: AlignContext, step: int, generator: torch.Generator, log: dict[str, float]
-) -> Iterator[Tensor]:
+def pathwise_losses(context: AlignContext, step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
     """-r of rollouts a chunk, with the gradient through their last steps, over the dimension of a state."""
     config, s = context.config, context.schedule
     prompt = choose(context, generator)
@@ -184,8 +182,7 @@ def pathwise_losses(
     stop = K - config.truncate
     if config.random_stop:
         stop = int(torch.randint(2 * K // 3, K, (1,), generator=generator))
-    total = 0.0
-    for at in torch.arange(len(prompt)).split(config.chunk):
+    for at in owned(prompt).split(config.chunk):
         x, p, grid = x_1[at], prompt[at], s.times.to(x_1)
         with torch.no_grad():
             for k in range(stop):
@@ -197,6 +194,6 @@ def pathwise_losses(
                 break
         check_images(x, f"at step {step} with lr={config.lr:g}")
         reward = context.value(p)(x)
-        total += reward.detach().sum().item() * config.temperature
+        log.mean("reward", reward * config.temperature)
         yield -reward.sum() / len(prompt) / x[0].numel()
-    log["reward"], log["reward calls"] = total / len(prompt), float(len(prompt))
+    log["reward calls"] = float(len(prompt))

@@ -6,4 +6,7 @@ from fieldsmith.methods.align.report import report
 from fieldsmith.methods.align.step import prepare
 from fieldsmith.verb import Verb
 
-ALIGN = Verb("align", AlignConfig, prepare, measure, report)
+ALIGN = Verb(
+    "align", AlignConfig, prepare, measure, report,
+    groups=lambda config: (min(config.prompts_per_epoch, len(config.prompts) or 1), "prompts_per_epoch"),
+)  # fmt: skip

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill.curriculum import length_of, times_of
 from fieldsmith.models.branches import Branches, branches
@@ -160,8 +161,11 @@ class Bank:
             output = self._ask(x_t, t, prompt)
         else:
             file = self.folder / f"shard-{k:05d}.safetensors"
-            if not file.is_file():
-                self._write(self._ask(x_t, t, prompt), file)
+            if not all(processes.exchange(file.is_file())):
+                output = self._ask(x_t, t, prompt)
+                if processes.is_main():
+                    self._write(output, file)
+                processes.wait()
             try:
                 output = load_file(file)
             except SafetensorError as error:
@@ -172,12 +176,12 @@ class Bank:
     def _ask(self, x_t: Tensor, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         parts = [
             branches(self.teacher, x_t[rows], t[rows].to(x_t.device), self.conditions[prompt[rows]])
-            for rows in torch.arange(len(t)).split(256)
+            for rows in processes.owned(len(t)).split(self.teacher.chunk)
         ]
         self.teacher_states += 2 * len(t)
         return {
-            "conditional": torch.cat([part.conditional for part in parts]).half().cpu(),
-            "gap": torch.cat([part.gap for part in parts]).half().cpu(),
+            "conditional": processes.gather(torch.cat([part.conditional for part in parts]).half().cpu()),
+            "gap": processes.gather(torch.cat([part.gap for part in parts]).half().cpu()),
         }
 
     def _write(self, tensors: dict[str, Tensor], file: pathlib.Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fieldsmith.errors import InputError
-from fieldsmith.models.parts import whole
 
 BLOCKS = re.compile(r"(down_blocks|up_blocks|transformer_blocks|single_transformer_blocks)\.(\d+)|(mid_block)")
 
@@ -68,8 +67,7 @@ def recorded(network: nn.Module, names: list[str]) -> Iterator[list[Tensor]]:
 
     handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in set(names)]
     try:
-        with whole():  # the hooks see the rows of this process
-            yield listed
+        yield listed
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 
 def square(a: Tensor, b: Tensor) -> Tensor:
@@ -74,11 +73,14 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     return torch.stack([(a - b).square().mean() for a, b in zip(student, teacher, strict=True)]).sum()
 
 
-def weighted(losses: Tensor, weights: Tensor, by_batch: bool = False) -> Tensor:
-    """Mean of weights * losses, both (batch,); `by_batch` divides by the batch's mean weight, as DASH's code does."""
-    if by_batch:
-        return (normalize(weights, p=1.0, dim=0) * losses).sum()
-    return (weights * losses).mean()
+def weighted(losses: Tensor, weights: Tensor, every: Tensor | None = None, rows: int | None = None) -> Tensor:
+    """Mean of weights * losses, both (n,), over the `rows` of a batch (n where all are here); ().
+
+    `every` are the weights of all of a batch's rows, by whose mean it is divided, as DASH's code does.
+    """
+    if every is not None:
+        return (weights / torch.linalg.vector_norm(every, 1).clamp(min=1e-12) * losses).sum()
+    return (weights * losses).sum() / (rows or len(losses))
 
 
 def anchored_target(teacher: Tensor, noise: Tensor, imitation: float, anchor: float) -> Tensor:

@@ -28,7 +28,7 @@ from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.shrink import shrink
 from fieldsmith.paths import tag
 from fieldsmith.preflight import Check
-from fieldsmith.training import Fit, optimisation_of, step_generator
+from fieldsmith.training import Fit, Log, optimisation_of, step_generator
 from fieldsmith.verb import Job
 
 
@@ -50,7 +50,6 @@ def prepare(teacher: Model, config: DistillConfig, inputs: Inputs) -> Job:
 
     Raises InputError where teacher, student, data and objective do not go together, before anything is trained.
     """
-    processes.check_share(config.batch, "batch")
     if inputs.source is None:
         preflight.check_sampled(teacher, config.sampler_steps)
     objective = objective_of(config)
@@ -72,23 +71,25 @@ def prepare(teacher: Model, config: DistillConfig, inputs: Inputs) -> Job:
         feed = replace(feed, bank=Bank(folder, teacher, source))
     student.unfreeze("all")
 
-    def losses(at: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        rows, null = feed(at, generator)
-        yield step(rows, null, generator, log)
+    def losses(at: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
+        yield step(*feed(at, generator), generator, log)
 
     def checks(resumes: bool) -> list[Check]:
         """On one step's worth, thrown away; the teacher is asked itself, so that no bank is written yet."""
         generator = step_generator(config.seed, 0, stream=14)
         with teacher.uncounted():
-            rows, null = asking(0, generator)
+            rows, null, times = asking(0, generator)
             with torch.no_grad():
                 output = branches(teacher, rows.x_t, rows.t, asking.conditions[rows.prompt])
-            loss = step(rows, null, generator, {})
-        share = float(output.gap.square().mean() / output.conditional.square().mean())
+            loss = step(rows, null, times, generator, Log())
+        gap, size = (
+            float(sum(processes.exchange(float(part.square().sum())))) for part in (output.gap, output.conditional)
+        )
+        share = gap / size
         fix = "the teacher's branches are one: train it with its labels dropped now and then"
         name = "teacher's gap over its prediction, mean squares"
-        gap = Check(name, share, "above 1e-6", share > 1e-6, fix)
-        return [gap, *preflight.gradients(student, loss), preflight.memory(student, config.batch)]
+        check = Check(name, share, "above 1e-6", share > 1e-6, fix)
+        return [check, *preflight.gradients(student, loss), preflight.memory(student, config.batch)]
 
     def cost(done: Fit, nfe: int) -> dict[str, Any]:
         """All in forwards of the student; a teacher's counts as many as their ratio of operations."""
@@ -208,8 +209,9 @@ class Step:
             parameters |= {f"regressors.{name}": p for name, p in self.regressors.named_parameters()}
         return parameters
 
-    def __call__(self, rows: Rows, null: Tensor, generator: torch.Generator, log: dict[str, float]) -> Tensor:
-        device = self.student.device
+    def __call__(self, rows: Rows, null: Tensor, times: Tensor, generator: torch.Generator, log: Log) -> Tensor:
+        """This process's part of a step's loss, at its rows of a batch whose times are `times` (n,)."""
+        device, n = self.student.device, len(times)
         rows = Rows(*(getattr(rows, name).to(device) for name in Rows.__dataclass_fields__))
         null = null.to(device)
         extra: Tensor | None = None
@@ -220,15 +222,16 @@ class Step:
         else:
             losses, extra = self._rows(rows, null, log)
         by_batch = self.config.normalise == "batch"
-        total = weighted(losses, self.weights(rows.t, by_batch), by_batch)
+        every = self.weights(times.to(device), by_batch) if by_batch else None
+        total = weighted(losses, self.weights(rows.t, by_batch), every, n)
         barrier = self.weights.barrier(rows.t)
-        total = total if barrier is None else total + barrier.mean()
-        return total if extra is None else total + extra
+        total = total if barrier is None else total + barrier.sum() / n
+        return total if extra is None else total + extra * (len(rows) / n)
 
-    def _pairs(self, rows: Rows, generator: torch.Generator, log: dict[str, float]) -> Tensor:
+    def _pairs(self, rows: Rows, generator: torch.Generator, log: Log) -> Tensor:
         output = branches(self.student, rows.x_t, rows.t, self.conditions[rows.prompt])
-        log["conditional error"] = square(output.conditional, rows.conditional).mean().item()
-        log["unconditional error"] = square(output.unconditional, rows.teacher.unconditional).mean().item()
+        log.mean("conditional error", square(output.conditional, rows.conditional))
+        log.mean("unconditional error", square(output.unconditional, rows.teacher.unconditional))
         goal = self.objective
         return pair_loss(
             (output.conditional, output.unconditional), (rows.conditional, rows.teacher.unconditional), rows.noise,
@@ -241,13 +244,14 @@ class Step:
         if isinstance(scales, str):
             times = weights_of.index_of(self.student.path, rows.t) / weights_of.length_of(self.student.path)
             return torch.tensor([tag(time) for time in times.tolist()], device=rows.t.device)
+        own = processes.owned(self.feed.rows)
         if len(scales) == 2:
             low, high = scales
-            return (low + (high - low) * torch.rand(len(rows), generator=generator)).to(rows.t.device)
-        picked = torch.randint(len(scales), (len(rows),), generator=generator)
+            return (low + (high - low) * torch.rand(self.feed.rows, generator=generator))[own].to(rows.t.device)
+        picked = torch.randint(len(scales), (self.feed.rows,), generator=generator)[own]
         return torch.tensor(scales)[picked].to(rows.t.device)
 
-    def _rows(self, rows: Rows, null: Tensor, log: dict[str, float]) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, rows: Rows, null: Tensor, log: Log) -> tuple[Tensor, Tensor | None]:
         goal, extra = self.objective, None
         asked = torch.where(null, len(self.feed.source.prompts), rows.prompt)
         shape = (-1, *(1,) * (rows.gap.ndim - 1))
@@ -258,15 +262,14 @@ class Step:
             ours, theirs = self._record(rows.x_t, rows.t, self.conditions[asked], self.feed.conditions[rows.prompt])
             pred, target = ours.output, theirs.output
             extra = feature_loss(self.regressors(ours.features), theirs.features)
-            log["feature error"] = extra.item()
+            log.mean("feature error", extra.expand(len(rows)))
         else:
             pred = self.student.predict(rows.x_t, rows.t, self.conditions[asked]).value
         if goal.null_target == "noise":
             target = torch.where(null.reshape(shape), rows.noise, target)
         errors = square(pred, target).detach()
         for name, some in (("conditional error", ~null), ("unconditional error", null)):
-            if some.any():
-                log[name] = errors[some].mean().item()
+            log.mean(name, errors[some])
         share = None if self.config.natural or not goal.unconditional else self.config.null_share
         losses = row_loss(
             pred, target, rows.noise, null,
@@ -276,7 +279,7 @@ class Step:
 
     def _guided(self, rows: Rows, generator: torch.Generator) -> Tensor:
         scales = torch.tensor(self.config.guidance_scales)
-        picked = torch.randint(len(scales), (len(rows),), generator=generator)
+        picked = torch.randint(len(scales), (self.feed.rows,), generator=generator)[processes.owned(self.feed.rows)]
         w = scales[picked].reshape(-1, *(1,) * (rows.gap.ndim - 1)).to(rows.gap)
         label = self.conditions.parts["label"][rows.prompt] * len(scales) + picked.to(rows.prompt.device)
         output = self.student.forward(rows.x_t, rows.t, label)[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fieldsmith import processes
 from fieldsmith.methods.distill import curriculum as weights_of
 from fieldsmith.methods.distill.bank import SHARD, Bank, Rows, Source, draw, place, states_at
 from fieldsmith.methods.distill.config import DistillConfig
@@ -28,7 +29,7 @@ PROFILE = 4_096  # states at which a frozen teacher's losses are measured
 
 @dataclass(frozen=True)
 class Feed:
-    """Rows for each step, from a bank or by asking the teacher."""
+    """Rows for each step, from a bank or by asking the teacher; of several processes each has its part of them."""
 
     teacher: Model
     source: Source
@@ -53,18 +54,19 @@ class Feed:
         halved = self.paired and not self.objective.guided_input
         return max(1, self.config.batch // 2) if halved else self.config.batch
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Rows, Tensor]:
-        """The step's rows, and which of them serve the null branch, (rows,) bool; pairs serve both."""
-        config = self.config
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Rows, Tensor, Tensor]:
+        """This process's rows of the step, which of them serve the null branch, (rows,) bool (pairs serve both), and
+        the times of all processes' rows, (n,), over which a batch's weights are normalised."""
+        config, own = self.config, processes.owned(self.rows)
         if self.bank:
             window = self.bank.window(*place(step, self.rows, config.bank, config.reuse))
-            rows = window[draw(len(window), self.rows, config.times, config.stratify, generator)]
-            return rows, self._null(len(rows), generator)
+            picked = draw(len(window), self.rows, config.times, config.stratify, generator)
+            return window[picked[own]], self._null(self.rows, generator)[own], window.t[picked]
         times = weights_of.times_of(self.teacher.path)
         t = times[draw(len(times), self.rows, config.times, config.stratify, generator)].float()
         x_t, prompt, noise = states_at(self.teacher, self.source, t, generator)
-        null = self._null(len(t), generator)
-        return self._ask(x_t, t.to(x_t), prompt, noise, null), null
+        null = self._null(len(t), generator)[own]
+        return self._ask(x_t[own], t[own].to(x_t), prompt[own], noise[own], null), null, t
 
     def _null(self, n: int, generator: torch.Generator) -> Tensor:
         """An even share of rows, so that stratified times are shared out evenly too."""
@@ -144,6 +146,6 @@ def teacher_losses(teacher: Model, source: Source, seed: int, n: int = PROFILE) 
     with teacher.uncounted():
         losses = [
             square(teacher.predict(x_t[rows], t[rows].to(x_t), conditions[prompt[rows]]).value, noise[rows])
-            for rows in torch.arange(n).split(256)
+            for rows in processes.owned(n).split(teacher.chunk)
         ]
-    return t, torch.cat(losses).cpu()
+    return t, processes.gather(torch.cat(losses)).cpu()

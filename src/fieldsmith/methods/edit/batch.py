@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.methods.edit import credit
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Collection, EditContext, collect
-from fieldsmith.methods.policy.rollouts import Transitions, renoise
+from fieldsmith.methods.policy.rollouts import Transitions, numbered, renoise
 from fieldsmith.models.core import stack
 from fieldsmith.models.editing import encode_unique, quantised
-from fieldsmith.training import step_generator
+from fieldsmith.training import Log, step_generator
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,24 @@ class Batch:
     """A collection, the advantage of each of its edits (m,), and the rows that teach; `rows.prompt` is the edit's row.
 
     GRPO's rows are steps of the rollouts; other objectives' are results noised again, NFT's with the old policy's
-    output there. `signal` is the share of groups that teach.
+    output there. `signal` is the share of groups that teach, `everyone` the number of rows of all processes.
     """
 
     collection: Collection
     advantage: Tensor
     rows: Transitions
+    everyone: int
     signal: float = 1.0
 
 
-def rollout_batch(context: EditContext, epoch: int, log: dict[str, float]) -> Batch:
+def rollout_batch(context: EditContext, epoch: int, log: Log) -> Batch:
     """An epoch's sessions under the model's present weights. Raises RewardError where the judge fails."""
     config = context.config
     collection = collect(context, epoch)
     generator = step_generator(config.seed, epoch, stream=7)
     advantage, signal = torch.ones(len(collection.x_0)), 1.0
     if config.objective == "supervised":
-        rows = renoise(_planned_results(context, epoch), context.schedule, config.renoise, generator)
+        rows = _renoised(context, collection, _planned_results(context, epoch), generator)
     elif config.objective == "none":
         rows = renoise(collection.x_0[:1], context.schedule, 1, generator)[torch.arange(0)]
     else:
@@ -52,11 +54,12 @@ def rollout_batch(context: EditContext, epoch: int, log: dict[str, float]) -> Ba
     following = collection.following
     log["following"], log["consistency"] = following.mean().item(), collection.consistency.mean().item()
     log["following, last turn"], log["session"] = following[..., -1].mean().item(), following.prod(-1).mean().item()
-    log["reward calls"], log["rows"] = float(following.numel()), float(len(rows))
-    return Batch(collection, advantage, rows, signal)
+    rows, everyone = numbered(rows)
+    log["reward calls"], log["rows"] = float(following.numel()), float(everyone)
+    return Batch(collection, advantage, rows, everyone, signal)
 
 
-def advantages(collection: Collection, config: EditConfig, log: dict[str, float]) -> tuple[Tensor, Tensor]:
+def advantages(collection: Collection, config: EditConfig, log: Log) -> tuple[Tensor, Tensor]:
     """Of every edit, (m,), and which edits belong to a group that teaches, (m,) bool."""
     rewards, weights = [], []
     for score, weight in ((collection.following, config.following), (collection.consistency, config.consistency)):
@@ -77,9 +80,15 @@ def advantages(collection: Collection, config: EditConfig, log: dict[str, float]
     return by_unit[at, turn], teaches[at // config.rollouts, turn]
 
 
+def _renoised(context: EditContext, collection: Collection, x_0: Tensor, generator: torch.Generator) -> Transitions:
+    """The edits' x_0 (m, ...) noised again at the sampler's own times."""
+    everyone = collection.following.numel()
+    return renoise(x_0, context.schedule, context.config.renoise, generator, collection.edit, everyone)
+
+
 def _old_rows(context: EditContext, collection: Collection, generator: torch.Generator) -> Transitions:
     """Results noised again at the sampler's own times, with the old policy's output there."""
-    rows = renoise(collection.x_0, context.schedule, context.config.renoise, generator)
+    rows = _renoised(context, collection, collection.x_0, generator)
     with torch.no_grad():
         output = context.output(rows.x, rows.step, collection.condition(rows.prompt), collection.source[rows.prompt])
     return replace(rows, output_old=output)
@@ -88,24 +97,28 @@ def _old_rows(context: EditContext, collection: Collection, generator: torch.Gen
 def _planned_results(context: EditContext, epoch: int) -> Tensor:
     """What the collection's edits should have given, as states."""
     config = context.config
-    sessions = context.sessions(config.groups, epoch)
-    index = torch.arange(config.groups).repeat_interleave(config.rollouts)
+    own = processes.owned(config.groups)
+    sessions = context.sessions(config.groups, epoch)[own.tolist()]
+    index = torch.arange(len(own)).repeat_interleave(config.rollouts)
     return context.states(torch.cat([quantised(sessions.clean(turn))[index] for turn in range(1, config.turns + 1)]))
 
 
-def planned_batch(context: EditContext, epoch: int, log: dict[str, float]) -> Batch:
+def planned_batch(context: EditContext, epoch: int, log: Log) -> Batch:
     """As many planned pairs as a collection has edits, without rollouts and unjudged."""
     config = context.config
-    P, T = config.groups * config.rollouts, config.turns
-    sessions = context.sessions(P, epoch)
+    T, everyone = config.turns, config.groups * config.rollouts
+    units = processes.owned(everyone)
+    P = len(units)
+    sessions = context.sessions(everyone, epoch)[units.tolist()]
     states = [context.states(quantised(sessions.clean(turn))) for turn in range(T + 1)]
     texts = stack([encode_unique(context.model, sessions.prompts(turn)) for turn in range(1, T + 1)])
     unjudged = torch.zeros(config.groups, config.rollouts, T)
     collection = Collection(
         torch.cat(states[:-1]), torch.cat(states[1:]), torch.arange(P * T), torch.arange(T).repeat_interleave(P),
-        torch.arange(P).repeat(T), texts, unjudged, unjudged,
+        units.repeat(T), texts, unjudged, unjudged,
     )  # fmt: skip
-    generator = step_generator(config.seed, epoch, stream=7)
-    rows = renoise(collection.x_0, context.schedule, config.renoise, generator)
-    log["rows"] = float(len(rows))
-    return Batch(collection, torch.ones(P * T), rows)
+    rows, all_rows = numbered(
+        _renoised(context, collection, collection.x_0, step_generator(config.seed, epoch, stream=7))
+    )
+    log["rows"] = float(all_rows)
+    return Batch(collection, torch.ones(P * T), rows, all_rows)

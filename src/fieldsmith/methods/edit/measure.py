@@ -67,15 +67,17 @@ def _judged(model: Model, config: EditConfig, inputs: Inputs) -> Measured:
     sessions = inputs.draw(config.evaluate, HELD_OUT + config.seed, config.turns)
     first = quantised(sessions.clean(0))
     source = before = first
+    own = processes.owned(len(first))
     numbers: dict[str, Any] = {"score of following": [], "score of consistency": []}
     images, instructions = [first], []
     for turn in range(1, sessions.turns + 1):
         generator = step_generator(config.seed, turn, stream=9)
         condition = encode_unique(model, sessions.prompts(turn))
         after = edit(model, condition, source, generator, config.evaluate_steps, config.guidance)
-        scores = processes.once(lambda: inputs.judge(sessions, turn, before, after, first))  # noqa: B023
-        numbers["score of following"].append(mean_interval(scores.following).to_json())
-        numbers["score of consistency"].append(mean_interval(scores.consistency).to_json())
+        with processes.together():  # each process asks of its own part, and all hear all of them
+            scores = inputs.judge(sessions[own.tolist()], turn, before[own], after[own], first[own])
+        numbers["score of following"].append(mean_interval(processes.gather(scores.following)).to_json())
+        numbers["score of consistency"].append(mean_interval(processes.gather(scores.consistency)).to_json())
         images.append(after)
         instructions.append(sessions.prompts(turn)[:SHOWN])
         before, source = after, inputs.channel(after, generator)

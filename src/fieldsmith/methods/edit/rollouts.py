@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from fieldsmith.sessions import Sessions
 from fieldsmith.training import step_generator
 
 NOISE = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.7}
+CHANNEL = 1_000  # the first stream of draws for the channel, one an edit
 
 # sessions, turn, before, after, first image -> scores with `following` and `consistency`, (n,) each in [0, 1]
 Judge = Callable[[Any, int, Tensor, Tensor, Tensor], Any]
@@ -56,9 +57,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Collection:
-    """m = T P G edits, turn by turn: sources and results (m, ...) as states, `text` rows of the condition `texts`,
-    `turn` (m,) from 0, `unit` (m,) the session's row in (P, G) flattened; scores (P, G, T); GRPO's transitions, whose
-    `prompt` is the edit's row."""
+    """m edits of this process's groups, turn by turn: sources and results (m, ...) as states, `text` rows of the
+    condition `texts`, `turn` (m,) from 0, `unit` (m,) the session's row in (P, G) flattened; scores (P, G, T) of all
+    processes' P groups; GRPO's transitions, whose `prompt` is the edit's row."""
 
     source: Tensor
     x_0: Tensor
@@ -69,6 +70,18 @@ class Collection:
     following: Tensor
     consistency: Tensor
     transitions: Transitions | None = None
+
+    @property
+    def edit(self) -> Tensor:
+        """The edits' places among those of all processes, (m,)."""
+        return self.turn * self.following[..., 0].numel() + self.unit
+
+    def places(self, edits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of edits (k,) by their place among all processes' those that are here: where in `edits`, and their rows."""
+        row = torch.full((self.following.numel(),), -1)
+        row[self.edit] = torch.arange(len(self.edit))
+        here = (row[edits] >= 0).nonzero().squeeze(1)
+        return here, row[edits[here]]
 
     def condition(self, at: Tensor) -> Condition:
         """The instructions of edits `at`, encoded."""
@@ -124,20 +137,24 @@ class EditContext:
         editor: Any = self.model
         x = x.to(editor.device)
         given = editor.with_latents(condition, source)
-        rows = torch.arange(len(x))
-        outputs = [
-            editor.predict(x[at], self.schedule.times.to(x)[step[at]], given[at], self.config.guidance).value
-            for at in ([rows] if torch.is_grad_enabled() else rows.split(self.config.chunk))
-        ]
-        return torch.cat(outputs)
+        output: Tensor = editor.predict(x, self.schedule.times.to(x)[step], given, self.config.guidance).value
+        return output
 
     def states(self, images: Tensor) -> Tensor:
         """Images (n, 3, h, w) in [0, 1] as clean states, (n, ...)."""
-        return torch.cat([states_of(self.model, part) for part in images.split(self.config.chunk)])
+        return states_of(self.model, images)
 
     def images(self, x_0: Tensor) -> Tensor:
         """Clean states as 8-bit images in [0, 1] on the CPU, as they are saved and read again between two turns."""
-        return quantised(torch.cat([self.model.decode(part).cpu() for part in x_0.split(self.config.chunk)]))
+        return quantised(self.model.decode(x_0).cpu())
+
+    def through_channel(self, images: Tensor, step: int, edits: Tensor) -> Tensor:
+        """Images (n, 3, h, w) as the next turn gets them, each with draws of its own: those of (step, edit)."""
+        changed = [
+            self.inputs.channel(image[None], step_generator(self.config.seed, step, stream=CHANNEL + edit))
+            for image, edit in zip(images, edits.tolist(), strict=True)
+        ]
+        return torch.cat(changed) if changed else images
 
     def sessions(self, n: int, epoch: int) -> Sessions:
         """An epoch's n sessions."""
@@ -159,9 +176,12 @@ def collect(context: EditContext, epoch: int) -> Collection:
     Raises RewardError where the judge fails, RunError where the model's images hold NaN.
     """
     config, model = context.config, context.model
-    P, G, T = config.groups, config.rollouts, config.turns
+    G, T, everyone = config.rollouts, config.turns, config.groups * config.rollouts
     generator = _epoch_generator(context, epoch)
-    sessions = context.inputs.draw(P, _session_seed(generator), T)
+    own = processes.owned(config.groups)
+    P = len(own)
+    sessions = context.inputs.draw(config.groups, _session_seed(generator), T)[own.tolist()]
+    units = (own[:, None] * G + torch.arange(G)).flatten()  # this process's among all sessions that are run
     index = torch.arange(P).repeat_interleave(G)
     repeated = sessions[index.tolist()]
     first = quantised(repeated.clean(0))
@@ -173,51 +193,50 @@ def collect(context: EditContext, epoch: int) -> Collection:
             texts.append(encode_unique(model, sessions.prompts(turn)))
             if config.sources == "clean" and turn > 1:
                 source = before = quantised(repeated.clean(turn - 1))
-            x = model.noise(P * G, generator)
-            latents, x_0, steps = _turn(context, source, texts[-1][index], x, generator)
+            x = model.noise(everyone, generator)
+            latents, x_0, steps = _turn(context, source, texts[-1][index], x, units, generator)
             after = context.images(x_0)
             check_images(after, f"at step {epoch * config.updates} with lr={config.lr:g}")
-            if processes.is_main():  # the others get its scores
-                images = [part.clone() for part in (before, after, first)]  # which a judge may change
-                waiting.append(pool.submit(_ask, context.inputs.judge, waiting[-1:], repeated, turn, *images))
+            images = [part.clone() for part in (before, after, first)]  # which a judge may change
+            waiting.append(pool.submit(_ask, context.inputs.judge, waiting[-1:], repeated, turn, *images))
             sources.append(latents)
             results.append(x_0)
             if steps is not None:
-                transitions.append(replace(steps, prompt=steps.prompt + P * G * (turn - 1)))
-            before, source = after, context.inputs.channel(after, generator)
-        following, consistency = processes.once(partial(_gather, waiting, P, G))
+                rows = int(context.plan.is_stochastic.sum()) * everyone  # of all processes in a turn
+                earlier = turn - 1
+                transitions.append(
+                    replace(steps, prompt=steps.prompt + P * G * earlier, row=steps.row + rows * earlier)
+                )
+            before, source = after, context.through_channel(after, epoch, units + everyone * turn)
+        following, consistency = (processes.gather(scores) for scores in _gather(waiting, P, G))
     return Collection(
         torch.cat(sources), torch.cat(results),
         torch.cat([P * t + index for t in range(T)]),  # P rows of text a turn, whatever the group's size
-        torch.arange(T).repeat_interleave(P * G), torch.arange(P * G).repeat(T), stack(texts), following, consistency,
+        torch.arange(T).repeat_interleave(P * G), units.repeat(T), stack(texts), following, consistency,
         Transitions.cat(transitions) if transitions else None,
     )  # fmt: skip
 
 
 def _turn(
-    context: EditContext, source: Tensor, condition: Condition, x: Tensor, generator: torch.Generator
+    context: EditContext, source: Tensor, condition: Condition, x: Tensor, units: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Transitions | None]:
-    """One turn of n sessions: sources as states, results, and GRPO's transitions with `prompt` the session's row."""
-    config, editor = context.config, context.model
+    """One turn of this process's n sessions, `units` of all whose noise is x: sources as states, results, and GRPO's
+    transitions with `prompt` the session's row."""
+    config, editor, s = context.config, context.model, context.schedule
     assert hasattr(editor, "with_latents")
-    sources, results, transitions = [], [], []
-    for at in torch.arange(len(x)).split(config.chunk):
-        sources.append(states_of(editor, source[at]))
-        given = editor.with_latents(condition[at], sources[-1])  # as the update will get it
+    latents = states_of(editor, source)
+    given = editor.with_latents(condition, latents)  # as the update will get it
 
-        def field(state: Tensor, t: Tensor, row: Any = slice(None), given: Condition = given) -> Any:
-            return editor.predict(state, t, given[row], config.guidance)
+    def field(state: Tensor, t: Tensor, row: Any = slice(None)) -> Any:
+        return editor.predict(state, t, given[row], config.guidance)
 
-        if config.objective == "grpo":
-            rolled = roll(
-                field, x[at], torch.arange(len(at)), context.schedule, context.plan, config.sde, context.noise_level,
-                generator,
-            )  # fmt: skip
-            results.append(rolled.x_0)
-            transitions.append(replace(rolled.transitions, prompt=rolled.transitions.prompt + int(at[0])))
-        else:
-            results.append(rollout(field, x[at], context.schedule.times.to(x)).last)
-    return torch.cat(sources), torch.cat(results), Transitions.cat(transitions) if transitions else None
+    if config.objective != "grpo":
+        return latents, rollout(field, x[units], s.times.to(x)).last, None
+    rows = torch.arange(len(units))
+    rolled = roll(
+        field, x[units], rows, s, context.plan, config.sde, context.noise_level, generator, own=units, everyone=len(x)
+    )
+    return latents, rolled.x_0, rolled.transitions
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import optimality
 from fieldsmith.methods.policy.checks import on_policy
 from fieldsmith.methods.policy.collections import Collections
-from fieldsmith.methods.policy.rollouts import Transitions
+from fieldsmith.methods.policy.rollouts import Transitions, here
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor
 from fieldsmith.paths import noised
 from fieldsmith.preflight import Check
-from fieldsmith.training import Fit, Optimisation, step_generator
+from fieldsmith.training import Fit, Log, Optimisation, step_generator
 from fieldsmith.verb import Job, attach
 
 NO_VARIANCE = "no group's scores differ"
@@ -36,9 +37,6 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
 
     Raises InputError where model, sessions and settings do not fit, before anything is attached.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    processes.check_share(config.groups * config.rollouts, "groups x rollouts")
     check_editor(model)
     context = EditContext.of(model, config, inputs)
     check_memory(context)
@@ -49,33 +47,34 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     old = {f"old.{name}": p.detach().clone() for name, p in model.trainable().items()} if config.old != "fresh" else {}
     silent = 0  # collections in a row without a signal
 
-    def collect(epoch: int, log: dict[str, float]) -> Batch:
+    def collect(epoch: int, log: Log) -> Batch:
         nonlocal silent
         with _swapped(model, old):
             batch = (rollout_batch if config.rolls else planned_batch)(context, epoch, log)
         if config.objective in ("nft", "grpo"):
-            silent = 0 if len(batch.rows) else silent + 1
+            silent = 0 if batch.everyone else silent + 1
         return batch
 
     collections = Collections(model, collect)
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         epoch, update = divmod(step, config.updates)
         batch = collections.at(epoch, log)
-        order = torch.randperm(len(batch.rows), generator=step_generator(config.seed, epoch, stream=6))
-        mine = order.tensor_split(config.updates)[update]
+        order = torch.randperm(batch.everyone, generator=step_generator(config.seed, epoch, stream=6))
+        rows = order.tensor_split(config.updates)[update]
         yield torch.zeros(())
-        for at in mine.split(config.chunk) if len(mine) else ():
-            yield row_losses(context, batch, batch.rows[at]).sum() / len(mine)
+        if len(rows):
+            for at, real in processes.chunks(here(batch.rows, rows, batch.everyone), config.chunk):
+                yield real * row_losses(context, batch, batch.rows[at]).sum() / len(rows)
         if config.identity:
-            yield from identity_losses(context, batch.collection, generator, log)
+            yield from identity_losses(context, batch.collection, step, generator, log)
         if config.steady and config.lossy:
-            yield from steady_losses(context, batch.collection, generator, log)
+            yield from steady_losses(context, batch.collection, step, generator, log)
 
     def checks(resumes: bool) -> list[Check]:
         memory = preflight.memory(model, config.chunk)
         preflight.require([memory], quiet=True)  # before anything large runs
-        return [attached, *([] if resumes else _check_batch(context, collections.first({}))), memory]
+        return [attached, *([] if resumes else _check_batch(context, collections.first())), memory]
 
     def stop(done: int, log: dict[str, float]) -> str | None:
         if done % config.updates:
@@ -120,7 +119,7 @@ def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
         share = batch.signal
         fix = "the judge gives all sessions of every group the same; raise rollouts or steps, or ask for harder turns"
         checks.append(Check("groups with a signal", share, "above 0", share > 0, fix))
-        if not len(rows):
+        if not batch.everyone:
             return checks  # there is no gradient to look at
     if config.objective == "grpo":
         some = rows[torch.arange(min(len(rows), config.chunk))].to(context.model.device)
@@ -132,9 +131,11 @@ def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
     if len(rows):
         most = batch.advantage[rows.prompt].abs().argsort(descending=True)[: config.chunk]
         loss = row_losses(context, batch, rows[most]).mean()
+    elif batch.everyone:
+        loss = torch.zeros(())  # others have rows
     else:
         branch = identity_losses if config.identity else steady_losses
-        loss = next(iter(branch(context, collection, step_generator(config.seed, 0, stream=8), {})))
+        loss = next(iter(branch(context, collection, 0, step_generator(config.seed, 0, stream=8), Log())))
     return [*checks, *preflight.gradients(context.model, loss)]
 
 
@@ -204,54 +205,79 @@ def row_losses(context: EditContext, batch: Batch, rows: Transitions) -> Tensor:
     return loss
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Some of a collection's edits, a chunk of this process's: rows of the collection (n,), their places among those of
+    all processes, whether a source goes through the channel, noise (n, ...) and steps (n,)."""
+
+    row: Tensor
+    edit: Tensor
+    changed: Tensor
+    eps: Tensor
+    step: Tensor
+
+
+def _picked(
+    context: EditContext, collection: Collection, edits: Tensor, generator: torch.Generator
+) -> Iterator[tuple[Picked, float]]:
+    """Draws for edits (k,) of all processes; this process's part in chunks, with their weight."""
+    eps = torch.randn(len(edits), *collection.x_0.shape[1:], generator=generator)
+    steps = torch.randint(len(context.schedule), (len(edits),), generator=generator)
+    place, row = collection.places(edits)
+    for at, real in processes.chunks(torch.arange(len(place)), context.config.chunk):
+        some = place[at] if len(place) else at
+        rows = row[at] if len(row) else at
+        yield Picked(rows, edits[some], some < len(edits) // 2, eps[some].to(collection.x_0), steps[some]), real
+
+
 def identity_losses(
-    context: EditContext, collection: Collection, generator: torch.Generator, log: dict[str, float]
+    context: EditContext, collection: Collection, step: int, generator: torch.Generator, log: Log
 ) -> Iterator[Tensor]:
     """The identity branch (MT-OPSD): a result is the source, nothing is asked, the result is the target.
 
-    Every other source is as the next turn gets it, through the channel, the others are whole, so that the model still
-    learns to keep those as they are.
+    Half of the sources are as the next turn gets them, through the channel, the others are whole, so that the model
+    still learns to keep those as they are.
     """
     config, s = context.config, context.schedule
-    n = max(1, len(collection.x_0) // config.updates)
-    total = 0.0
-    for at in torch.randperm(len(collection.x_0), generator=generator)[:n].split(config.chunk):
-        images = context.images(collection.x_0[at])
+    everyone = collection.following.numel()
+    n = max(1, everyone // config.updates)
+    edits = torch.randperm(everyone, generator=generator)[:n]
+    for at, real in _picked(context, collection, edits, generator):
+        images = context.images(collection.x_0[at.row])
         whole = context.states(images)
-        source, half = whole.clone(), len(at) // 2
-        if half:
-            source[:half] = context.states(context.inputs.channel(images[:half], generator))
-        eps = torch.randn(whole.shape, generator=generator).to(whole)
-        steps = torch.randint(len(s), (len(at),), generator=generator)
-        x_t = noised(s.path, whole, eps, s.times[steps].to(whole))
-        f = context.output(x_t, steps, context.nothing.repeat(len(at)), source)
-        loss = L.square(f - s.target(whole, eps, steps)).sum() / whole[0].numel() / n
-        total += loss.item()
+        source = whole.clone()
+        if at.changed.any():
+            source[at.changed] = context.states(
+                context.through_channel(images[at.changed], step, everyone * (config.turns + 1) + at.edit[at.changed])
+            )
+        x_t = noised(s.path, whole, at.eps, s.times[at.step].to(whole))
+        f = context.output(x_t, at.step, context.nothing.repeat(len(at.row)), source)
+        loss = real * L.square(f - s.target(whole, at.eps, at.step)).sum() / whole[0].numel() / n
+        log.count("identity", loss.item())
         yield config.identity * loss
-    log["identity"] = total
 
 
 def steady_losses(
-    context: EditContext, collection: Collection, generator: torch.Generator, log: dict[str, float]
+    context: EditContext, collection: Collection, step: int, generator: torch.Generator, log: Log
 ) -> Iterator[Tensor]:
     """The steady branch, at results of turns after the first, each noised anew at one time: the output on a source that
     the channel changed is drawn to the same model's output on the source as it was."""
     config, s = context.config, context.schedule
-    sessions = config.groups * config.rollouts
-    later = torch.arange(sessions, len(collection.x_0))
+    sessions, everyone = config.groups * config.rollouts, collection.following.numel()
+    own = len(collection.x_0) // config.turns  # this process's sessions
+    later = torch.arange(sessions, everyone)
     n = max(1, len(later) // config.updates)
-    total = 0.0
-    for at in later[torch.randperm(len(later), generator=generator)[:n]].split(config.chunk):
-        images = context.images(collection.x_0[at - sessions])  # what the turn before made
-        whole, source = context.states(images), context.states(context.inputs.channel(images, generator))
-        x_0 = collection.x_0[at]
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        steps = torch.randint(len(s), (len(at),), generator=generator)
-        x_t = noised(s.path, x_0, eps, s.times[steps].to(x_0))
+    edits = later[torch.randperm(len(later), generator=generator)[:n]]
+    for at, real in _picked(context, collection, edits, generator):
+        row = at.row.clamp(min=own)  # a row of weight 0 may be of the first turn
+        images = context.images(collection.x_0[row - own])  # what the turn before made
+        changed = context.through_channel(images, step, 2 * everyone * (config.turns + 1) + at.edit)
+        whole, source = context.states(images), context.states(changed)
+        x_0 = collection.x_0[row]
+        x_t = noised(s.path, x_0, at.eps, s.times[at.step].to(x_0))
         with torch.no_grad():
-            target = context.output(x_t, steps, collection.condition(at), whole)
-        f = context.output(x_t, steps, collection.condition(at), source)
-        loss = L.square(f - target).sum() / x_0[0].numel() / n
-        total += loss.item()
+            target = context.output(x_t, at.step, collection.condition(row), whole)
+        f = context.output(x_t, at.step, collection.condition(row), source)
+        loss = real * L.square(f - target).sum() / x_0[0].numel() / n
+        log.count("steady", loss.item())
         yield config.steady * loss
-    log["steady"] = total

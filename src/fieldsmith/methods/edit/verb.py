@@ -6,4 +6,4 @@ from fieldsmith.methods.edit.report import report
 from fieldsmith.methods.edit.step import prepare
 from fieldsmith.verb import Verb
 
-EDIT = Verb("edit", EditConfig, prepare, measure, report)
+EDIT = Verb("edit", EditConfig, prepare, measure, report, groups=lambda config: (config.groups, "groups"))

@@ -25,7 +25,7 @@ from fieldsmith.models.text_layers import attention_maps, check_text_layers, tex
 from fieldsmith.paths import Kind, Prediction, RectifiedFlow, noised
 from fieldsmith.preflight import Check
 from fieldsmith.samplers import flow_sde_step, gaussian_step
-from fieldsmith.training import Losses, Optimisation, step_generator
+from fieldsmith.training import Log, Losses, Optimisation, step_generator
 from fieldsmith.verb import Job, attach
 
 
@@ -72,7 +72,6 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
 
     Raises InputError where prompts or method do not fit the model, before anything is attached.
     """
-    processes.check_share(config.batch, "batch")
     _check_model(model, config)
     pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
     model.encode(config.keep or [""])  # unknown words are refused now
@@ -90,18 +89,21 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     with contextlib.nullcontext() if config.retain else model.uncounted():
         kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=2))
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         yield from method.losses(step, generator, log)
         if config.retain:
-            some = kept[torch.randint(len(kept.t), (method.states_per_step // 4 or 1,), generator=generator)]
-            distance = L.norm(_field(model, some.x, some.t, some.condition, config) - some.field).mean()
-            log["retain"] = distance.item()
-            yield config.retain * (config.gamma if config.method == "gem" else 1.0) * distance
+            states = torch.randint(len(kept), (method.states_per_step // 4 or 1,), generator=generator)
+            own = states[processes.owned(len(states))]
+            for at in own.split(config.chunk):
+                some = kept[at].to(model.device)
+                distance = L.norm(_field(model, some.x, some.t, some.condition, config) - some.field)
+                log.mean("retain", distance)
+                yield config.retain * (config.gamma if config.method == "gem" else 1.0) * distance.sum() / len(states)
         if step % 5 == 0:
-            log["drift"] = drift(model, kept, config)
+            log.mean("drift", drift(model, kept, config))
 
     def checks(resumes: bool) -> list[Check]:
-        first = next(iter(method.losses(0, step_generator(config.seed, 0), {})))
+        first = next(iter(method.losses(0, step_generator(config.seed, 0), Log())))
         states = min(config.chunk, method.states_per_step)
         return [attached, *separations, *preflight.gradients(model, first), preflight.memory(model, states)]
 
@@ -136,6 +138,11 @@ def _check_model(model: Model, config: EraseConfig) -> None:
     for setting, asked in (("method", config.method), ("timestep_weight", config.timestep_weight)):
         if not flow and asked in ("eraseflow", "tb"):
             raise InputError(f"{setting} '{asked}' needs a rectified flow, which {model.name} is not; choose another")
+    if config.method == "eraseanything" and processes.count() > 1:
+        raise InputError(
+            "method 'eraseanything' takes norms over a batch's attention, which several processes would split; launch "
+            "one process, or choose another method"
+        )
     if config.method in ("uce", "eraseanything"):
         check_text_layers(model, config.method, attention=config.method == "eraseanything")
 
@@ -157,17 +164,19 @@ def _untrained(model: Model, config: EraseConfig, pairs: list[Pair], inputs: Inp
     )  # fmt: skip
 
 
-def _no_losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+def _no_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
     yield from ()
 
 
 @torch.no_grad()
-def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> float:
-    """Mean relative distance of the field to the reference's on kept prompts; not counted as cost."""
-    some = kept[torch.arange(0, len(kept.t), every)]
+def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> Tensor:
+    """Relative distance of the field to the reference's at this process's part of every so many kept states, (n,);
+    not counted as cost."""
+    states = torch.arange(0, len(kept), every)
+    some = kept[states[processes.owned(len(states))]].to(model.device)
     with model.uncounted():
         change = (_field(model, some.x, some.t, some.condition, config) - some.field).flatten(1).norm(dim=1)
-    return (change / some.field.flatten(1).norm(dim=1)).mean().item()
+    return change / some.field.flatten(1).norm(dim=1)
 
 
 def _field(model: Model, x: Tensor, t: Tensor, condition: Condition, config: EraseConfig) -> Tensor:
@@ -188,26 +197,29 @@ def _pick(pairs: list[Pair], generator: torch.Generator) -> Pair:
 def gem(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """GEM (section 2.4 of the notes): a window of states of a target rollout, contrasted with two frozen velocities."""
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         pair = _pick(pairs, generator)
         states = S.window(model, pair.target, config, generator)
-        left = config.budget - step * len(states)
+        left = config.budget - step * batch
+        # of the batch's states, all rollouts' first ones come first; the last step may have a budget for some alone
+        place = torch.arange(last - first + 1)[:, None] * config.batch + processes.owned(config.batch)
+        paid = int((place < left).sum())
         weights = torch.ones_like(states.t)
         if config.timestep_weight == "tb":
             weights = L.balance_weights(states.t, states.t_next, config.noise_level)
             weights = weights / weights.mean()
-        seen: list[Tensor] = []
-        for start in range(0, min(left, len(states)), config.chunk):
-            some = states[slice(start, min(start + config.chunk, left))]
+        for start in range(0, paid, config.chunk):
+            some = states[slice(start, min(start + config.chunk, paid))]
             v, p, n = _contrast(model, some, pair, config)
             hinge = L.erase_loss(v, p, n, config.eta, config.margin)
-            seen.append(torch.stack((L.norm(v - p), L.norm(v - n), L.progress(v, p, n), (hinge > 0).float())).detach())
-            yield config.gamma * (weights[start : start + len(some)] * hinge).sum() / len(states)
-        means = torch.cat(seen, 1).mean(1).tolist()
-        log |= dict(zip(("d_plus", "d_minus", "lambda", "active"), means, strict=True))
+            for name, values in (("d_plus", L.norm(v - p)), ("d_minus", L.norm(v - n)),
+                                 ("lambda", L.progress(v, p, n)), ("active", hinge > 0)):  # fmt: skip
+                log.mean(name, values)
+            yield config.gamma * (weights[start : start + len(some)] * hinge).sum() / batch
 
     first, last = config.window
-    return Method(losses, config.batch * (last - first + 1))
+    batch = config.batch * (last - first + 1)  # states of a step, over all processes
+    return Method(losses, batch)
 
 
 def _contrast(model: Model, some: S.States, pair: Pair, config: EraseConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,11 +234,11 @@ def esd(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """ESD: one teacher state a rollout, regressed to negative guidance (section 3.1)."""
     null = model.encode([""])
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         pair = _pick(pairs, generator)
         at = S.single(model, pair.target, config, generator)
         v, u, n = _contrast(model, at, Pair("", pair.target, null), config)
-        yield L.square_loss(v, L.esd_target(n, u, config.eta))
+        yield S.share(config) * L.square_loss(v, L.esd_target(n, u, config.eta))
 
     return Method(losses, config.batch)
 
@@ -236,22 +248,27 @@ def concept_ablation(model: Model, config: EraseConfig, pairs: list[Pair]) -> Me
     generator = step_generator(config.seed, 0, stream=3)
     images = []
     with model.reference():
-        images = [[S.roll(model, pair.anchor, config, generator).last for _ in range(4)] for pair in pairs]
+        images = [
+            [processes.gather(S.roll(model, pair.anchor, config, generator).last) for _ in range(4)] for pair in pairs
+        ]
     bank = {id(pair): torch.cat(part) for pair, part in zip(pairs, images, strict=True)}
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         pair = _pick(pairs, generator)
         x_0 = bank[id(pair)]
         x_0 = x_0[torch.randint(len(x_0), (config.batch,), generator=generator)]
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
         t = S.uniform_times(model, len(x_0), generator).to(x_0)
+        own = processes.owned(config.batch)
+        x_0, eps, t = x_0[own], eps[own], t[own]
         x_t = noised(model.path, x_0, eps, t)
         with torch.no_grad():  # the moving target is the current network, as released
             goal = _field(model, x_t, t, pair.anchor, config)
-        yield L.square_loss(_field(model, x_t, t, pair.target, config), goal)
+        yield S.share(config) * L.square_loss(_field(model, x_t, t, pair.target, config), goal)
         if config.prior:
             output = _field(model, x_t, t, pair.anchor, config)
-            yield config.prior * L.square_loss(output, eps - x_0 if isinstance(model.path, RectifiedFlow) else eps)
+            truth = eps - x_0 if isinstance(model.path, RectifiedFlow) else eps
+            yield S.share(config) * config.prior * L.square_loss(output, truth)
 
     return Method(losses, config.batch)
 
@@ -265,23 +282,26 @@ def eraseflow(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
         step = flow_sde_step(pred, t_next, config.noise_level, grid[1])
         return step.log_prob(after) / after[0].numel()
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         pair = _pick(pairs, generator)
-        x = model.noise(config.batch, generator)
+        own = processes.owned(config.batch)
+        x = model.noise(config.batch, generator)[own]
         states, on_anchor = [x], []
         with torch.no_grad():
             for t, t_next in zip(grid[:-1], grid[1:], strict=True):
                 pred = model.predict(x, t, pair.anchor, config.rollout_guidance)
-                x = gaussian_step("flow-sde", pred, t_next, config.noise_level, grid[1]).sample(generator)
+                after = gaussian_step("flow-sde", pred, t_next, config.noise_level, grid[1])
+                noise = torch.randn(config.batch, *x.shape[1:], generator=generator, dtype=x.dtype)[own]
+                x = after.mean + after.deviation * noise.to(x)
                 on_anchor.append(log_prob(pred, x, t_next))
                 states.append(x)
         on_target = []
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
             pred = model.predict(states[k], t, pair.target, config.rollout_guidance)  # as the anchor's, to cancel
             on_target.append(log_prob(pred, states[k + 1], t_next))
-        loss = L.flow_balance(torch.stack(on_target), torch.stack(on_anchor), log_z, config.beta).mean()
+        loss = L.flow_balance(torch.stack(on_target), torch.stack(on_anchor), log_z, config.beta)
         log["log_z"] = log_z.item()
-        yield loss
+        yield loss.sum() / config.batch
 
     return Method(losses, config.batch * config.steps, {"eraseflow.log_z": log_z})
 
@@ -303,7 +323,7 @@ def eraseanything(model: Model, config: EraseConfig, pairs: list[Pair]) -> Metho
             velocity = _field(model, states.x, states.t, model.encode([prompt]), config)
         return maps[0][:, 0, :, words].mean(-1), [velocity, maps[0]]
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         which = int(torch.randint(len(pairs), (1,), generator=generator))
         pair = pairs[which]
         at = S.single(model, pair.target, config, generator)
@@ -314,14 +334,17 @@ def eraseanything(model: Model, config: EraseConfig, pairs: list[Pair]) -> Metho
             _, (v, maps) = column(names[which], at)
             words = word_positions(model, [names[which]])[0]
             # the released negative guidance from the anchor sentence: u - eta (n - u)
-            yield L.square_loss(v, u - config.eta * (n - u)) + config.attention_weight * L.attention_loss(maps, words)
+            erased = L.square_loss(v, u - config.eta * (n - u))
+            yield S.share(config) * (erased + config.attention_weight * L.attention_loss(maps, words))
         else:
-            some = kept[torch.randint(len(kept.t), (config.batch,), generator=generator)]
+            picked = torch.randint(len(kept), (config.batch,), generator=generator)
+            some = kept[picked[processes.owned(config.batch)]].to(model.device)
             output = _field(model, some.x, some.t, some.condition, config)
-            yield config.preserve_weight * L.square_loss(output, some.field)
+            yield S.share(config) * config.preserve_weight * L.square_loss(output, some.field)
             synonym = column((config.synonyms or (names[which],))[0], at)[0]
             others = torch.stack([column(word, at)[0] for word in irrelevant])
-            yield config.preserve_weight * L.contrast_loss(synonym, column(names[which], at)[0], others)
+            contrast = L.contrast_loss(synonym, column(names[which], at)[0], others)
+            yield S.share(config) * config.preserve_weight * contrast
 
     return Method(losses, config.batch)
 

@@ -28,7 +28,7 @@ from fieldsmith.models.variance_head import LAST, with_variance_head
 from fieldsmith.paths import VariancePreserving, noised, snr
 from fieldsmith.preflight import Check
 from fieldsmith.samplers import range_log_variance, single_step
-from fieldsmith.training import Fit, optimisation_of, step_generator
+from fieldsmith.training import Fit, Log, optimisation_of, step_generator
 from fieldsmith.verb import Job
 
 POOL = 20_000  # images drawn from a world for training
@@ -54,7 +54,6 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
 
     Raises InputError where model, method, data and judge do not go together, before anything is trained.
     """
-    processes.check_share(config.batch, "batch")
     check_path(model)
     if inputs.states is None:
         preflight.check_sampled(model, config.sampler_steps)
@@ -77,22 +76,23 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     parameters = trained.trainable()
     shares: list[float] = []  # of the term's gradient, as it was measured now and then
 
-    def losses(at: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(at: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         loss = step(step.draw(generator), generator, log)
         if loss.term is not None:
-            log["term"] = loss.term.item()
+            log.count("term", loss.term.item())
             if at % config.share_every == 0:
                 shares.append(gradient_share(loss, list(parameters.values())))
                 if math.isfinite(shares[-1]):  # not where the term is all there is
                     log["gradient share"] = shares[-1]
         yield loss.total
         if config.l2:
-            yield config.l2 / 2 * sum((p.square().sum() for p in parameters.values()), torch.zeros(()))
+            squares = sum((p.square().sum() for p in parameters.values()), torch.zeros(()))
+            yield config.l2 / 2 / processes.count() * squares
 
     def checks(resumes: bool) -> list[Check]:
         """On one step's worth, thrown away: every trained layer is reached; the term's share of the gradient."""
         generator = step_generator(config.seed, 0, stream=14)
-        loss = step(step.draw(generator), generator, {})
+        loss = step(step.draw(generator), generator, Log())
         if loss.term is not None:
             shares.append(gradient_share(loss, list(parameters.values())))
         reached = [] if config.train == "head" else preflight.gradients(trained, loss.total)
@@ -185,7 +185,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Terms:
-    """What every method minimises, and what this one adds (None: nothing)."""
+    """This process's part of what every method minimises, and of what this one adds (None: nothing)."""
 
     base: Tensor
     term: Tensor | None
@@ -226,7 +226,8 @@ class Step:
         x_t = noised(self.path, x_0, shaken, t.to(x_0))
         if self.config.method == "neighbours":
             return self._among_neighbours(x_0, x_t, t, generator)
-        return Rows(x_0, x_t, t, eps)
+        own = processes.owned(n)
+        return Rows(x_0[own], x_t[own], t[own], eps[own])
 
     def _among_neighbours(self, x_0: Tensor, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Rows:
         """Targets that are posterior means over a bank, at data's states and at states between two of them."""
@@ -238,18 +239,24 @@ class Step:
             mix = torch.rand(off, *(1,) * (x_0.ndim - 1), generator=generator).to(x_0)
             alpha = self.path.alpha(t[:off]).to(x_0).reshape(mix.shape)
             x_t = torch.cat((x_t[:off] + mix * alpha * (other - x_0[:off]), x_t[off:]))
+        own = processes.owned(n)
+        x_0, x_t, t = x_0[own], x_t[own], t[own]
         alpha, sigma = self.path.alpha(t).to(x_t), self.path.sigma(t).to(x_t)
         return Rows(x_0, x_t, t, terms.neighbours(x_t, alpha, sigma, bank))
 
-    def __call__(self, rows: Rows, generator: torch.Generator, log: dict[str, float]) -> Terms:
+    def _mean(self, values: Tensor, rows: int | None = None) -> Tensor:
+        """This process's part of the mean over a batch (or its first `rows`), (n,) -> ()."""
+        return values.sum() / (rows or self.config.batch)
+
+    def __call__(self, rows: Rows, generator: torch.Generator, log: Log) -> Terms:
         config = self.config
         pred = self.model.predict(rows.x_t, rows.t.to(rows.x_t), self.condition)
         eps_hat = pred.eps
         errors = terms.simple(eps_hat, rows.eps)
-        log["eps error"] = errors.mean().item()
+        log.mean("eps error", errors)
         if config.min_snr:
             errors = errors * (config.min_snr / snr(self.path, rows.t)).clamp(max=1).to(errors)
-        base = errors.mean()
+        base = self._mean(errors)
         term: Tensor | None = None
         if config.method in NEEDS_HEAD:
             log_variance = pred.log_variance if pred.fraction is None else None
@@ -259,15 +266,15 @@ class Step:
             if not bool(torch.isfinite(log_variance).all()):
                 raise RunError("the learned log-variance is no longer finite; lower the learning rate or the strength")
             if pred.fraction is not None:
-                log["fraction of the range"] = pred.fraction.mean().item()
+                log.mean("fraction of the range", pred.fraction)
             if config.method != "covariance":
-                bound = self._bound(rows, eps_hat.detach(), log_variance)
-                log["L_vb"] = bound.item()
+                bound = self._mean(self._bound(rows, eps_hat.detach(), log_variance))
+                log.count("L_vb", bound.item())
                 base = bound if config.train == "head" else base + bound * self.path.length / 1000
             if config.method == "variance-penalty":
                 sigma = self.path.sigma(rows.t).to(rows.x_t)
                 weight = terms.penalty_weight(config.strength, sigma, config.weight)
-                term = (weight * terms.variance_penalty(log_variance)).mean()
+                term = self._mean(weight * terms.variance_penalty(log_variance))
             if config.method == "covariance":
                 base = base * 0 if config.train == "head" else base
                 term = config.strength * self._covariance(rows, log_variance, generator)
@@ -276,7 +283,7 @@ class Step:
         return Terms(base, term)
 
     def _bound(self, rows: Rows, eps_hat: Tensor, log_variance: Tensor) -> Tensor:
-        """L_vb of each row's single reverse step, bits per dimension."""
+        """L_vb of each row's single reverse step, bits per dimension, (n,)."""
         t = rows.t
         t_next = (t - 1 / self.path.length).clamp(min=0)
         sigma2, beta = self.path.sigma(t) ** 2, self.path.beta(t, t_next)
@@ -290,16 +297,22 @@ class Step:
         if bool(last.any()):
             at_data = terms.discretised_bound if self.images else terms.density_bound
             bound = torch.where(last.to(bound.device), at_data(rows.x_0, mean, log_variance), bound)
-        return bound.mean()
+        return bound
 
-    def _probed(self, rows: Rows) -> slice:
-        """The rows at which a Jacobian is asked: the first, since rows come in random order."""
-        return slice(0, max(1, round(self.config.probes * len(rows.t))))
+    def _probed(self) -> tuple[int, Tensor]:
+        """How many rows of a batch are asked for a Jacobian: the first, since rows come in random order; which of this
+        process's rows are among them, as places in the batch."""
+        n = max(1, round(self.config.probes * self.config.batch))
+        own = processes.owned(self.config.batch)
+        return n, own[own < n]
 
     def _jacobian(self, rows: Rows, generator: torch.Generator) -> Tensor:
-        part = self._probed(rows)
+        n, own = self._probed()
+        part = slice(0, len(own))
         x_t, t = rows.x_t[part], rows.t[part].to(rows.x_t)
-        probe = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype).to(x_t)
+        probe = torch.randn(n, *x_t.shape[1:], generator=generator, dtype=x_t.dtype)[own].to(x_t)
+        if not len(own):
+            return x_t.sum()  # 0: another process has the rows
         if self.config.method == "jacobian-match":
             probe = probe / _wide(probe.flatten(1).norm(dim=1), x_t)
         found = jvp(lambda x: self.model.predict(x, t, self.condition).eps, x_t, probe)
@@ -307,13 +320,16 @@ class Step:
         along = -sigma * found.along
         if self.config.method == "jacobian-match":
             residual = (rows.eps[part] - found.value).detach()
-            return terms.jacobian_match(along, probe, residual).mean()
-        return terms.jacobian_floor(along if self.config.kind == "normalised" else along / sigma**2).mean()
+            return self._mean(terms.jacobian_match(along, probe, residual), n)
+        return self._mean(terms.jacobian_floor(along if self.config.kind == "normalised" else along / sigma**2), n)
 
     def _covariance(self, rows: Rows, log_variance: Tensor, generator: torch.Generator) -> Tensor:
-        part = self._probed(rows)
+        n, own = self._probed()
+        part = slice(0, len(own))
         x_t, t = rows.x_t[part], rows.t[part]
-        probe = rademacher(x_t, generator)
+        probe = rademacher(x_t.new_empty(n, *x_t.shape[1:]), generator)[own]
+        if not len(own):
+            return x_t.sum()  # 0: another process has the rows
         with torch.no_grad():
             along = jvp(lambda x: self.model.predict(x, t.to(x), self.condition).eps, x_t, probe).along
         along = -_wide(self.path.sigma(t), x_t) * along
@@ -323,7 +339,7 @@ class Step:
         low = single_step(self.path, t).low
         levels = (level.to(x_t) for level in (low, c, self.path.alpha(t), sigma))
         curvature = terms.implied_curvature(log_variance[part], *levels)
-        return terms.covariance_match(curvature, along, probe).mean()
+        return self._mean(terms.covariance_match(curvature, along, probe), n)
 
 
 def _wide(t: Tensor, like: Tensor) -> Tensor:
@@ -336,8 +352,17 @@ def gradient_share(loss: Terms, parameters: list[Tensor]) -> float:
         return 0.0
     norms = []
     for part in (loss.term, loss.base):
-        grads = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-        norms.append(math.sqrt(sum(float(processes.mean(g).square().sum()) for g in grads if g is not None)))
+        here = part.requires_grad  # not where another process has the probed rows
+        grads = (
+            torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+            if here
+            else [None] * len(parameters)
+        )
+        # a process without a probed row has no gradient of the term, but takes part in the sum
+        whole = (
+            processes.total(torch.zeros_like(p) if g is None else g) for p, g in zip(parameters, grads, strict=True)
+        )
+        norms.append(math.sqrt(sum(float(g.square().sum()) for g in whole)))
     return norms[0] / norms[1] if norms[1] else math.inf
 
 
