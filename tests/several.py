@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -60,7 +61,7 @@ def erase(run: Run, **settings: Any) -> tuple[Model, int]:
     model = flux()
     config = EraseConfig(**{
         "targets": ("red circle",), "anchors": ("blue square",), "steps": 3, "window": (0, 2), "batch": 3, "budget": 18,
-        "rank": 2, "chunk": 4, "rollout_guidance": 2.0, "dropout": 0.0, "retain": 0.1, **settings,
+        "rank": 2, "chunk": 4, "rollout_guidance": 2.0, "dropout": 0.0, **settings,
     })  # fmt: skip
     with model.count_nfe() as nfe:
         trained.erase(model, config, run)
@@ -126,6 +127,7 @@ def sharpen(run: Run, **settings: Any) -> tuple[Model, int]:
 
 VERBS: dict[str, Callable[[Run], tuple[Model, int]]] = {
     "erase": erase,
+    "erase, retain": lambda run: erase(run, retain=0.1),
     "align, zeroth order": lambda run: align(run, estimator="reverse-noise", kl=0.1),
     "align, branches": lambda run: align(run, rollout="branches", branches=(2, 0, 0), group_by="root", anchor=0.1),
     "align, nft": lambda run: align(run, estimator="nft", rollout="ode"),
@@ -158,6 +160,11 @@ def main(out: pathlib.Path, some: tuple[str, ...]) -> None:
         torch.set_default_dtype(torch.float64)
     processes.begin()
     found: dict[str, Any] = {"processes": processes.count(), "sharded": processes.sharded()}
+    if "CUT" in os.environ:  # as if it were interrupted after the first step
+        whole = verb.fit
+        verb.fit = lambda parameters, losses, optimisation, *rest: whole(
+            parameters, losses, dataclasses.replace(optimisation, steps=1), *rest
+        )
     shared = pathlib.Path(os.environ.get("RUNS", tempfile.mkdtemp()))
     for name in some:
         run = Run(shared / name.replace(", ", "-"), name, {"name": name})

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fieldsmith.errors import InputError, RunError
@@ -19,7 +18,7 @@ from fieldsmith.methods.erase.step import Projected
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.run import Run
-from tests.trained import erase
+from tests.trained import erase, weights_in
 
 QUICK = EraseConfig(
     targets=("red circle",), anchors=("blue circle",), steps=6, window=(1, 3), budget=6, rollout_guidance=1.0,
@@ -322,7 +321,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_and_its_checkpoint_loads(model, tm
     with pytest.raises(RunError, match="loss became nan at step 12"):
         erase(model, config, Run(tmp_path / "run", "erase", config))
     (last,) = (tmp_path / "run" / "checkpoints").iterdir()
-    kept = load_file(last / "weights.safetensors")
+    kept = weights_in(last)
     assert last.name == "step-00000012"
     assert kept.keys() == model.trainable().keys()
     assert all(torch.isfinite(p).all() for p in [*kept.values(), *model.trainable().values()])

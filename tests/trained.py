@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fieldsmith import rewards, verb
+from fieldsmith import rewards, training, verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.align.verb import ALIGN
@@ -52,3 +54,9 @@ def distill(
 
 def sharpen(model: Model, states: Tensor, config: SharpenConfig, run: Run | None = None) -> tuple[Job, Trained]:
     return verb.train(SHARPEN, model, config, SharpenInputs(states=states), run)
+
+
+def weights_in(checkpoint: pathlib.Path) -> dict[str, Tensor]:
+    """The parameters that a checkpoint of one process holds, by name."""
+    stored = load_file(checkpoint / training.FILE)
+    return {name.removeprefix("weights/"): part for name, part in stored.items() if name.startswith("weights/")}

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +101,8 @@ def exchange(value: Any, error: Exception | None = None) -> list[Any]:
     import torch
 
     given: list[Any] = [None] * count()
-    try:
+    with _others_here():
         torch.distributed.all_gather_object(given, (None if error is None else (type(error), str(error)), value))
-    except RuntimeError as gone:
-        lost = RunError("another process of this run is gone. The last good checkpoint stays")
-        lost.known = True  # type: ignore[attr-defined]
-        raise lost from gone
     for place, (failure, _) in enumerate(given):
         if failure is not None:
             kind, sentence = failure
@@ -114,6 +110,16 @@ def exchange(value: Any, error: Exception | None = None) -> list[Any]:
             raised.known = True
             raise raised
     return [value for _, value in given]
+
+
+@contextlib.contextmanager
+def _others_here() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as gone:  # what gloo and NCCL raise where a process has died
+        lost = RunError("another process of this run is gone. The last good checkpoint stays")
+        lost.known = True  # type: ignore[attr-defined]
+        raise lost from gone
 
 
 @contextlib.contextmanager
@@ -125,8 +131,11 @@ def together() -> Iterator[None]:
     try:
         yield
     except (InputError, RunError) as error:
-        if count() > 1 and not sharded() and not getattr(error, "known", False):
-            exchange(None, error)
+        if count() > 1 and not getattr(error, "known", False):
+            if not sharded():
+                exchange(None, error)
+            elif not is_main():
+                print(f"fieldsmith: {error}", file=sys.__stderr__)
         raise
 
 
@@ -169,7 +178,8 @@ def total(tensor: Tensor) -> Tensor:
     import torch
 
     summed = tensor.clone() if tensor.device == device() else tensor.to(device())  # where processes reach each other
-    torch.distributed.all_reduce(summed)
+    with _others_here():
+        torch.distributed.all_reduce(summed)
     return summed.to(tensor.device)
 
 
@@ -213,7 +223,6 @@ def check_groups(groups: int, what: str) -> None:
         )
 
 
-@functools.cache
 def mixed_precision() -> Any:
     """The type that the network computes in while it trains, or None for that of its weights: bf16 on GPUs."""
     import torch

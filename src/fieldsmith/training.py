@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -199,17 +200,18 @@ def _gradient(
         log.count("loss", total)
         log.join()
     processes.add_gradients(params)
-    norm = _clip([p.grad for p in params if p.grad is not None], optimisation.clip)
+    norm = _clip(params, optimisation.clip)
     if not math.isfinite(norm):
         raise RunError(f"the gradient became {norm} at step {step}; lower the learning rate ({optimisation.lr:g})")
     log["gradient_norm"] = norm
     return log
 
 
-def _clip(grads: list[Tensor], largest: float | None) -> float:
+def _clip(params: list[Tensor], largest: float | None) -> float:
     """Scale gradients down to a norm of at most `largest`; the norm that they had."""
-    kinds = [[g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]]
-    norms = [processes.full(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    given = [p for p in params if p.grad is not None]
+    kinds = [[p for p in given if isinstance(p, DTensor)], [p for p in given if not isinstance(p, DTensor)]]
+    norms = [processes.full(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
     for kind in kinds:
         if kind and largest is not None:
@@ -313,7 +315,9 @@ def _resume(
                 place = torch.device("cpu") if of == "step" and not optimizer.defaults.get("fused") else p.device
                 optimizer.state[p][of] = torch.zeros(size, dtype=dtype, device=place)
         wanted = _tensors(parameters, optimizer, ema)
-        dcp.load(wanted, storage_reader=reader, no_dist=not processes.sharded())
+        with warnings.catch_warnings():  # that one process reads alone is meant
+            warnings.simplefilter("ignore")
+            dcp.load(wanted, storage_reader=reader, no_dist=not processes.sharded())
     processes.wait()  # all have read the history
     run.rewind(state["done"])
     return state["done"], state["stopped"]

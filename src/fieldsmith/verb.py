@@ -7,6 +7,7 @@ before and after, `report` compares the two. Everything else about a run is here
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec, Model, check_resolution
-from fieldsmith.models.memory import checkpoint_activations, offload
+from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.preflight import Check
 from fieldsmith.report.page import Page, Panel
 from fieldsmith.result import Result, save_samples
@@ -181,16 +183,20 @@ def train(
     began_plain = not model.trains
     with contextlib.ExitStack() as stack:
         nfe = stack.enter_context(model.count_nfe())
+        stack.enter_context(_mixed_precision(model))
         job = None
         try:
             with processes.together():
-                model.chunk = getattr(config, "chunk", None) or max(config.batch, model.chunk)
+                model.chunk = getattr(config, "chunk", None) or max(getattr(config, "batch", 1), model.chunk)
                 job = verb.prepare(model, config, inputs)
                 if job.model is not model:  # a student or a guide has a count of its own
                     nfe = stack.enter_context(job.model.count_nfe())
                     job.model.chunk = model.chunk
+                    stack.enter_context(_mixed_precision(job.model))
                 if config.checkpointing:
                     checkpoint_activations(job.model)
+                if config.compile:
+                    compile_blocks(job.model)
                 with job.model.uncounted():
                     preflight.require(job.checks(resumes), quiet)
                 processes.wait()  # nobody writes before all have passed
@@ -205,7 +211,7 @@ def train(
             run.begin()
         job.begin()
         carried: list[int] = []  # what an interrupted run had spent before this process took over
-        if callback:
+        if callback and processes.is_main():
             callback(0, {})
 
         def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
@@ -216,18 +222,48 @@ def train(
             log.count("nfe", carried[0] + nfe.total)
 
         def stop(done: int, log: dict[str, float]) -> str | None:
+            track(done - 1, log)
             # a user's function is called in one process, and all hear its reason
             said = callback(done, log) if callback and processes.is_main() else None
             reason = processes.exchange(said)[0] if callback else None
             return reason or (job.stop(done, log) if job.stop else None)
 
         prepared = nfe.total
+        track = stack.enter_context(tracked(verb, config, run))
         stack.enter_context(job.around())
         nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
         done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
         history = run.history() if run else []
         spent = int(history[-1]["nfe"]) if history else sum(processes.exchange(nfe.total))
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
+
+
+@contextlib.contextmanager
+def _mixed_precision(model: Model) -> Iterator[None]:
+    """Inside, the network computes in the type that the launcher names: bf16 on GPUs unless it says otherwise."""
+    before, model.precision = model.precision, processes.mixed_precision()
+    try:
+        yield
+    finally:
+        model.precision = before
+
+
+@contextlib.contextmanager
+def tracked(verb: Verb, config: Any, run: Run | None) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """What sends each step's log to the trackers that the config names, of accelerate."""
+    if config.log_with is None:
+        yield lambda step, log: None
+        return
+    folder = run.folder if run else pathlib.Path(".")
+    accelerator = Accelerator(log_with=config.log_with, project_dir=folder)
+    settings = {
+        name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in plain(config).items()
+    }
+    accelerator.init_trackers(f"fieldsmith-{verb.name}", config=settings)
+    try:
+        yield lambda step, log: accelerator.log(log, step=step)
+    finally:
+        accelerator.end_training()
 
 
 def attach(
@@ -261,6 +297,10 @@ def load_model(verb: Verb, config: Any) -> Model:
 def check_memory(verb: Verb, config: Any) -> None:
     """Raises InputError where the memory options do not fit what trains, or need a package that is not there."""
     optimizers.check(config.optimizer)
+    if config.log_with and importlib.util.find_spec(config.log_with) is None:
+        raise InputError(
+            f"log_with '{config.log_with}' is not installed; pip install {config.log_with}, or leave it out"
+        )
     if config.dtype == "bf16" and not verb.frozen(config):
         raise InputError(
             "dtype 'bf16' is for frozen weights, but this run trains full ones, which need float32; leave out --dtype, "

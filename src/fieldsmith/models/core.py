@@ -95,6 +95,7 @@ class Model(Trainable):
         super().__init__(pipeline, network, name)
         self._counters: list[Nfe] = []  # those that are open now
         self._chunk: int | None = None
+        self.precision: torch.dtype | None = None  # in which the network computes where it is not that of its weights
 
     @classmethod
     def of_folder(cls, pipeline: Any, name: str, resolution: int | None, folder: pathlib.Path | None) -> Model:
@@ -162,7 +163,9 @@ class Model(Trainable):
 
         Without gradients it is asked for at most `chunk` rows at once.
         """
-        output = self._by_chunks(self._forward, x_t, t, *condition)
+        lower = torch.autocast(self.device.type, self.precision) if self.precision else contextlib.nullcontext()
+        with lower:
+            output = self._by_chunks(self._forward, x_t, t, *condition)
         first = output[0] if isinstance(output, tuple) else output
         self.add_nfe(len(x_t) * (3 if first.requires_grad else 1))
         return output

@@ -39,6 +39,15 @@ def checkpoint_activations(model: Model) -> None:
     network.enable_gradient_checkpointing(again)
 
 
+def compile_blocks(model: Model) -> None:
+    """Compile each kind of block once, by torch.compile; what comes out stays the same to rounding."""
+    network = model.network
+    if getattr(network, "_repeated_blocks", None):
+        network.compile_repeated_blocks(dynamic=True)
+    else:
+        network.compile(dynamic=True)
+
+
 def offload(model: Model) -> list[str]:
     """Everything but the denoiser waits on the CPU: a part comes to the device when it is called, and goes back when
     the denoiser is called next, such as once prompts are encoded. The names of those parts; none on a CPU-only machine,

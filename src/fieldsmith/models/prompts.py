@@ -41,7 +41,7 @@ class Prompts:
     def __getitem__(self, rows: Tensor) -> Condition:
         """Prompts (n,) as n rows, on the model's device."""
         places, back = torch.unique(rows.cpu(), return_inverse=True)
-        different = self._rows(places.tolist())
+        different = self._rows(places.tolist() or [0])  # no rows have a shape, too
         condition = stack(different) if len(different) > 1 else different[0]
         parts = {name: part.to(self.model.device)[back] for name, part in condition.parts.items()}
         return Condition(parts)

@@ -5,8 +5,9 @@ In: a model, a configuration, a reward. Out: a Job for verb.py, the same for eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from fieldsmith.methods.align.collect import Batch, choose, collect, owned
 from fieldsmith.methods.align.config import FIRST_ORDER, AlignConfig
 from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.objectives import anchor_losses, transition_losses
-from fieldsmith.methods.policy.checks import on_policy
+from fieldsmith.methods.policy.checks import ratio_to_itself, rounding
 from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
@@ -75,24 +76,21 @@ class Updates:
     def __init__(self, context: AlignContext):
         self.context = context
         self.block = context.config.updates  # updates that share a collection
-        self.collections = Collections(context.model, partial(collect, context))
+        self.collections = Collections(context.model, self._collect)
+        dim = math.prod(context.model.latent_shape)
+        self.rounding = rounding(context.config.trust, context.config.clip, context.schedule, dim)
 
     def losses(self, step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         """The losses of one update, in chunks; this process's part of them."""
         context, config = self.context, self.context.config
         epoch, update = divmod(step, config.updates)
         batch = self.collections.at(epoch, log)
-        assert batch.teaches is not None
-        order = torch.randperm(len(batch.teaches), generator=step_generator(config.seed, epoch, stream=6))
-        rows = order.tensor_split(config.updates)[update]
-        if config.estimator in ("reverse-noise", "nft", "awm"):  # rows of advantage 0 teach nothing but staying
-            rows = rows if config.kl else rows[batch.teaches[rows]]
+        rows = self._rows(batch, epoch, update)
         if not len(rows):
             log["rows"] = 0.0
             yield torch.zeros(())
             return
-        own = here(batch.rollout.transitions, rows, len(batch.teaches))
-        for at, real in processes.chunks(own, config.chunk):
+        for at, real in self._chunks(batch, rows):
             losses = transition_losses(context, batch[at], log if real else Log())
             weight = real * batch.rollout.transitions.weight[at]
             yield (losses * weight.to(losses)).sum() / len(rows)
@@ -100,13 +98,61 @@ class Updates:
         if config.anchor and context.plan.has_ode_states:
             yield from anchor_losses(context, states, len(rows), generator)
 
+    def _rows(self, batch: Batch, epoch: int, update: int) -> Tensor:
+        """An update's rows, by their number over all processes."""
+        config = self.context.config
+        assert batch.teaches is not None
+        order = torch.randperm(len(batch.teaches), generator=step_generator(config.seed, epoch, stream=6))
+        rows = order.tensor_split(config.updates)[update]
+        if config.estimator in ("reverse-noise", "nft", "awm"):  # rows of advantage 0 teach nothing but staying
+            rows = rows if config.kl else rows[batch.teaches[rows]]
+        return rows
+
+    def _chunks(self, batch: Batch, rows: Tensor) -> Iterator[tuple[Tensor, float]]:
+        assert batch.teaches is not None
+        own = here(batch.rollout.transitions, rows, len(batch.teaches))
+        return processes.chunks(own, self.context.config.chunk)
+
+    def _collect(self, epoch: int, log: Log) -> Batch:
+        batch = collect(self.context, epoch, log)
+        if self.context.config.estimator not in ("reverse-noise", "balance"):
+            return batch
+        if self.rounding.first is None:
+            self.rounding.first = self._ratio(batch)
+        if self.rounding.matters:
+            batch = self._again(batch, epoch)
+            if self.rounding.again is None:
+                self.rounding.again = self._ratio(batch)
+        return batch
+
+    @torch.no_grad()
+    def _again(self, batch: Batch, epoch: int) -> Batch:
+        """The old policy's outputs in the chunks that the losses will ask for."""
+        rollout, context = batch.rollout, self.context
+        output = rollout.transitions.output_old.clone()
+        for update in range(context.config.updates):
+            for at, real in self._chunks(batch, self._rows(batch, epoch, update)):
+                rows = rollout.transitions[at]
+                found = context.output(rows.x, rows.step, rows.prompt)
+                if real:
+                    output[at] = found.to(output)
+        return replace(batch, rollout=replace(rollout, transitions=replace(rollout.transitions, output_old=output)))
+
+    @torch.no_grad()
+    def _ratio(self, batch: Batch) -> float:
+        """To outputs in a chunk of the first update."""
+        context = self.context
+        with context.model.uncounted():
+            at, _ = next(self._chunks(batch, self._rows(batch, 0, 0)), (torch.arange(0), 0.0))
+            rows = batch.rollout.transitions[at].to(context.model.device)
+            output = context.output(rows.x, rows.step, rows.prompt) if len(at) else rows.output_old
+        return ratio_to_itself(output, rows, context.schedule)
+
     def checks(self) -> list[Check]:
         """Collection 0, which the first update uses, and the gradient of its rows of largest advantage."""
         context, config = self.context, self.context.config
         batch = self.collections.first()
-        checks = []
-        if config.estimator in ("reverse-noise", "balance"):
-            checks.append(self._on_policy(batch))
+        checks = self.rounding.checks() if self.rounding.first is not None else []
         if config.estimator in ("reverse-noise", "nft", "awm"):
             checks.append(_varies(context, batch))
         some = batch.advantage.abs().argsort(descending=True)[: config.chunk]
@@ -115,13 +161,6 @@ class Updates:
         for p in context.helper.parameters() if context.helper else ():
             p.grad = None
         return checks
-
-    @torch.no_grad()
-    def _on_policy(self, batch: Batch) -> Check:
-        context = self.context
-        some = torch.arange(min(len(batch.advantage), context.config.chunk))
-        rows = batch.rollout.transitions[some].to(context.model.device)
-        return on_policy(context.output(rows.x, rows.step, rows.prompt), rows, context.schedule)
 
 
 def _varies(context: AlignContext, batch: Batch) -> Check:

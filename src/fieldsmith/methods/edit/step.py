@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Collection, EditContext, Inputs
 from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import optimality
-from fieldsmith.methods.policy.checks import on_policy
+from fieldsmith.methods.policy.checks import Rounding, ratio_to_itself, rounding
 from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.rollouts import Transitions, here
 from fieldsmith.models.core import Model
@@ -46,11 +46,14 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     # as parameters without gradient, so that checkpoints hold them
     old = {f"old.{name}": p.detach().clone() for name, p in model.trainable().items()} if config.old != "fresh" else {}
     silent = 0  # collections in a row without a signal
+    noise = rounding(config.trust, config.clip, context.schedule, x.numel())
 
     def collect(epoch: int, log: Log) -> Batch:
         nonlocal silent
         with _swapped(model, old):
             batch = (rollout_batch if config.rolls else planned_batch)(context, epoch, log)
+            if config.objective == "grpo" and batch.everyone:
+                batch = _settled(context, batch, epoch, noise)
         if config.objective in ("nft", "grpo"):
             silent = 0 if batch.everyone else silent + 1
         return batch
@@ -60,8 +63,7 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         epoch, update = divmod(step, config.updates)
         batch = collections.at(epoch, log)
-        order = torch.randperm(batch.everyone, generator=step_generator(config.seed, epoch, stream=6))
-        rows = order.tensor_split(config.updates)[update]
+        rows = _rows(batch, config, epoch, update)
         yield torch.zeros(())
         if len(rows):
             for at, real in processes.chunks(here(batch.rows, rows, batch.everyone), config.chunk):
@@ -74,7 +76,7 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     def checks(resumes: bool) -> list[Check]:
         memory = preflight.memory(model, config.chunk)
         preflight.require([memory], quiet=True)  # before anything large runs
-        return [attached, *([] if resumes else _check_batch(context, collections.first())), memory]
+        return [attached, *([] if resumes else _check_batch(context, collections.first(), noise)), memory]
 
     def stop(done: int, log: dict[str, float]) -> str | None:
         if done % config.updates:
@@ -111,7 +113,47 @@ def check_memory(context: EditContext) -> None:
         )
 
 
-def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
+def _rows(batch: Batch, config: EditConfig, epoch: int, update: int) -> Tensor:
+    """An update's rows, by their number over all processes."""
+    order = torch.randperm(batch.everyone, generator=step_generator(config.seed, epoch, stream=6))
+    return order.tensor_split(config.updates)[update]
+
+
+@torch.no_grad()
+def _settled(context: EditContext, batch: Batch, epoch: int, noise: Rounding) -> Batch:
+    """The batch, with the old policy's outputs computed again in the losses' chunks where rounding matters."""
+    config, collection = context.config, batch.collection
+
+    def asked(at: Tensor) -> Tensor:
+        some = batch.rows[at]
+        return context.output(some.x, some.step, collection.condition(some.prompt), collection.source[some.prompt])
+
+    def chunks(update: int) -> list[tuple[Tensor, float]]:
+        rows = here(batch.rows, _rows(batch, config, epoch, update), batch.everyone)
+        return list(processes.chunks(rows, config.chunk))
+
+    def ratio() -> float:
+        with context.model.uncounted():
+            at = chunks(0)[0][0] if chunks(0) else torch.arange(0)
+            rows = batch.rows[at].to(context.model.device)
+            return ratio_to_itself(asked(at) if len(at) else rows.output_old, rows, context.schedule)
+
+    if noise.first is None:
+        noise.first = ratio()
+    if noise.matters:
+        output = batch.rows.output_old.clone()
+        for update in range(config.updates):
+            for at, real in chunks(update):
+                again = asked(at)
+                if real:
+                    output[at] = again.to(output)
+        batch = replace(batch, rows=replace(batch.rows, output_old=output))
+        if noise.again is None:
+            noise.again = ratio()
+    return batch
+
+
+def _check_batch(context: EditContext, batch: Batch, noise: Rounding) -> list[Check]:
     """Groups teach, the policy agrees with itself, and gradients are where they should be and nowhere else."""
     config, collection, rows = context.config, batch.collection, batch.rows
     checks = []
@@ -122,12 +164,7 @@ def _check_batch(context: EditContext, batch: Batch) -> list[Check]:
         if not batch.everyone:
             return checks  # there is no gradient to look at
     if config.objective == "grpo":
-        some = rows[torch.arange(min(len(rows), config.chunk))].to(context.model.device)
-        with torch.no_grad():
-            output = context.output(
-                some.x, some.step, collection.condition(some.prompt), collection.source[some.prompt]
-            )
-        checks.append(on_policy(output, some, context.schedule))
+        checks += noise.checks()
     if len(rows):
         most = batch.advantage[rows.prompt].abs().argsort(descending=True)[: config.chunk]
         loss = row_losses(context, batch, rows[most]).mean()
