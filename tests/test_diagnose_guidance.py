@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.tiny import unet_pipeline
 from fieldsmith.cli import main
 from fieldsmith.diagnoses.run import diagnose
 from fieldsmith.errors import InputError
@@ -25,7 +26,6 @@ from fieldsmith.measure.guidance import (
 )
 from fieldsmith.models import load
 from fieldsmith.models.branches import Branches
-from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 
 N, D = 400, 12

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline
 from torch import Tensor
 
+from experiments.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
@@ -18,7 +19,6 @@ from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.models.dit import DiT
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.samplers import ddim_step, euler, rollout
 

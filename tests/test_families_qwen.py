@@ -16,13 +16,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from torch import Tensor
 
+from experiments.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith import preflight
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec, stack
 from fieldsmith.models.editing import edit, encode_unique, quantised
 from fieldsmith.models.qwen_image_edit import _words
-from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.samplers import rollout
 
 MAKERS: dict[str, Any] = {

@@ -12,12 +12,12 @@ from conftest import WORDS
 from diffusers import FluxKontextPipeline
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.models.core import Condition, LoraSpec, stack
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith.samplers import rollout
 
 PROMPTS = ["a red square", "a blue circle", ""]

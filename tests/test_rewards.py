@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.tiny import word_tokenizer
 from fieldsmith import rewards
 from fieldsmith.errors import InputError, RewardError, RunError
-from fieldsmith.models.tiny import word_tokenizer
 from fieldsmith.rewards import Reward, load
 from fieldsmith.rewards.learned import FOLDER
 from fieldsmith.rewards.pretrained import CLIP_MEAN, CLIP_STD, linear_layers, preprocess

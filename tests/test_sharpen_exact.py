@@ -16,6 +16,7 @@ from experiments.oracles.pushforward import (
     smoothed_score_field,
     wide_linear,
 )
+from experiments.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.measure.hallucination import auroc, tpr_at
 from fieldsmith.measure.smoothness import (
     SharpestJacobian,
@@ -29,7 +30,6 @@ from fieldsmith.measure.smoothness import (
     window,
 )
 from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, trace, vjp
-from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.paths import Prediction, VariancePreserving, noised
 from fieldsmith.samplers import ancestral, ancestral_step, ddim_grid, variance_bounds
 from fieldsmith.worlds.mixtures import Mixture, isotropic, lattice, line

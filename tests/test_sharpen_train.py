@@ -21,6 +21,7 @@ from experiments.oracles.pushforward import (
     smoothed_score_field,
     wide_linear,
 )
+from experiments.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.sharpen import losses as terms
 from fieldsmith.methods.sharpen import sampling
@@ -31,7 +32,6 @@ from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
 from fieldsmith.models.exact import Exact
 from fieldsmith.models.shrink import shrink
-from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.models.unet import STATES_FILE, UNet
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised

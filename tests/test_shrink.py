@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from experiments.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
@@ -20,7 +21,6 @@ from fieldsmith.models.dit import DiT
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.selection import evenly
 from fieldsmith.models.shrink import FAMILIES, _candidates, _fields, _search, parameters, shrink
-from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 
 SCALES = (1.0, 2.0, 4.0)

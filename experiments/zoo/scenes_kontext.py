@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiments.tiny import kontext_pipeline
 from fieldsmith.measure.editing import scores
 from fieldsmith.measure.exposure import exposure
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Optimisation, fit

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline
 from fieldsmith.measure.detection import ask, right_by_group
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Optimisation, fit
