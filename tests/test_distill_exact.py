@@ -33,7 +33,7 @@ from fieldsmith.methods.distill.identifiability import (
     quadratic_form,
     unseen_error,
 )  # fmt: skip
-from fieldsmith.methods.distill.losses import anchored_target, feature_loss, pair_loss, row_loss, square, weighted
+from fieldsmith.methods.distill.losses import feature_loss, pair_loss, row_loss, square, weighted
 from fieldsmith.methods.distill.objectives import OBJECTIVES, Objective, objective_of
 from fieldsmith.paths import (
     Prediction,
@@ -234,6 +234,11 @@ def test_rows_of_one_branch_have_the_pairs_expectation_whatever_their_share(shar
     pair = pair_loss((s_c, s_u), (t_c, t_u), noise, **weights)
     torch.testing.assert_close(share * alone + (1 - share) * kept, pair)
     torch.testing.assert_close(row_loss(s_u, t_u, noise, yes, **weights), 1.7 * square(s_u, t_u))  # as rows fall
+
+
+def anchored_target(teacher: Tensor, noise: Tensor, imitation: float, anchor: float) -> Tensor:
+    """The one target that imitation and anchor add up to: their weighted mean (3.1)."""
+    return (imitation * teacher + anchor * noise) / (imitation + anchor)
 
 
 def test_imitation_and_anchor_are_one_target():

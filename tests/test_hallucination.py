@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from experiments.oracles.likelihood import feature_likelihood, fitted_log_variances
-from fieldsmith.measure.hallucination import (
-    auroc,
-    coverage,
-    detectable_difference,
-    hallucination,
-    threshold,
-    tpr_at,
-)
+from experiments.sharpen.hallucination import detectable_difference, hallucination, threshold
+from fieldsmith.measure.hallucination import auroc, coverage, tpr_at
 from fieldsmith.measure.intervals import wilson
 
 

@@ -23,11 +23,10 @@ from fieldsmith.measure.distances import (
     sliced_wasserstein,
     total_variation,
 )
-from fieldsmith.measure.intervals import Interval, bootstrap, from_json, mean_interval, paired_difference, share, wilson
+from fieldsmith.measure.intervals import Interval, bootstrap, mean_interval, paired_difference, share, wilson
 from fieldsmith.measure.progress import track
-from fieldsmith.measure.side_effects import Row, SideEffects, compare, field_drift, guidance_response, image_statistics
+from fieldsmith.measure.side_effects import Row, SideEffects, compare, image_statistics
 from fieldsmith.run import plain
-from fieldsmith.samplers import flow_grid
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, concepts, parse
 
 
@@ -69,8 +68,7 @@ def test_intervals_read_well() -> None:
 def test_one_value_alone_has_no_interval(one: Interval, short: str) -> None:
     assert one.n == 1 and one.short() == short and not one.excludes_zero
     assert one.to_json()["low"] is None and one.to_json()["high"] is None
-    again = from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)))
-    assert again.short() == short and plain(asdict(again)).keys() == {"value", "n", "unit"}
+    assert json.dumps(one.to_json(), allow_nan=False) and plain(asdict(one)).keys() == {"value", "n", "unit"}
 
 
 def test_mean_interval_is_students() -> None:
@@ -393,28 +391,3 @@ def test_compare_without_judge_or_groups() -> None:
     images = torch.rand(6, 3, 8, 8, generator=seeded())
     effects = compare(images, images, list("abcdef"), pixel_features(2), seeded())
     assert len(effects.rows) == 4 and effects.redraw is None and effects.kept
-
-
-@pytest.mark.parametrize("c", [0.0, 0.25, -0.5])
-def test_field_drift_of_a_scaled_field(c: float) -> None:
-    grid = flow_grid(6)
-    times, drift = field_drift(
-        lambda x, t: (1 + c) * (2 * x + t), lambda x, t: 2 * x + t, torch.randn(5, 4, 3, generator=seeded()), grid
-    )
-    assert torch.equal(times, grid[:-1])
-    torch.testing.assert_close(drift, torch.full((6,), abs(c)), atol=1e-5, rtol=1e-5)
-
-
-def test_field_drift_follows_the_reference() -> None:
-    """v_reference = 1 moves x from 0 by t - 1; a student that adds x is off by |x|."""
-    grid = torch.tensor([1.0, 0.5, 0.0])
-    _, drift = field_drift(lambda x, t: 1 + x, lambda x, t: torch.ones_like(x), torch.zeros(2, 3), grid)
-    assert drift.tolist() == pytest.approx([0, 0.5])
-    with pytest.raises(ValueError, match="no step"):
-        field_drift(lambda x, t: x, lambda x, t: x, torch.zeros(2, 3), grid[:1])
-
-
-def test_guidance_response(drawn) -> None:
-    images, prompts = drawn
-    found = guidance_response({1.0: images.flip(1), 4.0: images}, prompts, shapes_judge)
-    assert found[4.0]["colour right"].value > 0.98 > 0.6 > found[1.0]["colour right"].value

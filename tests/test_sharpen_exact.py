@@ -29,7 +29,7 @@ from fieldsmith.measure.smoothness import (
     profile,
     window,
 )
-from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, trace, vjp
+from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, vjp
 from fieldsmith.paths import Prediction, VariancePreserving, noised
 from fieldsmith.samplers import ancestral, ancestral_step, ddim_grid, variance_bounds
 from fieldsmith.worlds.mixtures import Mixture, isotropic, lattice, line
@@ -173,9 +173,7 @@ def test_power_iteration_is_exact_on_linear_maps():
     B, above = S + skew - skew.T, torch.full((5,), 5.0, dtype=torch.float64)
     lowest = least_eigenvalue(lambda y: y @ B.T, x, seeded(), above, iterations=60)
     torch.testing.assert_close(lowest, torch.full((5,), -3.0).double(), rtol=1e-6, atol=0)
-    traces = trace(lambda y: y @ S.T, generator(4000, 6), seeded())
-    error = float(traces.std()) / math.sqrt(4000)
-    assert abs(float(traces.mean()) - float(S.trace())) < 4 * error
+
 
 
 def test_power_iteration_finds_the_norm_of_the_lattices_jacobian():

@@ -21,6 +21,7 @@ from experiments.oracles.pushforward import (
     smoothed_score_field,
     wide_linear,
 )
+from experiments.sharpen.laplacian import laplacian
 from experiments.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.sharpen import losses as terms
@@ -734,11 +735,11 @@ def test_the_laplacian_is_taken_off(t):
     sigma2 = LINEAR.sigma(t).reshape(-1, 1) ** 2
     square, norm = formula(lambda x: x**2), formula(lambda x: x.square().sum(1, keepdim=True).expand(x.shape))
     linear = formula(lambda x: 3 * x + 1)
-    torch.testing.assert_close(sampling.laplacian(square, 0.0, seeded())(x, t).eps, x**2)
-    torch.testing.assert_close(sampling.laplacian(linear, 0.7, seeded())(x, t).eps, 3 * x + 1)
+    torch.testing.assert_close(laplacian(square, 0.0, seeded())(x, t).eps, x**2)
+    torch.testing.assert_close(laplacian(linear, 0.7, seeded())(x, t).eps, 3 * x + 1)
     for probes, reach in ((1, 0.5), (3, 0.1)):
         for field, of_each in ((square, 2), (norm, 2 * 4)):  # the sum of second derivatives over 4 coordinates
-            found = sampling.laplacian(field, 0.7, seeded(), probes, reach)(x, t)
+            found = laplacian(field, 0.7, seeded(), probes, reach)(x, t)
             torch.testing.assert_close(found.eps, field(x, t).eps - 0.7 * sigma2 * of_each, rtol=1e-6, atol=1e-9)
             assert found.kind == "eps" and found.x_t is x
 
@@ -775,18 +776,3 @@ def test_equal_seeds_draw_equal_images_and_cost_no_training():
     assert len({float(state.sum()) for state in first}) == 5 and nfe.total == 0
     stuck = sampling.draw(model, 5, 4, 1, formula(lambda x: 0 * x))
     assert not torch.equal(stuck, first)
-
-
-def test_only_unsuspicious_samples_are_kept_and_their_cost_is_told():
-    asked = []
-
-    def draw_scored(n: int, seed: int) -> sampling.Scored:
-        asked.append(seed)
-        states = generator(n, 1, seed=seed)
-        return sampling.Scored(states, states[:, 0].abs())
-
-    kept = sampling.kept_below(draw_scored, 1000, 0.5, seed=3)
-    assert kept.states.shape == (1000, 1) and float(kept.states.abs().max()) <= 0.5
-    assert asked == [3, 4, 5] and kept.cost == pytest.approx(1 / 0.383, rel=0.1)
-    with pytest.raises(ValueError, match=r"threshold=-1 lets 0 of 20 samples through; raise it"):
-        sampling.kept_below(draw_scored, 10, -1.0, seed=0, most=2)

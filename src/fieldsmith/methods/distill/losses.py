@@ -79,8 +79,3 @@ def weighted(losses: Tensor, weights: Tensor, by_batch: bool = False) -> Tensor:
     if by_batch:
         return (normalize(weights, p=1.0, dim=0) * losses).sum()
     return (weights * losses).mean()
-
-
-def anchored_target(teacher: Tensor, noise: Tensor, imitation: float, anchor: float) -> Tensor:
-    """The one target that imitation and anchor add up to: their weighted mean (DASH notes, 3.1)."""
-    return (imitation * teacher + anchor * noise) / (imitation + anchor)
