@@ -175,7 +175,6 @@ def test_power_iteration_is_exact_on_linear_maps():
     torch.testing.assert_close(lowest, torch.full((5,), -3.0).double(), rtol=1e-6, atol=0)
 
 
-
 def test_power_iteration_finds_the_norm_of_the_lattices_jacobian():
     mixture, t = lattice(), time(10)
     x = 3 * torch.rand(400, 2, generator=seeded(), dtype=torch.float64) - 1.5
