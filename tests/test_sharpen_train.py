@@ -761,7 +761,7 @@ def test_steering_goes_beyond_the_better_field_inside_its_window():
 
 
 def test_steering_away_from_a_smoother_score_empties_the_gaps():
-    axis, grid = [torch.linspace(-4, 5, 601, dtype=torch.float64)], last_steps(WIDE, 250)
+    axis, grid = [torch.linspace(-4, 5, 361, dtype=torch.float64)], last_steps(WIDE, 250)
     field, worse = (smoothed_score_field(line(), WIDE, h) for h in (0.04, 0.08))
     own, away = (gap_mass(push_forward(f, grid, axis), line()) for f in (field, sampling.steered(field, worse, 1.5)))
     assert own.between > 1e-6 and away.between < own.between / 2
