@@ -33,6 +33,7 @@ from fieldsmith.methods.policy.schedule import (
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.samplers import ddim_grid, flow_grid, gaussian_step, rollout
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
+from tests.drawn import f64, generator, seeded
 
 FLOW = RectifiedFlow()
 SD15 = VariancePreserving((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -42,20 +43,8 @@ TIMES = pytest.mark.parametrize("t", [0.05, 0.3, 0.8])
 POLICIES = ("ratio", "tempflow", "pcpo", "guard")
 
 
-def f64(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def at(t: float) -> Tensor:
     return torch.tensor(t, dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def gradient(loss, f: Tensor) -> Tensor:

@@ -27,13 +27,10 @@ from fieldsmith.measure.guidance import (
 from fieldsmith.models import load
 from fieldsmith.models.branches import Branches
 from fieldsmith.models.unet import UNet
+from tests.drawn import seeded
 
 N, D = 400, 12
 DIGITS = tuple(str(i) for i in range(10))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def drawn(seed: int, n: int = N) -> Tensor:

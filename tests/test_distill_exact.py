@@ -48,23 +48,12 @@ from fieldsmith.paths import (
 )  # fmt: skip
 from fieldsmith.samplers import ddim_grid, rollout
 from fieldsmith.worlds.mixtures import Mixture, isotropic
+from tests.drawn import f64, generator, seeded
 
 FLOW = RectifiedFlow()
 COSINE = VariancePreserving(DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
 PATHS = pytest.mark.parametrize("path", [FLOW, COSINE], ids=["flow", "vp"])
 GAUSS = 1 / math.sqrt(3)  # two nodes that integrate every quadratic
-
-
-def f64(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def of(name: str, **settings) -> Objective:

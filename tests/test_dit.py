@@ -21,12 +21,9 @@ from fieldsmith.models.dit import DiT
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.unet import UNet
 from fieldsmith.samplers import ddim_step, euler, rollout
+from tests.drawn import seeded
 
 LABELS = {0: "tench, Tinca tinca", 1: "cock", 2: "hen"}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny_dit(**options: Any) -> DiT:

@@ -42,13 +42,10 @@ from fieldsmith.models.families import FAMILIES
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.samplers import rollout
+from tests.drawn import seeded
 
 PROMPTS = ["a red square", "a blue circle", ""]
 SMALL: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def unet() -> UNet2DConditionModel:

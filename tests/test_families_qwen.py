@@ -24,6 +24,7 @@ from fieldsmith.models.core import Condition, LoraSpec, stack
 from fieldsmith.models.editing import edit, encode_unique, quantised
 from fieldsmith.models.qwen_image_edit import _words
 from fieldsmith.samplers import rollout
+from tests.drawn import seeded
 
 MAKERS: dict[str, Any] = {
     "flux2-klein": flux2_klein_pipeline,
@@ -52,10 +53,6 @@ def own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 32 * 32)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 32 * 32)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(n: int, height: int = 16, width: int | None = None, seed: int = 5) -> Tensor:

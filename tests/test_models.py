@@ -34,12 +34,9 @@ from fieldsmith.models.flux import Flux
 from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.unet import UNet
 from fieldsmith.samplers import ddim_step, rollout
+from tests.drawn import seeded
 
 PROMPTS = ["a red square", "a blue circle", ""]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny_flux() -> Flux:

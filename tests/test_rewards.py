@@ -23,14 +23,11 @@ from fieldsmith.rewards.learned import FOLDER
 from fieldsmith.rewards.pretrained import CLIP_MEAN, CLIP_STD, linear_layers, preprocess
 from fieldsmith.rewards.reward import check_images, score_batches, weighted
 from fieldsmith.worlds.shapes import PALETTE, ShapesWorld, caption, concepts
+from tests.drawn import seeded
 
 WORLD = ShapesWorld(32)
 WORDS = ("a", "red", "blue", "square", "circle")
 PROMPTS = ["a red square", "a blue circle", "a red circle"]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def drawn(copies: int = 5) -> tuple[Tensor, list[str]]:

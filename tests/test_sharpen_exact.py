@@ -33,18 +33,11 @@ from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, 
 from fieldsmith.paths import Prediction, VariancePreserving, noised
 from fieldsmith.samplers import ancestral, ancestral_step, ddim_grid, variance_bounds
 from fieldsmith.worlds.mixtures import Mixture, isotropic, lattice, line
+from tests.drawn import generator, seeded
 
 WIDE = wide_linear()
 AXIS = [torch.linspace(-5, 5.5, 841, dtype=torch.float64)]
 GRID = last_steps(WIDE, 300)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def time(index: int) -> Tensor:

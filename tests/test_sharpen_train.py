@@ -39,16 +39,13 @@ from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, nois
 from fieldsmith.run import Run
 from fieldsmith.samplers import ancestral_step, ddim_grid, flow_grid, variance_bounds
 from fieldsmith.worlds.mixtures import lattice, line
+from tests.drawn import seeded
 from tests.trained import sharpen
 
 LINEAR = VariancePreserving((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
 WIDE = wide_linear()
 SHORT = SharpenConfig(method="plain", steps=3, batch=8, warmup=1, bank=16, ema=0.5, share_every=2)
 LEARNABLE = tuple(method for method in METHODS if method != "guide")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def generator(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
