@@ -24,6 +24,8 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.tiny import flux_pipeline, kontext_pipeline
+from experiments.tiny_text import sd3_pipeline
 from fieldsmith import verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
@@ -39,8 +41,6 @@ from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.memory import checkpoint_activations
 from fieldsmith.models.sd3 import SD3
-from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
-from fieldsmith.models.tiny_text import sd3_pipeline
 from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
 

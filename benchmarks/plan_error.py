@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith import planning, verb
 from fieldsmith.config import Config
 from fieldsmith.methods.align.config import AlignConfig
@@ -31,7 +32,6 @@ from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
 from fieldsmith.models import load
 from fieldsmith.models.estimate_memory import measured
 from fieldsmith.models.meta_model import meta_model
-from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.planning import Judged, Scores
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld

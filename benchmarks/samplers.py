@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from experiments.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
+from experiments.tiny_edit import flux2_klein_pipeline, qwen_image_pipeline
+from experiments.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
-from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
-from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_pipeline
-from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.samplers import rollout
 
 WORDS = ("a", "red", "blue", "square", "circle")

@@ -25,7 +25,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A tiny random FluxPipeline, saved. Read only."""
-    from fieldsmith.models.tiny import flux_pipeline
+    from experiments.tiny import flux_pipeline
 
     folder = tmp_path_factory.mktemp("pipelines") / "flux"
     flux_pipeline(WORDS).save_pretrained(folder)
@@ -35,7 +35,7 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A tiny random class-conditional DDPMPipeline with three classes and a null class, saved. Read only."""
-    from fieldsmith.models.tiny import unet_pipeline
+    from experiments.tiny import unet_pipeline
     from fieldsmith.models.unet import UNet
 
     folder = tmp_path_factory.mktemp("pipelines") / "unet"
@@ -48,7 +48,7 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A zoo of tiny random pipelines under the zoo's own names, with its vocabularies and cards. Read only."""
     import json
 
-    from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
+    from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
     from fieldsmith.models.unet import UNet
     from fieldsmith.worlds import classes, scenes, shapes
 

@@ -20,6 +20,7 @@ from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec
 from fieldsmith.paths import guide
 from fieldsmith.samplers import rollout
+from tests.drawn import seeded
 
 PROMPTS = ["a red square", "a blue circle", ""]
 
@@ -35,10 +36,6 @@ class Tiny:
     raw: Callable[[Any, Tensor, Tensor, Condition], Tensor]  # the network as diffusers calls it: model, x, t, condition
     wrong_side: int  # that it cannot draw
     subset: str = "attention"
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def same(one: Tensor, two: Tensor) -> None:

@@ -20,6 +20,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import torch
 import trained
 
+from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith import processes, verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs
@@ -34,7 +35,6 @@ from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.rewards import Reward
 from fieldsmith.rewards.sessions import Exact

@@ -33,6 +33,7 @@ from fieldsmith.methods.policy.schedule import (
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.samplers import ddim_grid, flow_grid, gaussian_step, rollout
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
+from tests.drawn import f64, generator, seeded
 
 FLOW = RectifiedFlow()
 SD15 = VariancePreserving((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -42,20 +43,8 @@ TIMES = pytest.mark.parametrize("t", [0.05, 0.3, 0.8])
 POLICIES = ("ratio", "tempflow", "pcpo", "guard")
 
 
-def f64(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def at(t: float) -> Tensor:
     return torch.tensor(t, dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def gradient(loss, f: Tensor) -> Tensor:
@@ -829,14 +818,23 @@ def test_t14_no_scalar_depends_on_the_batch_that_it_is_used_in(order, many):
     whole = G.reverse_noise(advantage, noise, step, s)
     assert torch.equal(G.reverse_noise(advantage[chosen], noise[chosen], step[chosen], s), whole[chosen])
     t = s.times[step]
-    every = G.forward_noise(advantage, x_0, noise, t, -x_0, s)
-    some = G.forward_noise(advantage[chosen], x_0[chosen], noise[chosen], t[chosen], -x_0[chosen], s)
+    every = forward_noise(advantage, x_0, noise, t, -x_0, s)
+    some = forward_noise(advantage[chosen], x_0[chosen], noise[chosen], t[chosen], -x_0[chosen], s)
     assert torch.equal(some, every[chosen])
     short = schedule(SD15, s.times[10:13], "eps", "ddim", 1.0)  # nor on which other steps are in the grid
     assert torch.equal(short.sigma, s.sigma[10:12]) and torch.equal(short.push, s.push[10:12])
 
 
 # forward-process estimators (section 2.1)
+
+
+def forward_noise(optimality: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, old_x_0: Tensor, s: Schedule) -> Tensor:
+    """alpha / sigma^2 (2 r - 1) (x_0 - old x_0), (n, ...): one draw of grad E_old[2 r - 1 | x_t], re-noised.
+
+    Its mean is alpha / sigma^2 Cov(2 r - 1, x_0 | x_t), which NFT (times 1 / beta) and AWM (A for 2 r - 1) follow.
+    """
+    weight = s.path.alpha(t) / s.path.sigma(t) ** 2 * (2 * optimality - 1)
+    return L.over(weight, x_t) * (x_0 - old_x_0)
 
 
 @PATHS
@@ -855,7 +853,7 @@ def test_t9_nft_follows_the_forward_noise_estimate(path, kind):
     torch.testing.assert_close(loss(f) - loss(old), expansion)
     best = old - gradient(loss, old) / (2 * beta**2)  # of a quadratic: one Newton step
     assert float(gradient(loss, best).abs().max()) < 1e-10
-    psi_hat = G.forward_noise(r, x_0, x_t, t, Prediction(kind, old, x_t, t, path).x_0, s)
+    psi_hat = forward_noise(r, x_0, x_t, t, Prediction(kind, old, x_t, t, path).x_0, s)
     torch.testing.assert_close(L.over(s.kappa[step], best) * (best - old), psi_hat / beta)
 
 
@@ -867,7 +865,7 @@ def test_t9_awm_follows_the_forward_noise_estimate_with_the_advantage(path):
     t = s.times[step]
     x_t = noised(path, x_0, eps, t)
     push = -gradient(lambda f: L.awm_loss(f, old, s.target(x_0, eps, step), A, 0.1), old)  # 2 A (v* - v_old), a mean
-    psi_hat = G.forward_noise((A + 1) / 2, x_0, x_t, t, Prediction("velocity", old, x_t, t, path).x_0, s)
+    psi_hat = forward_noise((A + 1) / 2, x_0, x_t, t, Prediction("velocity", old, x_t, t, path).x_0, s)
     torch.testing.assert_close(L.over(s.kappa[step], push) * push * 3 / 2, psi_hat)
 
 
@@ -875,7 +873,7 @@ def test_the_forward_estimate_is_the_gradient_of_the_expected_reward():
     """alpha / sigma^2 Cov(2 r - 1, x_0 | x_t) = grad E[2 r - 1 | x_t], on O1 with r linear in x_0."""
     s, x, t, b = sd35(), generator(1, 3, seed=120), at(0.6), f64(0.3, -0.2, 0.1)
     x_0 = gaussian().given(x[0], t, FLOW).sample(200_000, seeded(121))
-    drawn = G.forward_noise((x_0 @ b + 1) / 2, x_0, x.expand_as(x_0), t.expand(len(x_0)), gaussian().x_0(x, t, FLOW), s)
+    drawn = forward_noise((x_0 @ b + 1) / 2, x_0, x.expand_as(x_0), t.expand(len(x_0)), gaussian().x_0(x, t, FLOW), s)
     error = drawn.std(0) / math.sqrt(len(drawn))
     assert bool(((drawn.mean(0) - jacobian(t, FLOW) * b).abs() < 4 * error).all())
 

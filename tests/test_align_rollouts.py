@@ -26,6 +26,7 @@ from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, euler, flow_grid, gaussian_step
 from fieldsmith.training import Log
 from fieldsmith.worlds.mixtures import triangle
+from tests.drawn import generator, seeded
 
 FLOW = RectifiedFlow()
 TOY = VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float64)).cumprod(0))
@@ -33,14 +34,6 @@ K = 6
 KINDS = ("sde", "ode", "branches", "tree")
 PATHS = pytest.mark.parametrize("path", [FLOW, TOY], ids=["flow", "vp"])
 LINEAR = Reward("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def steps_of(path, many: int = K) -> Schedule:

@@ -26,6 +26,7 @@ from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, flow_grid, gaussian_step
 from fieldsmith.training import Log
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
+from tests.drawn import seeded
 
 FLOW = RectifiedFlow()
 TOY = VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float64)).cumprod(0))
@@ -273,10 +274,6 @@ def measured(model: Exact) -> dict[str, float | list[float]]:
     )
     kl = L.gaussian_kl(rows.output_old.double(), base, setting.schedule.w[rows.step]).sum() / 4000
     return {"reward": float(REWARD.function(x, []).mean()), "modes": triangle().fractions(x).tolist(), "kl": float(kl)}
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.samplers import flow_grid
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
+from tests.drawn import seeded
 
 FLOW = RectifiedFlow()
 A = torch.tensor([0.6, -0.3, 0.2], dtype=torch.float64)  # a linear reward
@@ -49,10 +50,6 @@ def setting(
     """Memoryless steps (DDIM at eta 1) on an exact world, the reference policy."""
     config = AlignConfig(prompts=("a point",), steps=steps, sde="ddim", strength="jacobian", **more)
     return AlignContext.of(Exact(mixture, FLOW, flow_grid(steps)), config, Reward("its own", differentiable, function))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def one(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.tiny import kontext_pipeline
 from fieldsmith.cli import main
 from fieldsmith.diagnoses.exposure import Operation, by_operation, verdict_of, words_of
 from fieldsmith.measure.editing import Scores
@@ -18,7 +19,6 @@ from fieldsmith.measure.exposure import Exposure
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
-from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.worlds.scenes import OPERATIONS, VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import judge
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.tiny import unet_pipeline
 from fieldsmith.cli import main
 from fieldsmith.diagnoses.run import diagnose
 from fieldsmith.errors import InputError
@@ -25,15 +26,11 @@ from fieldsmith.measure.guidance import (
 )
 from fieldsmith.models import load
 from fieldsmith.models.branches import Branches
-from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
+from tests.drawn import seeded
 
 N, D = 400, 12
 DIGITS = tuple(str(i) for i in range(10))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def drawn(seed: int, n: int = N) -> Tensor:

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fieldsmith as fs
+from experiments.tiny import unet_pipeline
 from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
 from fieldsmith.errors import InputError
@@ -24,7 +25,6 @@ from fieldsmith.methods.distill.config import PRESETS, DistillConfig
 from fieldsmith.methods.distill.objectives import OBJECTIVES
 from fieldsmith.models import load
 from fieldsmith.models.shrink import shrink
-from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 
 DIGITS = "zoo:digits-unet"

@@ -33,7 +33,7 @@ from fieldsmith.methods.distill.identifiability import (
     quadratic_form,
     unseen_error,
 )  # fmt: skip
-from fieldsmith.methods.distill.losses import anchored_target, feature_loss, pair_loss, row_loss, square, weighted
+from fieldsmith.methods.distill.losses import feature_loss, pair_loss, row_loss, square, weighted
 from fieldsmith.methods.distill.objectives import OBJECTIVES, Objective, objective_of
 from fieldsmith.paths import (
     Prediction,
@@ -48,23 +48,12 @@ from fieldsmith.paths import (
 )  # fmt: skip
 from fieldsmith.samplers import ddim_grid, rollout
 from fieldsmith.worlds.mixtures import Mixture, isotropic
+from tests.drawn import f64, generator, seeded
 
 FLOW = RectifiedFlow()
 COSINE = VariancePreserving(DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
 PATHS = pytest.mark.parametrize("path", [FLOW, COSINE], ids=["flow", "vp"])
 GAUSS = 1 / math.sqrt(3)  # two nodes that integrate every quadratic
-
-
-def f64(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def of(name: str, **settings) -> Objective:
@@ -234,6 +223,11 @@ def test_rows_of_one_branch_have_the_pairs_expectation_whatever_their_share(shar
     pair = pair_loss((s_c, s_u), (t_c, t_u), noise, **weights)
     torch.testing.assert_close(share * alone + (1 - share) * kept, pair)
     torch.testing.assert_close(row_loss(s_u, t_u, noise, yes, **weights), 1.7 * square(s_u, t_u))  # as rows fall
+
+
+def anchored_target(teacher: Tensor, noise: Tensor, imitation: float, anchor: float) -> Tensor:
+    """The one target that imitation and anchor add up to: their weighted mean (3.1)."""
+    return (imitation * teacher + anchor * noise) / (imitation + anchor)
 
 
 def test_imitation_and_anchor_are_one_target():

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from experiments.tiny import unet_pipeline
 from fieldsmith import verb
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill import bank as banks
@@ -28,7 +29,6 @@ from fieldsmith.methods.distill.teacher import Feed, curriculum_for
 from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.shrink import shrink
-from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import noised
 from fieldsmith.run import Run

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline
 from torch import Tensor
 
+from experiments.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
@@ -18,15 +19,11 @@ from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.models.dit import DiT
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.samplers import ddim_step, euler, rollout
+from tests.drawn import seeded
 
 LABELS = {0: "tench, Tinca tinca", 1: "cock", 2: "hen"}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny_dit(**options: Any) -> DiT:

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 import fieldsmith
+from experiments.tiny import kontext_pipeline
 from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import kontext_pipeline
 from fieldsmith.report.grid import picture
 from fieldsmith.result import Result
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld

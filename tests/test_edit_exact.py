@@ -19,17 +19,10 @@ from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.schedule import schedule
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.samplers import Gaussian, flow_grid, gaussian_step
+from tests.drawn import f64, seeded
 
 AGGREGATES: tuple[credit.Aggregate, ...] = ("mean", "product", "geometric", "min", "prefix")
 CREDITS: tuple[credit.Credit, ...] = ("broadcast", "turn", "to-go")
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def scores(P: int = 3, G: int = 5, T: int = 4, seed: int = 0) -> Tensor:

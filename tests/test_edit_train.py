@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith import training
 from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.methods.edit import batch, rollouts
@@ -24,7 +25,6 @@ from fieldsmith.models.editing import edit as edited
 from fieldsmith.models.editing import encode_unique, quantised
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith.rewards.sessions import Exact, load
 from fieldsmith.run import Run
 from fieldsmith.verb import Trained

@@ -12,13 +12,10 @@ from fieldsmith.methods.erase import losses as L
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.samplers import flow_grid, flow_sde_step, rollout
 from fieldsmith.worlds.mixtures import square
+from tests.drawn import generator
 
 FLOW = RectifiedFlow()
 ETAS = pytest.mark.parametrize("eta", [0.5, 1.0, 2.0])
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def gradient(loss, v: Tensor) -> Tensor:

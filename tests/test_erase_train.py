@@ -18,6 +18,7 @@ from fieldsmith.methods.erase.step import Projected
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.run import Run
+from tests.drawn import seeded
 from tests.trained import erase, weights_in
 
 QUICK = EraseConfig(
@@ -30,10 +31,6 @@ TEXT = {"subset": "text-inputs", "full": True}  # what UCE edits
 @pytest.fixture
 def model(flux_folder: pathlib.Path) -> Model:
     return load(flux_folder)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from experiments.__main__ import main as experiment
 from experiments.distill.tables import Runs, cost_at_equal, shapley
 from experiments.pretrain import RECIPES
 from experiments.study import Claim, Records, Run, Stage, Study, StudyConfig, Tables, mean, run
+from experiments.zoo import scenes_kontext
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill import curriculum
 from fieldsmith.models import load
@@ -65,6 +66,17 @@ def test_a_teacher_may_leave_its_curriculum_to_its_students(tmp_path, capsys):
                         (["--label-dropout", "0"], "label_dropout=0")):  # fmt: skip
         assert experiment(["pretrain", "digits-unet", *flags, "--out", str(tmp_path / "x")]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_the_editors_recipe_writes_a_model_and_its_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes_kontext.write_card, "__defaults__", (8,))  # sessions
+    config = scenes_kontext.ScenesKontext(sessions=20, heads=1, vae_steps=2, steps=2)
+    scenes_kontext.train(config, tmp_path, "small")
+    assert load(str(tmp_path / "model")).family == "flux-kontext"
+    card = json.loads((tmp_path / "model" / "card.json").read_text())
+    scores = card["held-out sessions of 3 turns, dependency 0.7, 8 steps"]
+    assert card["world"] == "scenes" and [one["n"] for one in scores["overall"]] == [8, 8, 8]
+    assert "zoo:small" in (tmp_path / "model" / "README.md").read_text()
 
 
 def toy(done: list[str], folder: pathlib.Path, lr: float = 0.1) -> tuple[Study, StudyConfig]:

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from experiments.tiny import flux_pipeline, kontext_pipeline, word_tokenizer
 from fieldsmith.cli import main
 from fieldsmith.errors import InputError
 from fieldsmith.models import denoiser_of, export, load, load_adapter
@@ -40,15 +41,11 @@ from fieldsmith.models.export import Adapter, LowRank, adapter_in, exported, imp
 from fieldsmith.models.families import FAMILIES
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline, word_tokenizer
 from fieldsmith.samplers import rollout
+from tests.drawn import seeded
 
 PROMPTS = ["a red square", "a blue circle", ""]
 SMALL: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def unet() -> UNet2DConditionModel:

@@ -27,13 +27,13 @@ from parity import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline, unet_pipeline
+from experiments.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
-from fieldsmith.models.tiny import flux_pipeline, unet_pipeline
-from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.samplers import ancestral
 

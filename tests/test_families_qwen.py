@@ -16,14 +16,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from torch import Tensor
 
+from experiments.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith import preflight
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec, stack
 from fieldsmith.models.editing import edit, encode_unique, quantised
 from fieldsmith.models.qwen_image_edit import _words
-from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.samplers import rollout
+from tests.drawn import seeded
 
 MAKERS: dict[str, Any] = {
     "flux2-klein": flux2_klein_pipeline,
@@ -52,10 +53,6 @@ def own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 32 * 32)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 32 * 32)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(n: int, height: int = 16, width: int | None = None, seed: int = 5) -> Tensor:

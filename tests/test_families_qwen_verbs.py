@@ -10,13 +10,13 @@ import pytest
 from conftest import WORDS
 from torch import Tensor
 
+from experiments.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.models import load
 from fieldsmith.models.shrink import shrink
-from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 from tests.trained import edit, erase

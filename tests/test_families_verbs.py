@@ -12,6 +12,7 @@ from diffusers import PNDMScheduler
 from parity import apart, ours, seeded
 from torch import Tensor
 
+from experiments.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.erase import losses as L
@@ -22,7 +23,6 @@ from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.text_layers import attention_maps, text_inputs, word_positions
-from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.rewards import Reward
 from tests.trained import align, erase

@@ -18,6 +18,9 @@ import torch
 from conftest import WORDS
 from torch import Tensor
 
+from experiments.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
+from experiments.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
+from experiments.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.cli import main
 from fieldsmith.commands import arguments
 from fieldsmith.commands.families import markdown
@@ -41,9 +44,6 @@ from fieldsmith.models.qwen_image_edit import QwenImageEdit
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.text_layers import check_text_layers
-from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
-from fieldsmith.models.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
-from fieldsmith.models.tiny_text import sd3_pipeline, sd15_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward

@@ -12,19 +12,16 @@ from conftest import WORDS
 from diffusers import FluxKontextPipeline
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.models.core import Condition, LoraSpec, stack
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import flux_pipeline, kontext_pipeline
 from fieldsmith.samplers import rollout
+from tests.drawn import seeded
 
 PROMPTS = ["a red square", "a blue circle", ""]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(n: int, height: int, width: int | None = None) -> Tensor:

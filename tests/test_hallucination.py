@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 from experiments.oracles.likelihood import feature_likelihood, fitted_log_variances
-from fieldsmith.measure.hallucination import (
-    auroc,
-    coverage,
-    detectable_difference,
-    hallucination,
-    threshold,
-    tpr_at,
-)
+from experiments.sharpen.hallucination import detectable_difference, hallucination, threshold
+from fieldsmith.measure.hallucination import auroc, coverage, tpr_at
 from fieldsmith.measure.intervals import wilson
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.drawn import seeded
 
 
 def flagged(k: int, n: int) -> Tensor:

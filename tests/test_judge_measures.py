@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
+from experiments.edit.arms import coarse, lenient
 from fieldsmith.measure.intervals import Interval
-from fieldsmith.measure.judges import JudgeMeasures, coarse, lenient, measure_judge, recommend
+from fieldsmith.measure.judges import JudgeMeasures, measure_judge, recommend
 
 
 def draws(seed: int = 0) -> torch.Generator:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.oracles.chess import ChessWorld, classes, faults, fen_of
+from experiments.oracles.corruptions import corruptions_of
 from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.worlds import judged, own
 from fieldsmith.worlds.cards import CARDS, CardsWorld
@@ -31,7 +32,7 @@ def make(name: str, size: int) -> JudgedWorld:
     return ChessWorld(size) if name == "chess" else load(name, size)
 
 
-MUTATIONS = [(name, size, mutation) for name, size in WORLDS for mutation in make(name, size).mutations]
+MUTATIONS = [(name, size, mutation) for name, size in WORLDS for mutation in corruptions_of(make(name, size))]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,8 @@ def test_clean_images_pass_and_small_noise_is_forgiven(world, name, size):
 @pytest.mark.parametrize(("name", "size", "mutation"), MUTATIONS)
 def test_every_mutation_is_noticed(world, name, size, mutation):
     it = world(name, size)
-    images = it.mutations[mutation](few(size), 7)
-    assert torch.equal(images, it.mutations[mutation](few(size), 7))
+    images = corruptions_of(it)[mutation](few(size), 7)
+    assert torch.equal(images, corruptions_of(it)[mutation](few(size), 7))
     verdicts = it.judge(images)
     assert verdicts.valid.float().mean() <= 0.01, verdicts.valid.float().mean()
     for valid, reasons, content in zip(verdicts.valid.tolist(), verdicts.reasons, verdicts.contents, strict=True):
@@ -141,9 +142,9 @@ def test_cards_show_their_hand_and_held_out_hands_never_train(size):
     assert it.support + len(it.hands[1]) == 91_390
     assert len(it.hands[1]) / 91_390 == pytest.approx(0.1, abs=0.005)
     generator = judged.generator_of(5)
-    hands = it._draw_hands(100, generator)
+    hands = it.draw_hands(100, generator)
     assert it.judge(it.sample(100, 5)).contents == tuple(tuple(sorted(hand)) for hand in hands.tolist())
-    many = it._draw_hands(20_000, generator).sort(1).values.unique(dim=0).tolist()
+    many = it.draw_hands(20_000, generator).sort(1).values.unique(dim=0).tolist()
     assert not any(it.novel(tuple(hand)) for hand in many)
     assert all(it.novel(hand) for hand in it.judge(it.sample(100, 5, held_out=True)).contents)
     with pytest.raises(InputError, match="no hand of cards is held out"):
@@ -165,7 +166,7 @@ def test_the_reasons_of_cards_name_what_is_wrong(world):
         "wrong index": "index disagrees with pips",
         "scrambled quadrant": "unreadable pips",
     }.items():
-        reasons = it.judge(it.mutations[mutation](50, 1)).reasons
+        reasons = it.judge(corruptions_of(it)[mutation](50, 1)).reasons
         assert all(any(reason.startswith(word) for reason in output) for output in reasons), mutation
 
 
@@ -196,7 +197,7 @@ def test_the_reasons_of_chess_name_what_is_wrong(world):
         "pawn on the back rank": "pawns on backrank",
         "both sides in check": "opposite check",
     }.items():
-        reasons = it.judge(it.mutations[mutation](50, 1)).reasons
+        reasons = it.judge(corruptions_of(it)[mutation](50, 1)).reasons
         assert all(any(word in reason for reason in output) for output in reasons), mutation
     image = it.sample(1, 0)
     image[0, :, 32:40, 32:40] = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -245,7 +246,7 @@ def test_published_columns_miss_what_stands_beside_a_valid_shape(world):
         "wrong column beside a valid shape",
         "half eroded beside a valid shape",
     ):
-        images = it.mutations[mutation](300, 0)
+        images = corruptions_of(it)[mutation](300, 0)
         assert published_columns(images).all() and not it.judge(images).valid.any(), mutation
 
 
@@ -253,7 +254,7 @@ def test_published_cards_miss_colours_duplicates_and_noise(world):
     it = world("cards", 128)
     assert published_cards(it.sample(100, 0), it.tiles).all()
     for mutation, missed in (("duplicate card", 1), ("recoloured suit", 0.95), ("wrong index", 0.1)):
-        images = it.mutations[mutation](100, 0)
+        images = corruptions_of(it)[mutation](100, 0)
         assert published_cards(images, it.tiles).float().mean() >= missed, mutation
         assert not it.judge(images).valid.any()
 
@@ -290,7 +291,7 @@ def test_a_folder_is_drawn_from_and_every_sixth_image_held_out(folder):
     levels = {round(float(image[0].mean()) * 255) for image in it.sample(300, 0)}
     held = {round(float(image[0].mean()) * 255) for image in it.sample(300, 0, held_out=True)}
     assert held == {100, 220} and levels == {20 * i for i in range(13)} - held
-    assert it.support is None and it.mutations == {} and not it.novel(None)
+    assert it.support is None and not it.novel(None)
     assert torch.equal(it.sample(5, 1), mine(folder, "red").sample(5, 1))
 
 

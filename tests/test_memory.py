@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from experiments.tiny import flux_pipeline
 from fieldsmith import optimizers
 from fieldsmith.cli import main
 from fieldsmith.commands import verbs
@@ -19,7 +20,6 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
 from fieldsmith.models.memory import checkpoint_activations, offload
-from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.training import Optimisation, fit
 
 PAIR = ["--targets", "red circle", "--anchors", "blue circle"]

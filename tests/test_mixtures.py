@@ -10,18 +10,11 @@ from fieldsmith.errors import InputError
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.samplers import ddim_grid, flow_grid, rollout
 from fieldsmith.worlds.mixtures import NOWHERE, Mixture, isotropic, lattice, line, square, triangle
+from tests.drawn import f64, generator
 
 FLOW = RectifiedFlow()
 DDPM = VariancePreserving((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
 PATHS = pytest.mark.parametrize("path", [FLOW, DDPM], ids=["flow", "ddpm"])
-
-
-def f64(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def generator(n: int, d: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture

@@ -25,21 +25,18 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline, unet_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import LoraSpec, Model, check_resolution, stack
 from fieldsmith.models.families import FAMILIES
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.sd15 import SD15
-from fieldsmith.models.tiny import flux_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.samplers import ddim_step, rollout
+from tests.drawn import seeded
 
 PROMPTS = ["a red square", "a blue circle", ""]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny_flux() -> Flux:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, expand, guide, noised, snr
+from tests.drawn import f64
 
 FLOW = RectifiedFlow()
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
@@ -18,10 +19,6 @@ KINDS = ("velocity", "eps", "x_0", "v_prediction")
 paths = st.sampled_from([FLOW, DDPM])
 times = st.floats(0.001, 0.999)
 quick = settings(deadline=None, max_examples=60)
-
-
-def f64(*values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def time(value: float) -> Tensor:

@@ -15,22 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.tiny import word_tokenizer
 from fieldsmith import rewards
 from fieldsmith.errors import InputError, RewardError, RunError
-from fieldsmith.models.tiny import word_tokenizer
 from fieldsmith.rewards import Reward, load
 from fieldsmith.rewards.learned import FOLDER
 from fieldsmith.rewards.pretrained import CLIP_MEAN, CLIP_STD, linear_layers, preprocess
 from fieldsmith.rewards.reward import check_images, score_batches, weighted
 from fieldsmith.worlds.shapes import PALETTE, ShapesWorld, caption, concepts
+from tests.drawn import seeded
 
 WORLD = ShapesWorld(32)
 WORDS = ("a", "red", "blue", "square", "circle")
 PROMPTS = ["a red square", "a blue circle", "a red circle"]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def drawn(copies: int = 5) -> tuple[Tensor, list[str]]:

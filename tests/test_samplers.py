@@ -20,6 +20,7 @@ from fieldsmith.samplers import (
     rollout,
 )
 from fieldsmith.worlds.mixtures import isotropic
+from tests.drawn import seeded
 
 FLOW = RectifiedFlow()
 MEAN, DEVIATION = 1.0, 0.5  # of the one-dimensional Gaussian world below
@@ -28,10 +29,6 @@ SDES = ("flow-sde", "dance-sde", "cps", "ddim")
 
 def f64(value) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.worlds import scenes as S
 from fieldsmith.worlds.scenes import CELLS, OPERATIONS, Plan, Scene, SceneSessions, ScenesWorld, Thing, Turn
 from fieldsmith.worlds.scenes_judge import Channel, EditVerdicts, judge
+from tests.drawn import seeded
 
 WORLD = ScenesWorld(24)
 SHAPES, COLOURS, HUES = ("circle", "square", "triangle"), ("red", "green", "blue", "yellow"), tuple(S.GROUNDS)
@@ -23,10 +24,6 @@ PLAIN = {
     "wedges": "triangles", "crimson": "red", "emerald": "green", "azure": "blue", "golden": "yellow",
 }  # fmt: skip
 ALL = [(turns, dependency) for turns in (1, 2, 3, 4, 8) for dependency in (0.0, 0.5, 1.0)]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def quantised(images: Tensor) -> Tensor:

@@ -22,13 +22,10 @@ from fieldsmith.worlds.shapes import (
     concepts,
     parse,
 )
+from tests.drawn import seeded
 
 WORLDS = {size: ShapesWorld(size) for size in (16, 32)}  # each judge's bank is made once
 SIZES = pytest.mark.parametrize("size", [16, 32])
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def drawn(size: int, copies: int = 10, seed: int = 0) -> tuple[list[Concept], Tensor]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fieldsmith as fs
+from experiments.tiny import unet_pipeline
 from fieldsmith.cli import main
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
-from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 
 SHORT = ["--steps", "2", "--batch", "4", "--samples", "8", "--sampler-steps", "3"]

@@ -16,6 +16,7 @@ from experiments.oracles.pushforward import (
     smoothed_score_field,
     wide_linear,
 )
+from experiments.tiny import dit_pipeline, unet_pipeline
 from fieldsmith.measure.hallucination import auroc, tpr_at
 from fieldsmith.measure.smoothness import (
     SharpestJacobian,
@@ -28,23 +29,15 @@ from fieldsmith.measure.smoothness import (
     profile,
     window,
 )
-from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, trace, vjp
-from fieldsmith.models.tiny import dit_pipeline, unet_pipeline
+from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, spectral_norm, vjp
 from fieldsmith.paths import Prediction, VariancePreserving, noised
 from fieldsmith.samplers import ancestral, ancestral_step, ddim_grid, variance_bounds
 from fieldsmith.worlds.mixtures import Mixture, isotropic, lattice, line
+from tests.drawn import generator, seeded
 
 WIDE = wide_linear()
 AXIS = [torch.linspace(-5, 5.5, 841, dtype=torch.float64)]
 GRID = last_steps(WIDE, 300)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generator(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def time(index: int) -> Tensor:
@@ -173,9 +166,6 @@ def test_power_iteration_is_exact_on_linear_maps():
     B, above = S + skew - skew.T, torch.full((5,), 5.0, dtype=torch.float64)
     lowest = least_eigenvalue(lambda y: y @ B.T, x, seeded(), above, iterations=60)
     torch.testing.assert_close(lowest, torch.full((5,), -3.0).double(), rtol=1e-6, atol=0)
-    traces = trace(lambda y: y @ S.T, generator(4000, 6), seeded())
-    error = float(traces.std()) / math.sqrt(4000)
-    assert abs(float(traces.mean()) - float(S.trace())) < 4 * error
 
 
 def test_power_iteration_finds_the_norm_of_the_lattices_jacobian():
@@ -298,8 +288,8 @@ def test_the_push_forward_reproduces_the_notes_table():
             assert sorted(six.to_json()) == ["between", "deviations", "masses", "outside"]
 
 
-def test_the_push_forward_agrees_with_a_hundred_thousand_chains():
-    n, field = 100_000, smoothed_score_field(line(), WIDE, 0.12)
+def test_the_push_forward_agrees_with_thirty_thousand_chains():
+    n, field = 30_000, smoothed_score_field(line(), WIDE, 0.12)
     exactly = gap_mass(push_forward(field, GRID, AXIS), line())
     with torch.no_grad():
         made = ancestral(field, generator(n, 1, seed=3), GRID, seeded(4))
@@ -367,18 +357,14 @@ def ridge(field, index: int) -> float:
 
 
 def test_the_smoother_the_score_the_lower_its_ridge_and_the_more_it_leaks():
-    notes = {0.0: 7.3e-9, 0.02: 2.5e-7, 0.04: 4.9e-6, 0.08: 2.3e-4}
+    notes = {0.02: 2.5e-7, 0.04: 4.9e-6, 0.08: 2.3e-4}  # and 7.1e-9 at h=0, above
     # 3.8 at h=0.08 and t=5 in the notes, which the convolution below contradicts
     ridges = {0.0: (16.2, 8.2, 2.6), 0.02: (10.3, 7.0, 2.5), 0.04: (6.2, 5.3, 2.3), 0.08: (2.98, 3.0, 1.8)}
-    gaps, tops = [], []
-    for h, gap in notes.items():
+    for h, tops in ridges.items():
         field = smoothed_score_field(line(), WIDE, h)
-        gaps.append(gap_mass(push_forward(field, GRID, AXIS), line()).between)
-        assert gaps[-1] == pytest.approx(gap, rel=0.1)
-        tops.append(ridge(field, 5))
-        if h in ridges:
-            assert [ridge(field, index) for index in (5, 10, 20)] == pytest.approx(ridges[h], rel=0.03)
-    assert gaps == sorted(gaps) and tops == sorted(tops, reverse=True)
+        assert [ridge(field, index) for index in (5, 10, 20)] == pytest.approx(tops, rel=0.03)
+        if h in notes:
+            assert gap_mass(push_forward(field, GRID, AXIS), line()).between == pytest.approx(notes[h], rel=0.1)
 
 
 @pytest.mark.parametrize("index", [0, 5, 60, 299])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from experiments.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
@@ -20,8 +21,8 @@ from fieldsmith.models.dit import DiT
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.selection import evenly
 from fieldsmith.models.shrink import FAMILIES, _candidates, _fields, _search, parameters, shrink
-from fieldsmith.models.tiny import dit_pipeline, flux_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
+from tests.drawn import seeded
 
 SCALES = (1.0, 2.0, 4.0)
 CIFAR = {  # google/ddpm-cifar10-32, whose student DASH made
@@ -30,10 +31,6 @@ CIFAR = {  # google/ddpm-cifar10-32, whose student DASH made
     "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), "downsample_padding": 0,
     "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "attention_head_dim": None, "num_class_embeds": 11,
 }  # fmt: skip
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def unet(**options: Any) -> UNet:

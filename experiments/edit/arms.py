@@ -22,7 +22,6 @@ from fieldsmith import run, verb
 from fieldsmith.api import edit_inputs
 from fieldsmith.measure import editing
 from fieldsmith.measure.exposure import HELD_OUT, exposure, identity_drift
-from fieldsmith.measure.judges import coarse, lenient
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.models import load
@@ -97,6 +96,20 @@ ARMS: dict[str, Arm] = {
     "NFT, last turn": Arm("last-nft"),
     "NFT, product": Arm(changes={"aggregate": "product"}),
 }
+
+
+def lenient(scores: Tensor, generator: torch.Generator, a: float = 0.45, b: float = 0.5, s: float = 0.03) -> Tensor:
+    """A judge that does not reason: clip(a + b f + N(0, s^2), 0, 1) of exact scores f, any shape. Biased, quiet."""
+    return (a + b * scores + s * torch.randn(scores.shape, generator=generator).to(scores)).clamp(0, 1)
+
+
+def coarse(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """A judge that reasons: the mean of two draws of Bernoulli(.9 f + .05), so 0, .5 or 1. Hardly biased, noisy.
+
+    f are exact scores in [0, 1], any shape; the mean is .9 f + .05, the variance (.9 f + .05) (.95 - .9 f) / 2.
+    """
+    draws = torch.rand((2, *scores.shape), generator=generator).to(scores)
+    return (draws < 0.9 * scores + 0.05).to(scores).mean(0)
 
 
 @dataclass

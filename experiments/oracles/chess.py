@@ -18,15 +18,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from experiments.oracles.corruptions import Corruption, noise
 from fieldsmith.errors import InputError
 from fieldsmith.worlds.judged import (
     GRAIN,
     UNREADABLE,
-    Mutation,
     Verdicts,
     generator_of,
     nearest,
-    noisy,
     place,
     readable,
     residual,
@@ -164,7 +163,7 @@ class ChessWorld:
     # corruptions
 
     @property
-    def mutations(self) -> Mapping[str, Mutation]:
+    def corruptions(self) -> Mapping[str, Corruption]:
         return {
             "blended squares": lambda n, seed: self._squares(n, seed, lambda a, b, _: (a + b) / 2),
             "chimera squares": lambda n, seed: self._squares(n, seed, _chimera),
@@ -175,7 +174,7 @@ class ChessWorld:
             "nine pawns": lambda n, seed: self._boards(n, seed, _nine_pawns),
             "pawn on the back rank": lambda n, seed: self._boards(n, seed, _pawn_on_back_rank),
             "both sides in check": lambda n, seed: self._boards(n, seed, _both_in_check),
-            "noise": lambda n, seed: noisy(self.sample(n, seed), seed),
+            "noise": noise(self),
         }
 
     def _squares(

@@ -124,8 +124,8 @@ def _checked_axis(axis: Tensor) -> Tensor:
 
 def _kernel(axis: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     """How each source (n,) spreads over an axis (k,), rows that sum to 1, (n, k)."""
-    z = (axis - mean[:, None]) / deviation[:, None]
-    return (-z.square() / 2).softmax(1)  # in logarithms, for means that lie beyond the axis
+    z = (axis - mean[:, None]).div_(deviation[:, None])
+    return z.square_().mul_(-0.5).softmax(1)  # in logarithms, for means that lie beyond the axis
 
 
 def _refuse_coarse(axes: Sequence[Tensor], deviation: Tensor, weights: Tensor, t: Tensor) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from experiments.oracles.chess import ChessWorld
+from experiments.oracles.corruptions import corruptions_of
 from experiments.sharpen import images, mixture
 from experiments.sharpen.tables import tables
 from experiments.study import Record, Run, Stage, Study, StudyConfig, slug
@@ -84,7 +85,7 @@ def judge_record(name: str, size: int) -> Record:
     for part in range(CLEAN // PART):
         alarms += int((~world.judge(world.sample(PART, 1_000 + part)).valid).sum())
     shares = {}
-    for word, corrupt in world.mutations.items():
+    for word, corrupt in corruptions_of(world).items():
         seen = [world.judge(corrupt(PART // 2, 2_000 + part)).valid for part in range(2 * CORRUPTED // PART)]
         shares[word] = float((~torch.cat(seen)).double().mean())
     return {

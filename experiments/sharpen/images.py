@@ -23,15 +23,17 @@ from torch.nn.functional import avg_pool2d
 
 from experiments.oracles.chess import ChessWorld
 from experiments.oracles.likelihood import feature_likelihood
+from experiments.sharpen.hallucination import threshold
+from experiments.sharpen.laplacian import laplacian
 from experiments.sharpen.training import Settings, Trained, fit, of_verb
 from experiments.study import Record
 from experiments.zoo.judged_ddpm import JudgedDDPM, untrained
 from fieldsmith.measure.classifier import Classifier, train_classifier
 from fieldsmith.measure.distances import frechet_distance, precision_recall
-from fieldsmith.measure.hallucination import auroc, coverage, threshold
+from fieldsmith.measure.hallucination import auroc, coverage
 from fieldsmith.measure.smoothness import SharpestJacobian, TrajectoryVariance
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD
-from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
+from fieldsmith.methods.sharpen.sampling import field_of, steered
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.unet import UNet
 from fieldsmith.models.variance_head import with_variance_head

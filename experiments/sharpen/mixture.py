@@ -17,10 +17,11 @@ from experiments.oracles.perceptron import Head, Perceptron
 from experiments.oracles.pushforward import Mass, gap_mass, last_steps, posterior_covariance, push_forward, wide_linear
 from experiments.oracles.pushforward import smoothed_score_field as smoothed
 from experiments.sharpen.claims import INDICES
+from experiments.sharpen.laplacian import laplacian
 from experiments.sharpen.training import Settings, Trained, fit, of_verb
 from experiments.study import Record
 from fieldsmith.methods.sharpen.config import NEEDS_HEAD
-from fieldsmith.methods.sharpen.sampling import field_of, laplacian, steered
+from fieldsmith.methods.sharpen.sampling import field_of, steered
 from fieldsmith.models.jacobians import jvp
 from fieldsmith.paths import VariancePreserving
 from fieldsmith.samplers import Field, Variance, ancestral

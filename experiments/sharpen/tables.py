@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.sharpen.claims import INDICES, Runs, claims, rate, reference_of
+from experiments.sharpen.hallucination import hallucination
 from experiments.study import Record, Records, StudyConfig, Tables, average, geometric
-from fieldsmith.measure.hallucination import hallucination
 from fieldsmith.measure.intervals import Interval
 
 

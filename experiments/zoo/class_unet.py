@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiments.tiny import unet_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill.curriculum import Curriculum, write
 from fieldsmith.methods.distill.losses import weighted
-from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from experiments.tiny import unet_pipeline
 from fieldsmith import verb
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.step import Inputs
 from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models.ddpm import ClassDDPM
-from fieldsmith.models.tiny import unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.run import Run, plain, write_atomically

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from experiments.tiny import kontext_pipeline
+from experiments.zoo.flux_recipe import numbers, standardised, train_flow, train_vae
 from fieldsmith.measure.editing import scores
 from fieldsmith.measure.exposure import exposure
+from fieldsmith.models.core import Condition
 from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.tiny import kontext_pipeline
-from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
-from fieldsmith.training import Log, Optimisation, fit
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
+from fieldsmith.worlds.scenes_judge import Channel, judge
 
 
 @dataclass(frozen=True)
@@ -61,61 +61,20 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
     sessions = ScenesWorld(config.size).sessions(config.sessions, 3, config.seed, config.dependency, config.still)
     states = torch.stack([(sessions.clean(turn) * 255).round().byte() for turn in range(4)], 1)  # (n, 4, 3, size, size)
     images = states.flatten(0, 1)
-    vae = model.pipeline.vae
-    vae.requires_grad_(True)
-
-    def vae_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
-        rows = torch.randint(len(images), (config.vae_batch,), generator=generator)
-        shown = images[rows] / 127.5 - 1
-        posterior = vae.encode(shown).latent_dist
-        again = vae.decode(posterior.sample(generator)).sample
-        error = (again - shown).square().mean()
-        kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
-        log["reconstruction"], log["kl"] = error.item(), kl.item()
-        yield error + config.kl * kl
-
-    fit(
-        dict(vae.named_parameters()), vae_losses,
-        Optimisation(
-            config.vae_steps, config.vae_lr, 0.0, 50, cosine=True, clip=1.0, checkpoint_every=250, seed=config.seed
-        ),
-        vae_run,
-    )  # fmt: skip
-    vae.requires_grad_(False)
-    latents = torch.cat([model.encode_images(part / 255) for part in images.split(256)])
-    # one scale and shift for all channels, as Flux has: the flow sees zero mean and unit variance
-    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    latents = ((latents - latents.mean()) / latents.std()).unflatten(0, (len(sessions), 4))
+    train_vae(model, lambda rows: images[rows] / 127.5 - 1, len(images), config, vae_run)
+    latents = standardised(model, torch.cat([model.encode_images(part / 255) for part in images.split(256)]))
+    latents = latents.unflatten(0, (len(sessions), 4))
     prompts = [sessions.prompts(turn) for turn in (1, 2, 3)]
 
-    parts = {"transformer": model.network, "clip": model.pipeline.text_encoder, "t5": model.pipeline.text_encoder_2}
-    parameters: dict[str, Tensor] = {}
-    for key, part in parts.items():
-        part.requires_grad_(True)
-        parameters |= {f"{key}.{inside}": p for inside, p in part.named_parameters()}
+    def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        rows, turns = (
+            torch.randint(len(sessions), (n,), generator=generator),
+            torch.randint(3, (n,), generator=generator),
+        )
+        asked = [prompts[turn][row] for row, turn in zip(rows.tolist(), turns.tolist(), strict=True)]
+        return latents[rows, turns + 1], model.with_latents(model.encode(asked, grad=True), latents[rows, turns])
 
-    def flow_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
-        rows = torch.randint(len(sessions), (config.batch,), generator=generator)
-        turns = torch.randint(3, (config.batch,), generator=generator)
-        x_0, source = latents[rows, turns + 1], latents[rows, turns]
-        eps = torch.randn(x_0.shape, generator=generator)
-        t = torch.sigmoid(0.4 + 1.2 * torch.randn(config.batch, generator=generator))
-        told = [prompts[turn][row] for row, turn in zip(rows.tolist(), turns.tolist(), strict=True)]
-        condition = model.with_latents(model.encode(told, grad=True), source)
-        velocity = model.predict(noised(model.path, x_0, eps, t), t, condition).velocity
-        yield (velocity - (eps - x_0)).square().mean()
-
-    fit(
-        parameters, flow_losses,
-        Optimisation(
-            config.decay, config.lr, 0.01, 200, cosine=True, clip=1.0, ema=config.ema, checkpoint_every=500,
-            seed=config.seed,
-        ),
-        run,
-        lambda done, log: "enough" if done >= config.steps else None,
-    )  # fmt: skip
-    for part in parts.values():
-        part.requires_grad_(False)
+    train_flow(model, drawn, config.decay, config, run, lambda done, log: "enough" if done >= config.steps else None)
     model.save(folder / "model")
     write_card(model, config, folder / "model", name)
     return model
@@ -123,10 +82,10 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
 
 def write_card(model: FluxKontext, config: ScenesKontext, folder: pathlib.Path, name: str, n: int = 1600) -> None:
     """card.json (which world judges it, what made it, what it scores) and the same in words, README.md."""
-    found = exposure(model, ScenesWorld(config.size).sessions(n, 3, 99, 0.7), 8, seed=1)
-    scored = scores(found.sessions)
-    numbers = {
-        key: [{"value": x.value, "low": x.low, "high": x.high, "n": x.n} for x in getattr(scored, key)]
+    sessions = ScenesWorld(config.size).sessions(n, 3, 99, 0.7)
+    scored = scores(exposure(model, sessions, judge, Channel(), 8, seed=1).verdicts)
+    by_turn = {
+        key: [numbers(x) for x in getattr(scored, key)]
         for key in ("following", "marginal", "teacher_forced", "consistency", "overall")
     }
     card = {
@@ -135,7 +94,7 @@ def write_card(model: FluxKontext, config: ScenesKontext, folder: pathlib.Path, 
         "command": f"python -m experiments pretrain {name} --out DIR",
         "settings": plain(config),
         "parameters": sum(p.numel() for p in model.network.parameters()),
-        "held-out sessions of 3 turns, dependency 0.7, 8 steps": numbers,
+        "held-out sessions of 3 turns, dependency 0.7, 8 steps": by_turn,
     }
     write_atomically(folder / "card.json", json.dumps(card, indent=1) + "\n")
     named = {

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline
+from experiments.zoo.flux_recipe import numbers, standardised, train_flow, train_vae
 from fieldsmith.measure.detection import ask, right_by_group
 from fieldsmith.measure.drawing import sampler
+from fieldsmith.models.core import Condition
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.tiny import flux_pipeline
-from fieldsmith.paths import noised
 from fieldsmith.run import Run, plain, write_atomically
-from fieldsmith.training import Log, Optimisation, fit
 from fieldsmith.worlds.shapes import VOCABULARY, ShapesWorld, concepts
 from fieldsmith.worlds.shapes_groups import attributes
 
@@ -53,56 +52,14 @@ def train(config: ShapesFlux, folder: pathlib.Path, name: str) -> Flux:
         flux_pipeline(VOCABULARY, vae_channels=(8, 16, 32), heads=config.heads, seed=config.seed), f"zoo:{name}"
     )
     data = ShapesWorld(model.resolution).sample(config.images, config.seed)
-    vae = model.pipeline.vae
-    vae.requires_grad_(True)
+    train_vae(model, lambda rows: data.images[rows] * 2 - 1, config.images, config, vae_run)
+    latents = standardised(model, torch.cat([model.encode_images(part) for part in data.images.split(256)]))
 
-    def vae_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
-        images = data.images[torch.randint(config.images, (config.vae_batch,), generator=generator)] * 2 - 1
-        posterior = vae.encode(images).latent_dist
-        again = vae.decode(posterior.sample(generator)).sample
-        error = (again - images).square().mean()
-        kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
-        log["reconstruction"], log["kl"] = error.item(), kl.item()
-        yield error + config.kl * kl
+    def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        rows = torch.randint(config.images, (n,), generator=generator)
+        return latents[rows], model.encode([data.captions[i] for i in rows.tolist()], grad=True)
 
-    fit(
-        dict(vae.named_parameters()), vae_losses,
-        Optimisation(
-            config.vae_steps, config.vae_lr, 0.0, 50, cosine=True, clip=1.0, checkpoint_every=250, seed=config.seed
-        ),
-        vae_run,
-    )  # fmt: skip
-    vae.requires_grad_(False)
-    latents = torch.cat([model.encode_images(part) for part in data.images.split(256)])
-    # one scale and shift for all channels, as Flux has: the flow sees zero mean and unit variance
-    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    latents = (latents - latents.mean()) / latents.std()
-
-    parts = {"transformer": model.network, "clip": model.pipeline.text_encoder, "t5": model.pipeline.text_encoder_2}
-    parameters: dict[str, Tensor] = {}
-    for key, part in parts.items():
-        part.requires_grad_(True)
-        parameters |= {f"{key}.{inside}": p for inside, p in part.named_parameters()}
-
-    def flow_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
-        rows = torch.randint(config.images, (config.batch,), generator=generator)
-        x_0 = latents[rows]
-        eps = torch.randn(x_0.shape, generator=generator)
-        t = torch.sigmoid(0.4 + 1.2 * torch.randn(config.batch, generator=generator))
-        condition = model.encode([data.captions[i] for i in rows.tolist()], grad=True)
-        velocity = model.predict(noised(model.path, x_0, eps, t), t, condition).velocity
-        yield (velocity - (eps - x_0)).square().mean()
-
-    fit(
-        parameters, flow_losses,
-        Optimisation(
-            config.steps, config.lr, 0.01, 200, cosine=True, clip=1.0, ema=config.ema, checkpoint_every=500,
-            seed=config.seed,
-        ),
-        run,
-    )  # fmt: skip
-    for part in parts.values():
-        part.requires_grad_(False)
+    train_flow(model, drawn, config.steps, config, run)
     model.save(folder / "model")
     write_card(model, config, folder / "model", name)
     return model
@@ -112,14 +69,14 @@ def write_card(model: Flux, config: ShapesFlux, folder: pathlib.Path, name: str,
     """card.json (which world judges it, what made it, what it scores) and the same in words, README.md."""
     world = ShapesWorld(model.resolution)
     rows = right_by_group(ask(sampler(model, 28), world, concepts(), each, seed=1), attributes())
-    numbers = {k: {"value": x.value, "low": x.low, "high": x.high, "n": x.n} for k, x in rows.items()}
+    scores = {k: numbers(x) for k, x in rows.items()}
     card = {
         "world": "shapes",
         "size": model.resolution,
         "command": f"python -m experiments pretrain {name} --out DIR",
         "settings": plain(config),
         "parameters": sum(p.numel() for p in model.network.parameters()),
-        "judged right, 28 steps": numbers,
+        "judged right, 28 steps": scores,
     }
     write_atomically(folder / "card.json", json.dumps(card, indent=1) + "\n")
     table = [f"| {k} | {interval} |" for k, interval in rows.items()]

@@ -16,6 +16,8 @@ import tempfile
 import tomllib
 from typing import Any
 
+import tomli_w
+
 from fieldsmith import processes
 from fieldsmith.errors import InputError
 
@@ -90,8 +92,6 @@ class Run:
 
     def begin(self) -> None:
         """Write config.toml; called once the input is known to be good and before the first step."""
-        import tomli_w
-
         versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
         write_atomically(self.folder / "config.toml", tomli_w.dumps({**self.settings, "versions": versions}))
 

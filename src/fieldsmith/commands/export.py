@@ -12,6 +12,7 @@ from typing import Literal
 
 from fieldsmith.commands import arguments
 from fieldsmith.errors import InputError
+from fieldsmith.models import denoiser_of, lora_file
 from fieldsmith.read import read_toml
 from fieldsmith.run import check_out
 
@@ -42,11 +43,9 @@ def export(words: Sequence[str]) -> None:
     if config.out.suffix != ".safetensors":
         raise InputError(f"out '{config.out}' is no name of a safetensors file; call it {config.out}.safetensors")
     check_out(config.out, folder=False)
-    from fieldsmith.models import denoiser_of, lora_file
-
     file = lora_file(source / "adapter" if (source / "adapter").is_dir() else source)
     model = config.model or _trained_on(file)
-    from fieldsmith.models.export import adapter_in, check_format, write
+    from fieldsmith.models.export import adapter_in, check_format, write  # imports torch: once the words are good
 
     denoiser = denoiser_of(model)
     family = denoiser.family.name

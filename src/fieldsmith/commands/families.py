@@ -30,7 +30,7 @@ def families(words: Sequence[str]) -> None:
     if config.markdown:
         print(markdown())
         return
-    from rich.console import Console
+    from rich.console import Console  # slow to import, and only for people
     from rich.table import Table
 
     console = Console()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,7 +19,7 @@ from fieldsmith.measure.exposure import Channel, Drift, Exposure, Judge, Likenes
 from fieldsmith.measure.intervals import Interval, mean_interval, share
 from fieldsmith.models.core import Model
 from fieldsmith.report.page import Caption, Page, Pair, Panel
-from fieldsmith.sessions import Sessions
+from fieldsmith.worlds.scenes import SceneSessions
 
 SHOWN = 6  # sessions on the page
 WEAK = 0.1  # success on planned sources below which there is hardly anything to lose
@@ -38,14 +38,6 @@ HOW = (
 )
 
 
-class PlannedSessions(Sessions, Protocol):
-    """Sessions that know what each turn asks: plans[i].turns[t].operation and .words, with t from 0."""
-
-    @property
-    def plans(self) -> Sequence[Any]: ...
-    def __getitem__(self, rows: slice) -> PlannedSessions: ...
-
-
 @dataclass(frozen=True)
 class Operation:
     """The share of turns done of those that ask one thing, on planned and on the editor's own sources."""
@@ -57,7 +49,7 @@ class Operation:
 def diagnosis(
     model: Model,
     config: ExposureConfig,
-    sessions: PlannedSessions,
+    sessions: SceneSessions,
     judge: Judge,
     likeness: Likeness,
     channel: Channel,
@@ -102,7 +94,7 @@ def diagnosis(
     return Diagnosis(numbers, words, page)
 
 
-def by_operation(run: Exposure, sessions: PlannedSessions, operations: Sequence[str]) -> dict[str, Operation]:
+def by_operation(run: Exposure, sessions: SceneSessions, operations: Sequence[str]) -> dict[str, Operation]:
     """Shares of turns done by what they ask, of the operations that some turn asks; hardest first."""
     asked = [[turn.operation for turn in plan.turns] for plan in sessions.plans]
     done, clean = run.verdicts.done, run.verdicts.clean
@@ -189,7 +181,7 @@ def _cards(scores: editing.Scores, drifts: Sequence[Interval]) -> list[tuple[str
     return cards
 
 
-def _images(page: Page, run: Exposure, sessions: PlannedSessions) -> None:
+def _images(page: Page, run: Exposure, sessions: SceneSessions) -> None:
     """A few sessions, each turn's image under the planned one."""
     shown = sessions[:SHOWN]
     planned = torch.stack([shown.clean(turn) for turn in range(shown.turns + 1)], 1)

@@ -133,7 +133,7 @@ def _check_null(model: Model) -> None:
     except InputError as error:
         raise InputError(
             f"{model.name} has no null class, so no guidance to measure; train it with one embedding row more than it "
-            "has classes (unet_pipeline(class_rows=classes + 1)) and with labels dropped now and then"
+            "has classes and with labels dropped now and then"
         ) from error
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from fieldsmith.measure.judges import JudgeMeasures, Recommendation, measure_jud
 from fieldsmith.measure.progress import CONSOLE, track
 from fieldsmith.models.core import Model
 from fieldsmith.report.page import Caption, Page
+from fieldsmith.rewards.edits import EditJudge
+from fieldsmith.worlds.scenes_graded import Graded
 
 UPSCALE = 8  # the side of each of the scenes' pixels as the judge sees it
 BUDGETS, BUDGET = (1, 4, 16), 4  # replies to each question of an edit that one may pay for; the verdict's
@@ -38,31 +40,6 @@ HOW = (
     "of consistency: how like the source the cells are that the instruction does not name. Both are read from pixels.",
     "In the advice a reply costs the same in every mode, though one that reasons is longer.",
 )
-
-
-class EditJudge(Protocol):
-    """Scores of edits in [0, 1], (replies, n): was the instruction followed, is the rest as it was."""
-
-    def following(self, before: Tensor, after: Tensor, instructions: Sequence[str]) -> Tensor: ...
-    def consistency(self, before: Tensor, after: Tensor, instructions: Sequence[Sequence[str]]) -> Tensor: ...
-
-
-class Graded(Protocol):
-    """g instructions with a source each, (g, 3, h, w), and k results each, (g, k, 3, h, w), of the named kinds; the
-    truth of both questions in [0, 1], (g, k)."""
-
-    @property
-    def sessions(self) -> Any: ...
-    @property
-    def before(self) -> Tensor: ...
-    @property
-    def after(self) -> Tensor: ...
-    @property
-    def following(self) -> Tensor: ...
-    @property
-    def consistency(self) -> Tensor: ...
-    @property
-    def kinds(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the Jacobian by time, detectors' AUROC.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fieldsmith.models.core import Model
 from fieldsmith.paths import Prediction, VariancePreserving
 from fieldsmith.report.page import Page, Panel
 from fieldsmith.samplers import ancestral
+from fieldsmith.worlds.judged import JudgedWorld
 
 LOOKS = 10  # times at which the profile looks
 WINDOWS = ((0.0, 0.5), (0.5, 1.0))  # halves of the way from noise to data, where detectors watch
@@ -37,22 +38,7 @@ HOW = (
 )
 
 
-class Verdicts(Protocol):
-    @property
-    def valid(self) -> Tensor:
-        """(n,) bool."""
-
-
-class World(Protocol):
-    """Data that can be drawn without end, images (n, c, h, w) in [0, 1], and a judge that says which are valid."""
-
-    @property
-    def name(self) -> str: ...
-    def sample(self, n: int, seed: int) -> Tensor: ...
-    def judge(self, images: Tensor) -> Verdicts: ...
-
-
-def diagnosis(model: Model, config: SmoothnessConfig, world: World | None = None) -> Diagnosis:
+def diagnosis(model: Model, config: SmoothnessConfig, world: JudgedWorld | None = None) -> Diagnosis:
     """Raises InputError where the model is on another path, is conditional alone, or has not as many steps."""
     if not isinstance(model.path, VariancePreserving):
         raise InputError(f"{model.name} is on rectified flow; smoothness reads DDPM schedules")
@@ -78,7 +64,7 @@ def diagnosis(model: Model, config: SmoothnessConfig, world: World | None = None
     return Diagnosis(numbers, words, page)
 
 
-def _detectors(model: Model, world: World, config: SmoothnessConfig, grid: Tensor) -> dict[str, Any]:
+def _detectors(model: Model, world: JudgedWorld, config: SmoothnessConfig, grid: Tensor) -> dict[str, Any]:
     """How well what a path does tells whether its end is valid, on 4 x `samples` paths."""
     steps, generator = len(grid) - 1, torch.Generator().manual_seed(1_000 + config.seed)
     field, flags = field_of(model), []

@@ -20,9 +20,10 @@ from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.intervals import Interval, share
 from fieldsmith.measure.progress import track
 from fieldsmith.models.core import Condition, Model
-from fieldsmith.models.tiny import SPARE
 from fieldsmith.paths import noised
 from fieldsmith.samplers import rollout
+
+SPARE = "<new>"  # a word without a meaning, in the vocabulary of the models that can be attacked with a learned one
 
 
 @contextlib.contextmanager

@@ -56,12 +56,6 @@ class Interval:
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
-def from_json(numbers: dict[str, Any]) -> Interval:
-    """An Interval from what metrics.json holds of one; a low or high that is absent or None is NaN."""
-    low, high = (math.nan if numbers.get(end) is None else numbers[end] for end in ("low", "high"))
-    return Interval(numbers["value"], low, high, numbers["n"], numbers.get("unit", ""))
-
-
 def interval_of(value: float, low: float, high: float, n: int, unit: str = "") -> Interval:
     """The Interval, without low and high where one draw cannot give them."""
     return Interval(value, low, high, n, unit) if n > 1 else Interval(value, math.nan, math.nan, n, unit)

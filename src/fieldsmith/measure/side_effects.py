@@ -1,8 +1,8 @@
 """Side effects: what else changed. Images before and after a method ran, at equal seeds, on prompts it did not aim at.
 
 In: images (n, 3, h, w) in [0, 1], their prompts, a feature extractor, a judge where the world has one. Out: a
-`SideEffects`, one table with intervals and one plain sentence. `image_statistics` and `field_drift` are cheap enough to
-log while a run goes on, so that a run that rots is seen rotting.
+`SideEffects`, one table with intervals and one plain sentence. `image_statistics` are cheap enough to log while a run
+goes on, so that a run that rots is seen rotting.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -29,7 +28,6 @@ from fieldsmith.measure.intervals import Interval, mean_interval, paired_differe
 Better = Literal["higher", "lower", "same"]
 Verdict = Literal["kept", "worse", "better", "changed"]
 Judge = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # images, prompts -> verdicts (n,) bool by attribute
-Velocity = Callable[[Tensor, Tensor], Tensor]  # x_t, t -> velocity of x_t's shape
 
 # Equal seeds make the intervals so narrow that harmless changes exclude 0: smaller ones than these count as kept.
 SMALL_POINTS = 1.0  # of a judged share
@@ -244,30 +242,6 @@ def _redraw(images: Tensor, prompts: Sequence[str]) -> Interval | None:
         return None
     one, other = torch.tensor(pairs).T
     return mean_interval((images[one] - images[other]).square().flatten(1).mean(1).sqrt())
-
-
-@torch.no_grad()
-def field_drift(student: Velocity, reference: Velocity, x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """||v_student - v_reference|| / ||v_reference|| over the batch, along the reference's Euler rollout.
-
-    x (batch, ...) at grid[0], grid (k + 1,) decreasing; returns times and drift, both (k,). One network with its
-    adapter on and off serves as both: let `reference` open the model's `reference()` context.
-    """
-    if len(grid) < 2:
-        raise ValueError(f"a grid of {len(grid)} times has no step; give at least 2, such as flow_grid(8)")
-    drift = []
-    for t, t_next in pairwise(grid):
-        v_reference = reference(x, t)
-        drift.append((student(x, t) - v_reference).norm() / v_reference.norm())
-        x = x + (t_next - t) * v_reference
-    return grid[:-1], torch.stack(drift)
-
-
-def guidance_response(
-    images: Mapping[float, Tensor], prompts: Sequence[str], judge: Judge
-) -> dict[float, dict[str, Interval]]:
-    """Each judged attribute's share by guidance scale; images[w] (n, 3, h, w) were drawn at scale w for the prompts."""
-    return {w: {name: share(v) for name, v in judge(drawn, prompts).items()} for w, drawn in images.items()}
 
 
 def _check_images(images: Tensor, name: str) -> None:

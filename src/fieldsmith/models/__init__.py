@@ -1,7 +1,8 @@
 """Where pipelines become fields: between the samplers and the methods, and the only place that imports diffusers.
 
 In: a diffusers pipeline folder, a hub id or a zoo name, and LoRA files. Out: a `Model` with encode, predict, decode,
-adapters and a frozen reference.
+adapters and a frozen reference. Commands import this to refuse a name that is none, so torch, and what brings it, is
+imported where a model is loaded (marked `late`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         family = _family(name, index)
         if folder:
             _check_components(name, folder, index)
-        import diffusers
+        import diffusers  # late
         import torch
 
         made_by = family.model_class()
@@ -87,8 +88,7 @@ def load_adapter(model: Model, source: str | pathlib.Path) -> None:
     `source` is a folder that holds pytorch_lora_weights.safetensors or one other safetensors file, or that file. Raises
     InputError where there is none, or where it does not fit the model.
     """
-    # torch only once a model is there: commands import this module to name models
-    from fieldsmith.models import export
+    from fieldsmith.models import export  # late
 
     if not hasattr(model.pipeline, "load_lora_weights"):
         raise InputError(f"family {model.family} has no adapter files: its models are saved whole, so load '{source}'")
@@ -135,7 +135,7 @@ def _read_by_diffusers(model: Model, file: pathlib.Path, sizes: Mapping[str, tup
 
 
 def _attach(model: Model, state: Any, alphas: Any, metadata: Any) -> None:
-    from torch import random
+    from torch import random  # late
 
     from fieldsmith.models.core import LoraSpec
 
@@ -165,7 +165,7 @@ def denoiser_of(name: str | pathlib.Path) -> Denoiser:
     with _quiet():
         index = _index(name, folder)
         family = _family(name, index)
-        import diffusers
+        import diffusers  # late
         import torch
 
         from fieldsmith.models.export import part_of, sizes_of
@@ -203,7 +203,7 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
 
 def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
     if folder is None:
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline  # late
 
         try:
             return dict(DiffusionPipeline.load_config(name))
@@ -290,7 +290,7 @@ def lora_file(source: pathlib.Path) -> pathlib.Path:
 
 def _of_another_family(model: Model, file: pathlib.Path) -> str | None:
     """The message for a LoRA whose keys name layers of another family; None where they do not."""
-    from safetensors import safe_open
+    from safetensors import safe_open  # late
 
     try:
         with safe_open(file, "pt") as weights:  # type: ignore[no-untyped-call]
@@ -312,7 +312,7 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Only errors from the three libraries that load, and no bars but those of downloads; as it was afterwards."""
-    from diffusers.utils import logging as of_diffusers
+    from diffusers.utils import logging as of_diffusers  # late
     from huggingface_hub.utils import logging as of_hub
     from transformers.utils import logging as of_transformers
 

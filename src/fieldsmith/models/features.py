@@ -41,6 +41,7 @@ class VisionFeatures:
 
 def load_features(name: str) -> VisionFeatures:
     """Raises InputError where the weights are not at hand or are no vision model."""
+    # slow to import, and only for runs with an extractor of their own
     from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
     local = pathlib.Path(name).is_dir()
@@ -62,7 +63,7 @@ def load_features(name: str) -> VisionFeatures:
 
 def _processor(name: str, local: bool) -> dict[str, Any]:
     """How the model wants its pixels; ImageNet's mean and deviation where it names none."""
-    from transformers import ImageProcessingMixin
+    from transformers import ImageProcessingMixin  # as above
 
     known: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     try:

@@ -1,4 +1,4 @@
-"""Derivatives of a field in its input: products with a Jacobian, its largest singular value, its trace.
+"""Derivatives of a field in its input: products with a Jacobian, its largest singular value, its least eigenvalue.
 
 In: a function from states (batch, ...) to states, row by row, and the states. Out: products, and values for each row.
 Forward-mode differentiation runs on the math attention kernel alone, and not through every layer: where it fails, the
@@ -88,15 +88,6 @@ def least_eigenvalue(f: Function, x: Tensor, generator: torch.Generator, above: 
         value = (v * symmetric).flatten(1).sum(1)
         v = _unit(shift * v - symmetric)
     return value
-
-
-def trace(f: Function, x: Tensor, generator: torch.Generator, probes: int = 1) -> Tensor:
-    """Hutchinson's estimate of each row's trace, (batch,), with Rademacher probes."""
-    estimate = x.new_zeros(len(x))
-    for _ in range(probes):
-        v = rademacher(x, generator)
-        estimate = estimate + (v * jvp(f, x, v).along).flatten(1).sum(1) / probes
-    return estimate
 
 
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -18,18 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.judged import (
-    GRAIN,
-    UNREADABLE,
-    Mutation,
-    Verdicts,
-    generator_of,
-    nearest,
-    noisy,
-    place,
-    readable,
-    residual,
-)
+from fieldsmith.worlds.judged import GRAIN, UNREADABLE, Verdicts, generator_of, nearest, place, readable, residual
 from fieldsmith.worlds.pictures import pixels
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10")
@@ -87,7 +76,7 @@ class CardsWorld:
         if not 0 <= held_out_share < 1:
             raise InputError(f"held_out_share={held_out_share}: give a share from 0 to below 1")
         self.size, self.held_out_share = size, held_out_share
-        self._side, self._layout = size // 2, LAYOUTS[size // 2]
+        self.side, self._layout = size // 2, LAYOUTS[size // 2]
 
     @cached_property
     def hands(self) -> tuple[Tensor, Tensor]:
@@ -114,7 +103,7 @@ class CardsWorld:
 
     def draw(self, card: int, other_colour: bool = False, missing: int | None = None) -> Tensor:
         """One card, (3, side, side), at 8 times its side and down; maybe recoloured, or without one of its pips."""
-        layout, side, scale = self._layout, self._side * 8, 8
+        layout, side, scale = self._layout, self.side * 8, 8
         suit, rank = divmod(card, 10)
         ink = (BLACK, RED)[(suit < 2) != other_colour]
         image = Image.new("RGB", (side, side), "white")
@@ -130,13 +119,13 @@ class CardsWorld:
                 x, half = left + (x - SIDES[0]) / (SIDES[1] - SIDES[0]) * (right - left), layout.pip / 2
                 _put(image, SUITS[suit], (x - half, y - half, x + half, y + half), ink)
         ImageDraw.Draw(image).rectangle((0, 0, side - 1, side - 1), outline=FRAME, width=scale)
-        return pixels(image.resize((self._side, self._side), Image.Resampling.LANCZOS))
+        return pixels(image.resize((self.side, self.side), Image.Resampling.LANCZOS))
 
     def sample(self, n: int, seed: int, held_out: bool = False) -> Tensor:
         """Raises InputError at held_out=True where no hand is held out."""
-        return _table(self.tiles[self._draw_hands(n, generator_of(seed, held_out), held_out)])
+        return table(self.tiles[self.draw_hands(n, generator_of(seed, held_out), held_out)])
 
-    def _draw_hands(self, n: int, generator: torch.Generator, held_out: bool = False) -> Tensor:
+    def draw_hands(self, n: int, generator: torch.Generator, held_out: bool = False) -> Tensor:
         """Ids in their order on the table, (n, 4)."""
         pool = self.hands[held_out]
         if not len(pool):
@@ -149,8 +138,8 @@ class CardsWorld:
     @cached_property
     def index_region(self) -> Tensor:
         """Which pixels show the index, (side, side); the others show the pips."""
-        left, top, right, bottom = (round(self._side * share) for share in self._layout.index)
-        region = torch.zeros(self._side, self._side, dtype=torch.bool)
+        left, top, right, bottom = (round(self.side * share) for share in self._layout.index)
+        region = torch.zeros(self.side, self.side, dtype=torch.bool)
         region[top - 1 : bottom + 1, left - 1 : right + 1] = True
         return region | region.flip(0, 1) if self._layout.turned else region
 
@@ -200,78 +189,6 @@ class CardsWorld:
         findings = (pips % 40, pips >= 40, disagree, bad_pips, bad_index)
         return _Reading(*(finding.reshape(-1, 4) for finding in findings))
 
-    # corruptions
-
-    @property
-    def mutations(self) -> Mapping[str, Mutation]:
-        return {
-            "duplicate card": self._duplicate,
-            "recoloured suit": self._recoloured,
-            "wrong index": self._wrong_index,
-            "missing pip": self._missing_pip,
-            "chimera": self._chimera,
-            "blend": self._blend,
-            "scrambled quadrant": self._scrambled,
-            "blank quadrant": lambda n, seed: self._spoil(n, seed, torch.ones(n, 3, self._side, self._side)),
-            "noise": lambda n, seed: noisy(self.sample(n, seed), seed),
-        }
-
-    def _spoil(self, n: int, seed: int, spoilt: Tensor) -> Tensor:
-        """Hands of the training set with one quadrant of each replaced by an image (n, 3, side, side)."""
-        generator = generator_of(seed)
-        quadrants = self.tiles[self._draw_hands(n, generator)]
-        quadrants[torch.arange(n), torch.randint(4, (n,), generator=generator)] = spoilt
-        return _table(quadrants)
-
-    def _two(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Two different cards each, (n,)."""
-        generator = torch.Generator().manual_seed(seed + 10**9)
-        a = torch.randint(40, (n,), generator=generator)
-        return a, (a + torch.randint(1, 40, (n,), generator=generator)) % 40
-
-    def _duplicate(self, n: int, seed: int) -> Tensor:
-        generator = generator_of(seed)
-        hands = self._draw_hands(n, generator)
-        places = torch.rand(n, 4, generator=generator).argsort(1)
-        hands[torch.arange(n), places[:, 0]] = hands[torch.arange(n), places[:, 1]]
-        return _table(self.tiles[hands])
-
-    def _recoloured(self, n: int, seed: int) -> Tensor:
-        """A black heart or diamond, a red spade or club, in index and pips."""
-        return self._spoil(n, seed, self.tiles[40 + self._two(n, seed)[0]])
-
-    def _wrong_index(self, n: int, seed: int) -> Tensor:
-        """Right pips with the index of another rank of the suit."""
-        a, b = self._two(n, seed)
-        b = a // 10 * 10 + (a + 1 + b % 9) % 10
-        return self._spoil(n, seed, torch.where(self.index_region, self.tiles[b], self.tiles[a]))
-
-    def _missing_pip(self, n: int, seed: int) -> Tensor:
-        a, b = self._two(n, seed)
-        every = [[self.draw(card, missing=pip) for pip in range(card % 10 + 1)] for card in range(40)]
-        return self._spoil(
-            n, seed, torch.stack([every[i][j % len(every[i])] for i, j in torch.stack((a, b), 1).tolist()])
-        )
-
-    def _chimera(self, n: int, seed: int) -> Tensor:
-        """The top of one card on the bottom of another, unless they all but make a card (a 7 on a 6 at small sizes)."""
-        half = self._side // 2
-        a, b = torch.cartesian_prod(torch.arange(40), torch.arange(40)).unbind(1)
-        made = torch.cat((self.tiles[a, :, :half], self.tiles[b, :, half:]), 2)
-        like = self.tiles[nearest(made.flatten(1), self.tiles.flatten(1))[0]]
-        pairs = ((made - like).square().mean((1, 2, 3)).sqrt() > 0.06).nonzero()[:, 0]
-        return self._spoil(n, seed, made[pairs[torch.randint(len(pairs), (n,), generator=generator_of(seed))]])
-
-    def _blend(self, n: int, seed: int) -> Tensor:
-        a, b = self._two(n, seed)
-        return self._spoil(n, seed, (self.tiles[a] + self.tiles[b]) / 2)
-
-    def _scrambled(self, n: int, seed: int) -> Tensor:
-        """The pixels of a card in random order."""
-        a, _ = self._two(n, seed)
-        order = torch.rand(n, 1, self._side**2, generator=generator_of(seed)).argsort(-1).expand(-1, 3, -1)
-        return self._spoil(n, seed, self.tiles[a].flatten(2).gather(2, order).reshape(n, 3, self._side, self._side))
-
 
 @dataclass(frozen=True)
 class _Reading:
@@ -295,7 +212,7 @@ def _quadrants(images: Tensor) -> Tensor:
     return images.reshape(n, 3, 2, size // 2, 2, size // 2).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
-def _table(quadrants: Tensor) -> Tensor:
+def table(quadrants: Tensor) -> Tensor:
     """(n, 4, 3, side, side) to (n, 3, 2 side, 2 side)."""
     return quadrants.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,16 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.judged import (
-    GRAIN,
-    UNREADABLE,
-    Mutation,
-    Verdicts,
-    generator_of,
-    noisy,
-    readable,
-    residual,
-)
+from fieldsmith.worlds.judged import GRAIN, UNREADABLE, Verdicts, generator_of, readable, residual
 from fieldsmith.worlds.pictures import pixels
 
 SHAPES = ("triangle", "square", "pentagon")
@@ -91,7 +82,7 @@ class ColumnsWorld:
             raise InputError("held_out=True, but no pattern of the columns is held out; make the world with hold_out=")
         generator = generator_of(seed, held_out)
         which = torch.tensor(allowed)[torch.randint(len(allowed), (n,), generator=generator)]
-        return self._compose([(k, k, which[:, k]) for k in range(3)], n, generator)
+        return self.compose([(k, k, which[:, k]) for k in range(3)], n, generator)
 
     def novel(self, content: Hashable) -> bool:
         return content in self.held
@@ -168,28 +159,11 @@ class ColumnsWorld:
         contents = tuple(None if said else tuple(row) for said, row in zip(reasons, shown, strict=True))
         return Verdicts(~wrong.any(1), clear, tuple(reasons), contents)
 
-    @property
-    def mutations(self) -> Mapping[str, Mutation]:
-        """Every kind of wrong image that the published validator misses, and those that it sees."""
-        return {
-            "duplicate": lambda n, seed: self._pairs(n, seed, lambda k, j: k, beside=False),
-            "duplicate beside a valid shape": lambda n, seed: self._pairs(n, seed, lambda k, j: k, beside=True),
-            "two shapes in a column": lambda n, seed: self._pairs(n, seed, lambda k, j: j, beside=False),
-            "copy in another column": lambda n, seed: self._misplaced(n, seed, copy=True),
-            "wrong column": lambda n, seed: self._misplaced(n, seed),
-            "wrong column beside a valid shape": lambda n, seed: self._misplaced(n, seed, beside=True),
-            "half eroded beside a valid shape": self._eroded,
-            "merged shapes": lambda n, seed: self._overlaid(n, seed, lambda a, b: torch.maximum(a, b)),
-            "blended shapes": lambda n, seed: self._overlaid(n, seed, lambda a, b: (a + b) / 2),
-            "blank": lambda n, seed: torch.zeros(n, 1, self.size, self.size),
-            "noise": lambda n, seed: noisy(self.sample(n, seed), seed),
-        }
-
     def _at(self, shape: str, xs: tuple[int, int], ys: tuple[int, int]) -> Tensor:
         span = itertools.product(range(xs[0], xs[1] + 1), range(ys[0], ys[1] + 1))
         return torch.stack([self.draw(shape, x, y) for x, y in span])
 
-    def _compose(
+    def compose(
         self, parts: list[tuple[int, int, Tensor]], n: int, generator: torch.Generator, half: str = ""
     ) -> Tensor:
         """Images with (shape, column, which images (n,)) at random places, of the upper or lower half if named."""
@@ -203,55 +177,6 @@ class ColumnsWorld:
             chosen = placed[torch.randint(len(placed), (n,), generator=generator)] * which[:, None, None]
             target = images[:, 0, : g.height, column * g.width : (column + 1) * g.width]
             target.copy_(torch.maximum(target, chosen))
-        return images
-
-    def _three(self, n: int, generator: torch.Generator) -> Tensor:
-        """The three indices in random order, (n, 3)."""
-        return torch.rand(n, 3, generator=generator).argsort(1)
-
-    def _pairs(self, n: int, seed: int, second: Callable[[Tensor, Tensor], Tensor], beside: bool) -> Tensor:
-        """Column k's shape in its upper half and the second shape in its lower; beside: a valid one elsewhere."""
-        generator = generator_of(seed)
-        k, j, other = self._three(n, generator).unbind(1)
-        low = second(k, j)
-        images = self._compose([(c, c, k == c) for c in range(3)], n, generator, "upper")
-        lower = [(s, c, (k == c) & (low == s)) for c in range(3) for s in range(3)]
-        images = torch.maximum(images, self._compose(lower, n, generator, "lower"))
-        return torch.maximum(images, self._compose([(c, c, (other == c) & beside) for c in range(3)], n, generator))
-
-    def _misplaced(self, n: int, seed: int, copy: bool = False, beside: bool = False) -> Tensor:
-        """Shape k in column j; copy: also in its own; beside: a valid one in the third."""
-        generator = generator_of(seed)
-        k, j, other = self._three(n, generator).unbind(1)
-        parts = [(s, c, (k == s) & (j == c)) for s in range(3) for c in range(3) if s != c]
-        parts += [(c, c, (copy & (k == c)) | (beside & (other == c))) for c in range(3)]
-        return self._compose(parts, n, generator)
-
-    def _eroded(self, n: int, seed: int) -> Tensor:
-        """One shape with a random half of it cut off, one whole shape in another column."""
-        generator = generator_of(seed)
-        k, other, _ = self._three(n, generator).unbind(1)
-        broken = self._compose([(c, c, k == c) for c in range(3)], n, generator)[:, 0]
-        along = torch.rand(n, generator=generator) < 0.5
-        broken = torch.where(along[:, None, None], broken, broken.mT)
-        rows = broken.sum(2)
-        kept = rows.cumsum(1) <= rows.sum(1, keepdim=True) / 2
-        broken = broken * kept[:, :, None]
-        broken = torch.where(along[:, None, None], broken, broken.mT)[:, None]
-        return torch.maximum(broken, self._compose([(c, c, other == c) for c in range(3)], n, generator))
-
-    def _overlaid(self, n: int, seed: int, mix: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Column k's shape mixed with another shape that overlaps it there."""
-        generator, g = generator_of(seed), self.geometry
-        k, j, _ = self._three(n, generator).unbind(1)
-        images = torch.zeros(n, 1, self.size, self.size)
-        for at, (own, other) in enumerate(zip(k.tolist(), j.tolist(), strict=True)):
-            a, bank = self.placed[own], self.bank[other]
-            first = a[int(torch.randint(len(a), (1,), generator=generator))]
-            shared = (bank * first).sum((1, 2)) / bank.sum((1, 2)).clamp(max=float(first.sum()))
-            near = bank[(shared > 0.3) & (shared < 0.6)]
-            second = near[int(torch.randint(len(near), (1,), generator=generator))]
-            images[at, 0, : g.height, own * g.width : (own + 1) * g.width] = mix(first, second)
         return images
 
 

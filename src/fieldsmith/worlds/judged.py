@@ -6,7 +6,7 @@ In: images. Out: `Verdicts` with reasons. catalogue.py names the worlds, own.py 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +17,6 @@ from fieldsmith.errors import InputError
 
 UNREADABLE = "unreadable"
 GRAIN = 0.08  # largest RMS distance from what was read, over a whole image, card or square
-
-Mutation = Callable[[int, int], Tensor]  # (n, seed) -> n corrupted images
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,6 @@ class JudgedWorld(Protocol):
     @property
     def support(self) -> int | None:
         """How many different contents training data can show, None where they are countless or unknown."""
-
-    @property
-    def mutations(self) -> Mapping[str, Mutation]:
-        """Ways to corrupt an image that the judge must notice; {} where there are none."""
 
     def sample(self, n: int, seed: int, held_out: bool = False) -> Tensor:
         """(n, channels, size, size) in [0, 1]; held_out=True: only contents that training data never show."""
@@ -103,9 +97,3 @@ def place(key: str) -> float:
 def generator_of(seed: int, held_out: bool = False) -> torch.Generator:
     """Streams of the same seed for training and for held-out images do not overlap."""
     return torch.Generator().manual_seed(2 * seed + held_out)
-
-
-def noisy(images: Tensor, seed: int) -> Tensor:
-    """The images under noise of 48 grey levels, three times what the published judge of cards lets pass."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    return (images + 48 / 255 * noise).clamp(0, 1)

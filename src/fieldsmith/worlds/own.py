@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import pathlib
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fieldsmith.errors import InputError, RewardError
 from fieldsmith.functions import call, check_signature, load_function, name_of
 from fieldsmith.servers import Server, Unreadable
 from fieldsmith.worlds import pictures
-from fieldsmith.worlds.judged import UNREADABLE, Mutation, Verdicts, generator_of, readable
+from fieldsmith.worlds.judged import UNREADABLE, Verdicts, generator_of, readable
 
 BATCH = 64  # images in one question to a judge behind HTTP
 RETRIES, PAUSE = 3, 0.5  # retries after the first attempt; seconds before the first of them
@@ -37,7 +37,6 @@ class ImageWorld:
     """
 
     support: int | None = None
-    mutations: Mapping[str, Mutation] = {}
 
     def __init__(self, images: Tensor, judge: Judge, name: str = "images"):
         """Raises InputError at fewer than 2 images, and where a judge's name leads to no function."""

@@ -27,15 +27,6 @@ def reverse_noise(advantage: Tensor, noise: Tensor, step: Tensor, s: Schedule) -
     return over(s.omega[step] * advantage.double() / s.sigma[step], noise) * noise
 
 
-def forward_noise(optimality: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, old_x_0: Tensor, s: Schedule) -> Tensor:
-    """alpha / sigma^2 (2 r - 1) (x_0 - old x_0), (n, ...): one draw of grad E_old[2 r - 1 | x_t], re-noised.
-
-    Its mean is alpha / sigma^2 Cov(2 r - 1, x_0 | x_t), which NFT (times 1 / beta) and AWM (A for 2 r - 1) follow.
-    """
-    weight = s.path.alpha(t) / s.path.sigma(t) ** 2 * (2 * optimality - 1)
-    return over(weight, x_t) * (x_0 - old_x_0)
-
-
 def clean_gradient(value: Value, x_0: Tensor) -> Tensor:
     """grad r(x_0), (m, ...): what terminal estimators carry to every step."""
     x_0 = x_0.detach().requires_grad_(True)

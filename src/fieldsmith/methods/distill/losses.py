@@ -81,8 +81,3 @@ def weighted(losses: Tensor, weights: Tensor, every: Tensor | None = None, rows:
     if every is not None:
         return (weights / torch.linalg.vector_norm(every, 1).clamp(min=1e-12) * losses).sum()
     return (weights * losses).sum() / (rows or len(losses))
-
-
-def anchored_target(teacher: Tensor, noise: Tensor, imitation: float, anchor: float) -> Tensor:
-    """The one target that imitation and anchor add up to: their weighted mean (DASH notes, 3.1)."""
-    return (imitation * teacher + anchor * noise) / (imitation + anchor)

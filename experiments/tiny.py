@@ -25,7 +25,9 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-PAD, EOS, BOS, UNKNOWN, SPARE = "<pad>", "</s>", "<s>", "<unk>", "<new>"  # SPARE: a word for the learned-token attack
+from fieldsmith.measure.attacks import SPARE
+
+PAD, EOS, BOS, UNKNOWN = "<pad>", "</s>", "<s>", "<unk>"
 
 
 def word_tokenizer(words: Sequence[str], length: int, bos: bool) -> PreTrainedTokenizerFast:

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from fieldsmith.models.tiny import clip_config, small_vae, t5_config, word_tokenizer
+from experiments.tiny import clip_config, small_vae, t5_config, word_tokenizer
 
 VAE_CHANNELS = (8, 16)  # two levels: a latent is 2 pixels wide
 
