@@ -18,6 +18,7 @@ import several
 import torch
 import yaml
 
+from experiments.tiny import flux_pipeline
 from fieldsmith import processes
 from fieldsmith.cli import main
 from fieldsmith.commands import verbs
@@ -295,3 +296,38 @@ def test_a_reader_of_one_process_hears_itself() -> None:
     assert torch.equal(processes.total(torch.ones(2)), torch.ones(2))
     assert processes.owned(3).tolist() == [0, 1, 2]
     assert [(rows.tolist(), real) for rows, real in processes.chunks(torch.arange(3), 2)] == [([0, 1], 1.0), ([2], 1.0)]
+
+
+# weights stream to the process that keeps them
+
+STREAM = """
+import resource, sys
+from experiments.tiny import flux_pipeline
+from fieldsmith import processes
+processes.begin()
+from fieldsmith.models import load
+load(sys.argv[1])  # a small one, so that all is imported
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load(sys.argv[2])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+total = sum(p.numel() * p.element_size() for p in model.network.parameters())
+print(processes.rank(), (peak - before) * 1024, total, flush=True)
+"""
+
+
+def test_no_process_holds_a_network_that_streams_into_parts(tmp_path: pathlib.Path) -> None:
+    """A network's peak in a process is its part and one shard, beside what is read at the moment."""
+    shard = 24_000_000
+    for name, sizes in (("small", several.SMALL), ("large", {"layers": 2, "single_layers": 3, "heads": 20})):
+        pipeline = flux_pipeline(several.WORDS, **sizes)
+        pipeline.save_pretrained(tmp_path / name)
+        pipeline.transformer.save_pretrained(tmp_path / name / "transformer", max_shard_size=shard)
+    files = [path.stat().st_size for path in (tmp_path / "large" / "transformer").glob("*-of-*.safetensors")]
+    (tmp_path / "stream.py").write_text(STREAM)
+    done = run(accelerated(["stream.py", "small", "large"], "fsdp"), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert sorted(row[0] for row in rows) == ["0", "1"] and len(files) > 3
+    for _, peak, total in rows:
+        assert int(total) > 100e6
+        assert int(peak) < int(total) / 2 + max(files) + 20e6

@@ -184,14 +184,19 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def add_gradients(params: Sequence[Tensor]) -> None:
-    """Each gradient becomes its sum over processes; those of weights that FSDP holds in parts are that already."""
+    """Each gradient becomes its sum over processes; of weights that FSDP holds in parts it has made the mean."""
     if count() == 1:
         return
     import torch
 
     grads = []
     for p in params:
-        if p.requires_grad and not hasattr(p, "full_tensor"):  # others are only kept in checkpoints
+        if not p.requires_grad:  # only kept in checkpoints
+            continue
+        if hasattr(p, "full_tensor"):
+            if p.grad is not None:
+                p.grad.mul_(count())
+        else:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             grads.append(p.grad)
     while grads:

@@ -105,6 +105,7 @@ class Verb:
     # how many groups the processes share, and the field that says so
     groups: Callable[[Any], tuple[int, str]] = lambda config: (config.batch, "batch")
     evaluated: str = "evaluate"  # the config's field that says how much is measured; 0: nothing
+    fsdp: bool = True  # whether the network may be held in parts
     frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
 
 
@@ -297,6 +298,8 @@ def load_model(verb: Verb, config: Any) -> Model:
 def check_memory(verb: Verb, config: Any) -> None:
     """Raises InputError where the memory options do not fit what trains, or need a package that is not there."""
     optimizers.check(config.optimizer)
+    if processes.sharded() and not verb.fsdp:
+        raise InputError(f"{verb.name} needs the whole network in each process; launch it without FSDP (docs/scale.md)")
     if config.log_with and importlib.util.find_spec(config.log_with) is None:
         raise InputError(
             f"log_with '{config.log_with}' is not installed; pip install {config.log_with}, or leave it out"

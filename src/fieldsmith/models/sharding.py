@@ -7,6 +7,7 @@ the files straight to their places, so that a process needs memory for its part 
 from __future__ import annotations
 
 import pathlib
+import warnings
 from typing import Any
 
 import torch
@@ -42,14 +43,16 @@ def load_sharded(kind: Any, folder: pathlib.Path, dtype: torch.dtype, variant: s
 
 def shard(network: nn.Module) -> None:
     """Each process keeps a part of every weight, and gathers a block's whole weights while the block runs."""
+    # FSDP2 hands views on, which nothing here writes to
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plugin = FullyShardedDataParallelPlugin()
     options: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward}
     if plugin.cpu_offload:
         options["offload_policy"] = plugin.cpu_offload
     for blocks in (part for part in network.children() if isinstance(part, nn.ModuleList)):
         for block in blocks:
-            fully_shard(block, **options).set_gradient_divide_factor(1.0)  # losses are parts of one sum
-    fully_shard(network, **options).set_gradient_divide_factor(1.0)
+            fully_shard(block, **options)
+    fully_shard(network, **options)
 
 
 def _files(folder: pathlib.Path, variant: str | None) -> list[pathlib.Path]:

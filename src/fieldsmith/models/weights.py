@@ -51,7 +51,7 @@ class Trainable:
         self.spec: LoraSpec | None = None
         self._off = False
         self._base: dict[str, nn.Parameter] = {}  # the originals of unfrozen weights
-        self._parts: dict[str, Tensor] = {}  # of those that FSDP holds in parts, this process's
+        self._parts: list[tuple[DTensor, Tensor]] = []  # weights that FSDP holds in parts, the originals' part here
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
@@ -124,7 +124,7 @@ class Trainable:
             ]
         weights = {n: self.network.get_parameter(n) for n in names}
         if any(isinstance(p, DTensor) for p in weights.values()):
-            self._parts = {n: p.to_local().clone() for n, p in weights.items() if isinstance(p, DTensor)}
+            self._parts = [(p, p.to_local().clone()) for p in weights.values() if isinstance(p, DTensor)]
             for p in weights.values():
                 p.requires_grad_(True)
             return
@@ -148,9 +148,9 @@ class Trainable:
         self.network.__dict__.pop("peft_config", None)
         self.network.__dict__.pop("_hf_peft_config_loaded", None)  # diffusers' own mark of an adapter
         self._swap(self._base)
-        for name, part in self._parts.items():
-            self.network.get_parameter(name).to_local().detach().copy_(part)
-        self.spec, self._base, self._parts = None, {}, {}
+        for weight, part in self._parts:
+            weight.to_local().detach().copy_(part)
+        self.spec, self._base, self._parts = None, {}, []
         self.network.requires_grad_(False)
 
     def trainable(self) -> dict[str, Tensor]:
@@ -185,8 +185,8 @@ class Trainable:
 
         def turn(off: bool) -> None:
             self._base = self._swap(self._base)  # which holds the trained weights while the originals are in place
-            for name, part in self._parts.items():  # FSDP owns the objects, so numbers move: a backward runs outside
-                present = self.network.get_parameter(name).to_local().detach()
+            for weight, part in self._parts:  # FSDP owns the objects, so numbers move: a backward runs outside
+                present = weight.to_local().detach()
                 aside = present.clone()
                 present.copy_(part)
                 part.copy_(aside)

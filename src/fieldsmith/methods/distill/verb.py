@@ -7,4 +7,6 @@ from fieldsmith.methods.distill.step import prepare
 from fieldsmith.verb import Verb
 
 # the teacher is frozen, whatever the student trains
-DISTILL = Verb("distill", DistillConfig, prepare, measure, report, source="teacher", frozen=lambda config: True)
+DISTILL = Verb(
+    "distill", DistillConfig, prepare, measure, report, source="teacher", fsdp=False, frozen=lambda config: True
+)

@@ -143,6 +143,8 @@ def _check_model(model: Model, config: EraseConfig) -> None:
             "method 'eraseanything' takes norms over a batch's attention, which several processes would split; launch "
             "one process, or choose another method"
         )
+    if config.method == "uce" and processes.sharded():
+        raise InputError("method 'uce' edits whole weights, which FSDP leaves in no process; launch one process")
     if config.method in ("uce", "eraseanything"):
         check_text_layers(model, config.method, attention=config.method == "eraseanything")
 

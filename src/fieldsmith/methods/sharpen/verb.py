@@ -8,5 +8,5 @@ from fieldsmith.verb import Verb
 
 SHARPEN = Verb(
     "sharpen", SharpenConfig, prepare, measure, report, evaluated="samples",
-    frozen=lambda config: config.method == "guide",
+    fsdp=False, frozen=lambda config: config.method == "guide",
 )  # fmt: skip
