@@ -8,8 +8,9 @@ An erasure that survives plain prompts only is not robust; the report says both.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,11 +40,13 @@ def _frozen(model: Model) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _flow_loss(model: Model, x_0: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
+def _descend(model: Model, x_0: Tensor, condition: Callable[[Tensor], Condition], generator: torch.Generator) -> None:
+    """The gradient of the flow loss on x_0 (n, ...), at most `model.chunk` rows at once; `condition` is asked by rows."""
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
     t = torch.rand(len(x_0), generator=generator).to(x_0)
-    velocity = model.predict(noised(model.path, x_0, eps, t), t, condition).velocity
-    return (velocity - (eps - x_0)).square().mean()
+    for at in torch.arange(len(x_0)).split(model.chunk):
+        velocity = model.predict(noised(model.path, x_0[at], eps[at], t[at]), t[at], condition(at)).velocity
+        ((velocity - (eps - x_0)[at]).square().mean() * len(at) / len(x_0)).backward()
 
 
 def _examples(model: Model, world: World, shown: Sequence[Concept], n: int, seed: int) -> tuple[list[Concept], Tensor]:
@@ -81,9 +84,9 @@ def learned_token(
             optimizer = torch.optim.Adam(tables, lr=lr)
             for _ in track(range(steps), "attack: a learned word"):
                 rows = torch.randint(len(prompts), (32,), generator=generator)
-                loss = _flow_loss(model, latents[rows], model.encode([prompts[i] for i in rows], grad=True), generator)
+                asked = [prompts[i] for i in rows.tolist()]
                 optimizer.zero_grad()
-                loss.backward()
+                _descend(model, latents[rows], partial(_encoded, model, asked), generator)
                 for table in tables:
                     gradient = torch.zeros_like(table)
                     if table.grad is not None:
@@ -96,6 +99,10 @@ def learned_token(
                 table.requires_grad_(False)
                 table.grad = None
                 table.data.copy_(original)
+
+
+def _encoded(model: Model, prompts: list[str], at: Tensor) -> Condition:
+    return model.encode([prompts[i] for i in at.tolist()], grad=True)
 
 
 def _with_spare(caption: str, target: Concept) -> str:
@@ -124,9 +131,8 @@ def prompt_embedding(
         optimizer = torch.optim.Adam(list(parts.values()), lr=lr)
         for _ in track(range(steps), "attack: a free prompt"):
             rows = torch.randint(len(latents), (32,), generator=generator)
-            loss = _flow_loss(model, latents[rows], Condition(parts), generator)
             optimizer.zero_grad()
-            loss.backward()
+            _descend(model, latents[rows], lambda at: Condition(parts), generator)
             optimizer.step()
         learned = Condition({name: part.detach() for name, part in parts.items()})
         with torch.no_grad():
@@ -163,7 +169,7 @@ def relearning(
                     if seen.value >= 0.5:
                         return step
                 optimizer.zero_grad()
-                _flow_loss(model, latents, condition, generator).backward()
+                _descend(model, latents, condition.__getitem__, generator)
                 optimizer.step()
         return most
     finally:

@@ -75,6 +75,23 @@ def check_resolution(model: Model, resolution: int | None) -> None:
         )
 
 
+def predict_rows(
+    model: Model, x: Tensor, t: Tensor, conditions: Any, rows: Tensor, guidance: float | None
+) -> Prediction:
+    """The network's prediction at x (n, ...) and t (n,) or () under rows (n,) of `conditions` (a Condition, Prompts).
+
+    Without gradients at most `model.chunk` rows are looked up and asked for at once: an embedding may be larger than
+    the state that it goes with.
+    """
+    t = t.to(x).expand(len(x))
+    if torch.is_grad_enabled() or len(x) <= model.chunk:
+        return model.predict(x, t, conditions[rows], guidance)
+    parts = [
+        model.predict(x[at], t[at], conditions[rows[at]], guidance) for at in torch.arange(len(x)).split(model.chunk)
+    ]
+    return Prediction(parts[0].kind, torch.cat([part.value for part in parts]), x, t, parts[0].path)
+
+
 @dataclass(eq=False)
 class Nfe:
     """Network function evaluations: a forward of one state is 1, its backward 2 more."""

@@ -102,7 +102,7 @@ class Prompted(Model):
             return
         words = tuple(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
         spare = tuple(tokenizer.all_special_tokens)
-        for prompt in prompts:
+        for prompt in dict.fromkeys(prompts):
             for word in prompt.split():
                 if word not in spare:
                     check_word(word, words, self.name)

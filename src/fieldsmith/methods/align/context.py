@@ -25,7 +25,7 @@ from fieldsmith.methods.policy.schedule import (
     schedule,
     strength,
 )
-from fieldsmith.models.core import Model
+from fieldsmith.models.core import Model, predict_rows
 from fieldsmith.models.prompts import Prompts
 from fieldsmith.paths import Path, Prediction, RectifiedFlow
 from fieldsmith.rewards.reward import Reward, score_batches
@@ -101,14 +101,7 @@ class AlignContext:
 
     def predict(self, x: Tensor, t: Tensor, prompt: Tensor) -> Prediction:
         """The network's prediction under prompts (n,), in chunks where nothing needs its gradient."""
-        t = t.to(x).expand(len(x))
-        if torch.is_grad_enabled() or len(x) <= self.config.chunk:
-            return self.model.predict(x, t, self.condition[prompt], self.config.guidance)
-        parts = [
-            self.model.predict(x[at], t[at], self.condition[prompt[at]], self.config.guidance)
-            for at in torch.arange(len(x)).split(self.config.chunk)
-        ]
-        return Prediction(parts[0].kind, torch.cat([p.value for p in parts]), x, t, parts[0].path)
+        return predict_rows(self.model, x, t, self.condition, prompt, self.config.guidance)
 
     def place(self, prompt: Tensor) -> Place:
         """The field under prompts (n,)."""

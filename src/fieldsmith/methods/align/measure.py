@@ -15,7 +15,7 @@ from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.policy.losses import gaussian_kl
 from fieldsmith.methods.policy.schedule import Schedule, schedule
-from fieldsmith.models.core import Model
+from fieldsmith.models.core import Model, predict_rows
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards.reward import Reward, score_batches
 from fieldsmith.samplers import Sde, gaussian_step
@@ -95,10 +95,10 @@ def path_kl(model: Model, config: AlignConfig, each: int = 4) -> tuple[list[floa
     kl = []
     with model.uncounted():
         for k in range(config.steps):
-            pred = model.predict(x, grid[k], condition[which], config.guidance)
+            pred = predict_rows(model, x, grid[k], condition, which, config.guidance)
             s = s or schedule(model.path, grid, pred.kind, sde, level)
             with model.reference():
-                base = model.predict(x, grid[k], condition[which], config.guidance)
+                base = predict_rows(model, x, grid[k], condition, which, config.guidance)
             kl.append(float(gaussian_kl(pred.value, base.value, s.w[k].expand(len(x)).to(x.device)).mean()))
             x = gaussian_step(sde, pred, grid[k + 1], level, grid[1]).sample(generator)
     assert s is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fieldsmith import processes
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.core import Condition, Model, predict_rows
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving
 from fieldsmith.samplers import Trajectory, rollout
 
@@ -130,7 +130,7 @@ def kept_states(model: Model, config: EraseConfig, generator: torch.Generator) -
     fields = []
 
     def field(x: Tensor, t: Tensor) -> Prediction:
-        pred = model.predict(x, t, conditions[rows], config.loss_guidance)
+        pred = predict_rows(model, x, t, conditions, rows, config.loss_guidance)
         fields.append(field_of(pred).cpu())
         return pred
 
