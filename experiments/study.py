@@ -26,6 +26,7 @@ from fieldsmith.run import plain, write_atomically
 Record = dict[str, Any]
 Records = Mapping[str, Record]  # a run's file, without .json -> what it holds
 Verdict = Literal["reproduced", "partly", "not"]
+Reached = tuple[float, bool]  # what a run spent until it got where it should, and whether it got there
 SINGLE = torch.float32  # in which some of the committed summaries were made
 
 
@@ -196,6 +197,16 @@ def geometric(ratios: Iterable[float], dtype: torch.dtype = torch.float64) -> In
     """The geometric mean of one ratio a seed, with Student's t interval of its logarithm."""
     logs = mean([math.log(ratio) for ratio in ratios], dtype)
     return Interval(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high), logs.n)
+
+
+def cost_ratio(theirs: Sequence[Reached], ours: Sequence[Reached], whose: str) -> tuple[Interval, str, int]:
+    """Geometric mean of their costs over ours, run by run; who never got there, in words that a statement ends with;
+    how many of ours never did."""
+    ratio = geometric([cost / base for (cost, _), (base, _) in zip(theirs, ours, strict=True)], SINGLE)
+    missed, our_missed = (sum(not got for _, got in some) for some in (theirs, ours))
+    words = f"; {missed} of its {ratio.n} runs never got there and count with all they spent" if missed else ""
+    words += f"; {our_missed} of {whose}'s never did and count likewise" if our_missed else ""
+    return ratio, words, our_missed
 
 
 def average(values: Iterable[float]) -> float:

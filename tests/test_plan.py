@@ -76,7 +76,7 @@ RUNS = {
     "rsm-terminal-sd15": align("rsm-terminal-sd15", updates=3, train_steps=2),
     "mt-grpo": edit("mt-grpo", kl=0.1, window=(0, 1)),
     "budget": edit("mt-nft", budget=40),
-    "bank": ("unet", "distill", plan_error.DISTILL.replace(bank=2048, curriculum="edm2", steps=3)),
+    "bank": ("unet", "distill", plan_error.DISTILL.replace(bank=512, curriculum="edm2", steps=3)),
     "guided input": ("unet", "distill", plan_error.DISTILL.replace(objective="w-conditioned")),
     "guide": ("unet", "sharpen", plan_error.SHARPEN.replace(method="guide", guide_size=3.0)),
     "covariance": ("unet", "sharpen", plan_error.SHARPEN.replace(method="covariance", add_head=True)),

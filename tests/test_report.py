@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fieldsmith.report.grid import save_grid
@@ -28,9 +27,6 @@ def full_page() -> Page:
     page.before_after("Before and after", [Pair("a triangle", images(3), images(3), captions, captions[:2])])
     page.curves("Loss", {"pull": ([0, 1, 2], [1.0, 0.5, float("nan")]), "push": ([0, 1, 2], [0, 1, 2])}, y_label="loss")
     page.curves("Panels", [Panel("A & B", {"x": ([0, 1], [1, 2])}), Panel("C", {"y": ([0], [1])}, "t", "drift")])
-    own = Figure()
-    own.add_subplot().hist([1, 2, 2])
-    page.figure("Own", own, note="a note", alt="a histogram")
     page.command("Repeat", ["fieldsmith erase --config a.toml", 'load("x")'])
     return page
 

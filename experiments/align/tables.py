@@ -8,13 +8,14 @@ from experiments.align.mixture import ceiling
 from experiments.study import (
     SINGLE,
     Claim,
+    Reached,
     Record,
     Records,
     StudyConfig,
     Tables,
     at_most,
     average,
-    geometric,
+    cost_ratio,
     in_words,
     mean,
     verdict,
@@ -92,7 +93,7 @@ def stated(run: Record) -> float:
     return float(base + STATED * (PERFECT[name] - base))
 
 
-def cost_to_reach(run: Record) -> tuple[float, bool]:
+def cost_to_reach(run: Record) -> Reached:
     """Forward-equivalents where the probes first cross the stated reward (linear between probes), and whether they
     did; else all that was spent."""
     aim, earlier = stated(run), run["trace"][0]
@@ -103,14 +104,6 @@ def cost_to_reach(run: Record) -> tuple[float, bool]:
             return earlier["forwards"] + share * (point["forwards"] - earlier["forwards"]), True
         earlier = point
     return float(run["trace"][-1]["forwards"]), False
-
-
-def cost_ratio(runs: Runs, kind: str, arm: str, over: str) -> tuple[Interval, int, int]:
-    """Geometric mean over seeds of the arm's cost over the other's; how many runs of each never got there."""
-    theirs = [cost_to_reach(run) for run in runs.finals[kind, arm]]
-    ours = [cost_to_reach(run) for run in runs.finals[kind, over]]
-    ratio = geometric([a / b for (a, _), (b, _) in zip(theirs, ours, strict=True)], SINGLE)
-    return ratio, sum(not got for _, got in theirs), sum(not got for _, got in ours)
 
 
 def claims(runs: Runs) -> list[Claim]:
@@ -134,10 +127,9 @@ def claims(runs: Runs) -> list[Claim]:
     for kind in TRAINED:
         ours = runs.best_redesign(kind)
         for arm in (arm for arm in runs.arms(kind) if arm != ours):
-            ratio, missed, ours_missed = cost_ratio(runs, kind, arm, ours)
-            words = f"{arm}'s forward-equivalents to the stated {TRAINED[kind]} over {ours}'s (paper: 5x)"
-            words += f"; {missed} of its {ratio.n} runs never got there and count with all they spent" if missed else ""
-            words += f"; {ours_missed} of {ours}'s never did and count likewise" if ours_missed else ""
+            costs = ([cost_to_reach(run) for run in runs.finals[kind, one]] for one in (arm, ours))
+            ratio, missing, ours_missed = cost_ratio(*costs, ours)
+            words = f"{arm}'s forward-equivalents to the stated {TRAINED[kind]} over {ours}'s (paper: 5x){missing}"
             grade = verdict(ratio.low >= 5, ratio.low > 1)
             grade = "not" if ours_missed else grade  # the ratio is then only bounded from above
             cost = average(run["trace"][-1]["forwards"] for run in runs.finals[kind, arm])

@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from experiments.study import (
     SINGLE,
     Claim,
+    Reached,
     Record,
     Records,
     StudyConfig,
     Tables,
     at_most,
     average,
-    geometric,
+    cost_ratio,
     in_words,
     mean,
     verdict,
@@ -89,24 +90,12 @@ def choice(sweep: Sequence[Record]) -> Record:
     return min((run for run in sweep if composite(run) >= best - 0.01), key=lambda run: run["forward_equivalents"])
 
 
-def cost_to_erase(run: Record) -> tuple[float, bool]:
+def cost_to_erase(run: Record) -> Reached:
     """Forward-equivalents at the first probe with at most 5% detected, and whether it came; else all that was spent."""
     for point in run["trace"]:
         if point["detected"] <= 0.05:
             return float(point["forwards"]), True
     return float(run["forward_equivalents"]), False
-
-
-def cost_ratio(runs: Runs, arm: str, headline: str) -> tuple[Interval, int, int]:
-    """Geometric mean over concepts and seeds of the arm's cost over GEM's; how many runs of each never got there."""
-    ratios, missed, base_missed = [], 0, 0
-    for concept in (c for c in runs.concepts if (arm, c) in runs.finals):
-        for theirs, ours in zip(runs.finals[arm, concept], runs.finals[headline, concept], strict=True):
-            (cost, reached), (base, got) = cost_to_erase(theirs), cost_to_erase(ours)
-            missed += not reached
-            base_missed += not got
-            ratios.append(cost / base)
-    return geometric(ratios, SINGLE), missed, base_missed
 
 
 def claims(runs: Runs) -> list[Claim]:
@@ -132,10 +121,10 @@ def claims(runs: Runs) -> list[Claim]:
         words = f"{label}: share of images that show a triangle after a learned-token attack (robust: below 0.05)"
         made.append(Claim(f"{prefix}learned_token_attack", words, token, "share", at_most(token, 0.05), cost))
     for arm in ("esd", "eraseanything", "eraseflow", "concept-ablation"):
-        ratio, missed, base_missed = cost_ratio(runs, arm, best)
-        words = f"{arm}'s forward-equivalents to 95% erasure over GEM's ({GEMS[best]}; paper: 5x)"
-        words += f"; {missed} of its {ratio.n} runs never got there and count with all they spent" if missed else ""
-        words += f"; {base_missed} of GEM's never did and count likewise" if base_missed else ""
+        both = [concept for concept in runs.concepts if (arm, concept) in runs.finals]
+        costs = ([cost_to_erase(run) for c in both for run in runs.finals[one, c]] for one in (arm, best))
+        ratio, missing, _ = cost_ratio(*costs, "GEM")
+        words = f"{arm}'s forward-equivalents to 95% erasure over GEM's ({GEMS[best]}; paper: 5x){missing}"
         grade = verdict(ratio.low >= 5, ratio.low > 1)
         made.append(Claim(f"erase.cost_ratio_{arm}", words, ratio, "ratio", grade, runs.cost(arm)))
     return made

@@ -155,11 +155,6 @@ class Page:
             figures.append({"svg": svg, "title": panel.title, "alt": f"{what}: {', '.join(panel.series)}"})
         self.sections.append(Section("figures", heading, figures, note))
 
-    def figure(self, heading: str, figure: Figure, note: str = "", alt: str = "") -> None:
-        """A matplotlib figure of your own."""
-        svg = svg_of(figure, f"s{len(self.sections)}-")
-        self.sections.append(Section("figures", heading, [{"svg": svg, "title": "", "alt": alt or heading}], note))
-
     def command(self, heading: str, lines: str | Iterable[str], note: str = "") -> None:
         """A block of code: how to repeat the run, how to load what it made."""
         self.sections.append(Section("command", heading, "\n".join(lines_of(lines)), note))
