@@ -78,7 +78,9 @@ def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> N
     for ours, theirs in zip(one["history"], two["history"], strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours:
-            assert ours[key] == pytest.approx(theirs[key], rel=tolerance, abs=1e-6), key
+            # a loss of advantages that add up to 0 cancels: what is left is held against its terms, of size one
+            floor = tolerance / 50 if key == "loss" else 1e-6
+            assert ours[key] == pytest.approx(theirs[key], rel=tolerance, abs=floor), key
     for name, norm in one["weights"].items():
         assert norm == pytest.approx(two["weights"][name], rel=tolerance, abs=1e-7), name
     assert one["forwards"] == two["forwards"]

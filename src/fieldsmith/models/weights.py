@@ -108,6 +108,11 @@ class Trainable:
         if self.trains:
             raise ValueError(f"{self.name} is being trained already; call remove_training() or load a fresh model")
 
+    def raise_precision(self) -> None:
+        """Weights of at least 32 bits, for training in full."""
+        if self.network.dtype.itemsize < 4:
+            self.network.float()
+
     def unfreeze(self, subset: str) -> None:
         """Train the full weights of a subset, or all that are read with 'all'; the originals stay for `reference`.
 

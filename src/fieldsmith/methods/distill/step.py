@@ -55,7 +55,7 @@ def prepare(teacher: Model, config: DistillConfig, inputs: Inputs) -> Job:
     objective = objective_of(config)
     scales = config.guidance_scales if objective.guided_input else None
     student = inputs.student or student_for(teacher, config, scales)
-    student.network.float()
+    student.raise_precision()
     data, source = None, inputs.source
     if source is None:
         data = data_for(teacher, inputs.data)

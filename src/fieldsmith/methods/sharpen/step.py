@@ -70,7 +70,7 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     check_model(model, states, config)
     guide = config.method == "guide"
     trained = shrink(model, config.guide_size, seed=config.seed) if guide else model
-    trained.network.float()
+    trained.raise_precision()
     step = Step(trained, states, config.replace(method="plain") if guide else config)
     unfreeze(trained, config.train)
     parameters = trained.trainable()
