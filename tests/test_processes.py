@@ -73,17 +73,18 @@ def alone(folder: pathlib.Path, names: Sequence[str], **environment: str) -> dic
     return dict(json.loads(out.read_text()))
 
 
-def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
+def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float, padded: bool = False) -> None:
+    """`padded`: under FSDP processes go through the network equally often, and rows of weight 0 cost what others do."""
     assert [row["step"] for row in one["history"]] == [row["step"] for row in two["history"]] == [0, 1]
     for ours, theirs in zip(one["history"], two["history"], strict=True):
         assert ours.keys() == theirs.keys()
-        for key in ours:
+        for key in ours.keys() - ({"nfe"} if padded else set()):
             # a loss of advantages that add up to 0 cancels: what is left is held against its terms, of size one
             floor = tolerance / 50 if key == "loss" else 1e-6
             assert ours[key] == pytest.approx(theirs[key], rel=tolerance, abs=floor), key
     for name, norm in one["weights"].items():
         assert norm == pytest.approx(two["weights"][name], rel=tolerance, abs=1e-7), name
-    assert one["forwards"] == two["forwards"]
+    assert one["forwards"] == two["forwards"] or (padded and one["forwards"] < two["forwards"])
 
 
 @pytest.fixture(scope="module", params=["single", "double"])
@@ -111,7 +112,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
 
 @pytest.mark.parametrize("name", several.SHARDED)
 def test_fsdp_learns_the_same(sharded: Any, name: str) -> None:
-    assert_same(sharded[0][name], sharded[1][name], TOLERANCES["single"])
+    assert_same(sharded[0][name], sharded[1][name], TOLERANCES["single"], padded=True)
 
 
 # a run goes on with another number of processes
