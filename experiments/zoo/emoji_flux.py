@@ -21,7 +21,9 @@ from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.run import Run, write_atomically
 from fieldsmith.training import Optimisation, fit
-from fieldsmith.worlds.emoji import LONGEST, SIDE, VOCABULARY, EmojiWorld
+from fieldsmith.worlds.emoji import EmojiWorld
+from fieldsmith.worlds.emoji_captions import LONGEST, VOCABULARY
+from fieldsmith.worlds.emoji_glyphs import SIDE
 
 CHUNK = 500  # pictures drawn and encoded at once
 

@@ -10,7 +10,8 @@ import sys
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fieldsmith.worlds.emoji import ATLAS, CELL, COLUMNS, OBJECTS
+from fieldsmith.worlds.emoji_captions import OBJECTS
+from fieldsmith.worlds.emoji_glyphs import ATLAS, CELL, COLUMNS
 
 GLYPHS = {
     "cat": "🐱", "dog": "🐶", "fox": "🦊", "panda": "🐼", "frog": "🐸", "pig": "🐷", "lion": "🦁", "chick": "🐤",

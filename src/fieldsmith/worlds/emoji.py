@@ -1,54 +1,25 @@
 """Emoji on pastel grounds: pictures that anyone names at a glance, with captions that have a grammar.
 
 One to three objects of 48, whole, apart from each other, large, middling or small; six backgrounds. A fifth of the
-pairs of objects never meets in training. emoji_judge.py reads pictures back from their pixels alone. The pictures are
-the Noto colour emoji (SIL Open Font License, emoji-OFL.txt).
+pairs of objects never meets in training. emoji_captions.py has the grammar, emoji_judge.py reads pictures back.
 """
 
 from __future__ import annotations
 
-import pathlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fieldsmith.errors import InputError, check_word
-from fieldsmith.worlds.judged import place
+from fieldsmith.worlds.emoji_captions import BACKGROUNDS, GROUPS, OBJECTS, RELATIONS, Group, Scene
+from fieldsmith.worlds.emoji_glyphs import LARGE, MIDDLE, SIDE, SMALL, glyph, ground
+from fieldsmith.worlds.emoji_judge import Verdicts, read
+from fieldsmith.worlds.judged import place, readable
 
-GROUPS = {
-    "animals": ("cat", "dog", "fox", "panda", "frog", "pig", "lion", "chick", "bear", "koala", "rabbit", "monkey",
-                "penguin", "mouse"),
-    "fruit": ("apple", "banana", "lemon", "orange", "pear", "strawberry", "pineapple", "watermelon"),
-    "food": ("pizza", "donut", "cookie", "burger", "carrot", "cake", "mushroom"),
-    "vehicles": ("car", "bus", "rocket", "tractor", "truck", "train", "boat", "bicycle"),
-    "things": ("ball", "star", "heart", "sun", "tree", "house", "umbrella", "tulip", "moon", "balloon", "crown"),
-}  # fmt: skip
-OBJECTS = tuple(name for group in GROUPS.values() for name in group)
-PLURALS = {
-    name: {"fox": "foxes", "mouse": "mice", "strawberry": "strawberries", "bus": "buses"}.get(name, name + "s")
-    for name in OBJECTS
-}
-BACKGROUNDS = {  # RGB in [0, 255]
-    "white": (250, 250, 250),
-    "blue": (190, 220, 250),
-    "pink": (250, 205, 220),
-    "green": (205, 240, 205),
-    "yellow": (250, 240, 190),
-    "grey": (205, 205, 210),
-}
-NUMBERS = {"two": 2, "three": 3}
-RELATIONS = ("left of", "right of", "above", "below")
-VOCABULARY = (
-    "a", "an", *NUMBERS, "small", "and", "left", "right", "of", "above", "below", "on", *BACKGROUNDS, *OBJECTS,
-    *PLURALS.values(),
-)  # fmt: skip
-LONGEST = 10  # words of a caption: "a small cat left of a small dog on blue", "a cat and a dog and a fox on blue"
 # GenEval's six kinds of question (Ghosh et al., 2023); both: a place, a size and a background at once; and two more
 KINDS = (
     "single object", "two objects", "counting", "background", "position", "both", "counted pairs", "three objects"
@@ -57,45 +28,6 @@ KINDS = (
 WEIGHTS = {"single object": 0.14, "two objects": 0.22, "counting": 0.2, "position": 0.24, "counted pairs": 0.1,
            "three objects": 0.1}  # fmt: skip
 HELD_OUT = 0.2  # share of the pairs of objects that no training picture shows together
-SIDE = 48  # pixels
-LARGE, MIDDLE, SMALL = (34, 36, 38), (20, 21, 22), (15, 16)  # sides of an object in pixels; LARGE only where alone
-ATLAS = pathlib.Path(__file__).parent / "emoji.png"
-CELL, COLUMNS = 64, 8  # of the atlas
-
-
-@dataclass(frozen=True)
-class Group:
-    """Some objects of one name, as a caption names them."""
-
-    name: str
-    count: int = 1
-    small: bool = False
-
-    def __str__(self) -> str:
-        small = "small " if self.small else ""
-        if self.count > 1:
-            number = next(word for word, count in NUMBERS.items() if count == self.count)
-            return f"{number} {small}{PLURALS[self.name]}"
-        return f"{_article(small or self.name)} {small}{self.name}"
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a caption asks for; None where it leaves something open. Without groups it asks for any picture."""
-
-    groups: tuple[Group, ...] = ()
-    relation: str | None = None  # of RELATIONS: where the first of two single objects is, seen from the second
-    background: str | None = None
-
-    def __str__(self) -> str:
-        between = f" {self.relation} " if self.relation else " and "
-        words = between.join(str(group) for group in self.groups)
-        return f"{words} on {self.background}" if self.background else words
-
-    @property
-    def objects(self) -> list[Group]:
-        """One group of one for each object."""
-        return [replace(group, count=1) for group in self.groups for _ in range(group.count)]
 
 
 @dataclass(frozen=True)
@@ -105,79 +37,6 @@ class Batch:
     images: Tensor
     captions: list[str]
     scenes: list[Scene]
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-# captions
-
-
-def parse(caption: str) -> Scene:
-    """What a caption asks for; '' asks for any picture.
-
-    Raises InputError at an unknown object or background, with the nearest known one, and at what the grammar lacks.
-    """
-    words = caption.lower().split()
-    if not words:
-        return Scene()
-    groups, relation = [_take_group(words, caption)], None
-    while words and words[0] != "on":
-        joint = words.pop(0)
-        if joint in ("left", "right") and words[:1] == ["of"]:
-            joint = f"{joint} {words.pop(0)}"
-        if joint != "and" and joint not in RELATIONS:
-            raise _unknown(caption, f"'{joint}' joins no objects; use 'and', 'left of', 'right of', 'above' or 'below'")
-        if relation or (joint != "and" and len(groups) > 1):
-            raise _unknown(caption, f"'{joint}' is one joint too many; places are told of two objects")
-        relation = joint if joint in RELATIONS else None
-        groups.append(_take_group(words, caption))
-    background = _take_background(words, caption) if words else None
-    scene = Scene(tuple(groups), relation, background)
-    names = [group.name for group in groups]
-    if len(set(names)) < len(names):
-        raise _unknown(caption, f"it names '{names[-1]}' twice; say 'two {PLURALS[names[-1]]}'")
-    if len(scene.objects) > 3 or (relation and len(scene.objects) > 2):
-        raise _unknown(caption, "it has too many objects; ask for at most three, or for two single ones with a place")
-    if len(scene.objects) > 2 and any(group.small for group in groups):
-        raise _unknown(caption, "of three objects none is small; leave out 'small'")
-    return scene
-
-
-def _take_group(words: list[str], caption: str) -> Group:
-    """Take an object with its article or number off the front of the words."""
-    count = 1
-    if words and words[0] in ("a", "an", *NUMBERS):
-        count = NUMBERS.get(words.pop(0), 1)
-    elif words and words[0] in OBJECTS:
-        raise _unknown(caption, f"'{words[0]}' lacks its article; write '{_article(words[0])} {words[0]}'")
-    small = words[:1] == ["small"]
-    if small:
-        words.pop(0)
-    if not words:
-        raise _unknown(caption, "it ends where an object should follow")
-    word = words.pop(0)
-    nouns = PLURALS if count > 1 else {name: name for name in OBJECTS}
-    others = OBJECTS if count > 1 else tuple(PLURALS.values())
-    if word in others:
-        number = "more than one is named in the plural" if count > 1 else "one is named in the singular"
-        raise _unknown(caption, f"'{word}' does not fit its number; {number}")
-    check_word(word, tuple(nouns.values()), "the emoji world's objects")
-    name = next(name for name, noun in nouns.items() if noun == word)
-    return Group(name, count, small)
-
-
-def _take_background(words: list[str], caption: str) -> str:
-    """The background that 'on', the first of the words, announces."""
-    if len(words) != 2:
-        raise _unknown(caption, f"'on' ends a caption with one background: {', '.join(BACKGROUNDS)}")
-    check_word(words[1], tuple(BACKGROUNDS), "the emoji world's backgrounds")
-    return words[1]
-
-
-def _unknown(caption: str, why: str) -> InputError:
-    return InputError(f"'{caption}' is no caption of the emoji world: {why}")
 
 
 # what training shows, and what it never shows
@@ -252,21 +111,6 @@ def _training_scene(draw: random.Random, apart: bool) -> Scene:
 # drawing
 
 
-@cache
-def glyph(name: str, side: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """An object's colours (side, side, 3) and how far they cover what is behind, (side, side, 1); in [0, 1]."""
-    row, column = divmod(OBJECTS.index(name), COLUMNS)
-    with Image.open(ATLAS) as atlas:
-        cell = atlas.crop((column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL))
-    drawn = numpy.asarray(cell.resize((side, side), Image.Resampling.LANCZOS), numpy.float32) / 255
-    return drawn[..., :3], drawn[..., 3:]
-
-
-def ground(background: str) -> numpy.ndarray:
-    """A background's colour, (3,) in [0, 1]."""
-    return numpy.asarray(BACKGROUNDS[background], numpy.float32) / 255
-
-
 def _lay_out(scene: Scene, draw: random.Random) -> list[tuple[str, int, int, int]]:
     """Name, side, left and top of each object, in pixels."""
     objects = scene.objects
@@ -295,6 +139,7 @@ class EmojiWorld:
     """The world, at 48 pixels."""
 
     name = "emoji"
+    channels = 3
 
     def __init__(self, size: int = SIDE):
         if size != SIDE:
@@ -325,3 +170,7 @@ class EmojiWorld:
                 under = image[top : top + side, left : left + side]
                 under += cover * (ink - under)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+    def judge(self, images: Tensor) -> Verdicts:
+        """Read pictures (n, 3, 48, 48) in [0, 1]. Raises InputError at another shape; NaN is no picture."""
+        return read(*readable(images, self))
