@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ EXPLAINED = 0.35  # of its own size: how much of the difference a render must ta
 WINDOW, DEFECT, STAIN = 7, 0.2, 0.06  # pixels; largest RMS of what is left there, at objects and on the background
 EDGE = 11  # pixels of a window that an object reaches into: WINDOW and the softness of its edge
 LEAN = 0.35  # how far an object may lean from its render towards another's; half-way is 0.5
+APART = 0.8  # of the sum of their half sides: how near the middles of two objects may be
 MARGIN = 4  # pixels by which windows may stand over the edge, even
 BATCH = 64
 
@@ -210,11 +211,16 @@ def _read(difference: Tensor, background: Tensor, banks: Sequence[Bank]) -> tupl
             else "part of an object is not as it should be" if defect[i] > DEFECT
             else "the background is stained" if stain[i] > STAIN
             else "an object is between two" if lean[i] > LEAN
+            else "objects overlap" if any(_overlap(a, b) for a, b in combinations(found, 2))
             else ""
         )  # fmt: skip
         reasons.append(reason)
         seen.append(None if reason else Seen(tuple(found), tuple(BACKGROUNDS)[int(background[i])]))
     return seen, reasons
+
+
+def _overlap(a: Thing, b: Thing) -> bool:
+    return max(abs(a.x - b.x), abs(a.y - b.y)) < APART * (a.side + b.side) / 2
 
 
 def _explain(difference: Tensor, background: Tensor, banks: Sequence[Bank]) -> tuple[Tensor, list[list[Thing]], Tensor]:
