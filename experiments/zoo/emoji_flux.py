@@ -31,7 +31,7 @@ from fieldsmith.worlds.emoji_glyphs import SIDE
 from fieldsmith.worlds.emoji_groups import kinds
 
 CHUNK = 500  # pictures drawn and encoded at once
-GUIDANCE = 2.5  # at which the card says how often the model is right
+STEPS, GUIDANCE = 28, 2.5  # at which the card says how often the model is right
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def train_flow(model: Flux, config: EmojiFlux, latents: Tensor, captions: list[s
 def write_card(config: EmojiFlux, folder: pathlib.Path, name: str) -> None:
     """card.json (which world judges it, what made it, what it scores), the same in words, and samples.png."""
     world, model = EmojiWorld(), load(str(folder))
-    draw = sampler(model, 28, GUIDANCE)
+    draw = sampler(model, STEPS, GUIDANCE)
     asked = {kind: [scene for scene in found for _ in range(2)] for kind, found in kinds().items()}
     rows = {kind: share(ask(draw, world, found, 1, seed).right()) for seed, (kind, found) in enumerate(asked.items())}
     parameters = sum(p.numel() for p in model.network.parameters())
@@ -164,10 +164,12 @@ def write_card(config: EmojiFlux, folder: pathlib.Path, name: str) -> None:
         "settings": plain(config),
         "parameters": parameters,
         "guidance": GUIDANCE,
-        "judged right, 28 steps": {kind: row.to_json() for kind, row in rows.items()},
+        f"judged right, {STEPS} steps": {kind: row.to_json() for kind, row in rows.items()},
     }
     write_atomically(folder / "card.json", json.dumps(card, indent=1) + "\n")
-    shown = [str(found[2 * i]) for i in range(4) for found in asked.values()]  # a row of four lines a kind of prompt
+    shown = [
+        str(found[2 * i % len(found)]) for i in range(4) for found in asked.values()
+    ]  # a row of four lines a kind of prompt
     save_grid(draw(shown, 0), folder / "samples.png", columns=len(asked), scale=2)
     lines = [
         f"# zoo:{name}",
@@ -178,7 +180,7 @@ def write_card(config: EmojiFlux, folder: pathlib.Path, name: str) -> None:
         "",
         f"Made by `{card['command']}` with the recipe's defaults.",
         "Captions have a grammar (docs/worlds.md). A fifth of the pairs of objects never met in training. The judge",
-        "names what it sees from pixels alone; share of images that show what was asked and nothing else, 28 steps,",
+        f"names what it sees from pixels alone; share of images that show what was asked and nothing else, {STEPS} steps,",
         f"guidance {GUIDANCE:g}:",
         "",
         "| prompts | right [95%] |",

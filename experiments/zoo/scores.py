@@ -100,13 +100,15 @@ def loaded(model: str) -> Model:
 
 def record(model: str, scale: float, seed: int, each: int) -> Record:
     """How many pictures of each kind of prompt are right, and valid."""
-    world, draw = world_for(model), sampler(loaded(model), STEPS, scale)
-    kinds: Record = {}
-    for place, (kind, concepts) in enumerate(scenes(world, each, seed).items()):
-        judged = ask(draw, world.world, concepts, 1, 1000 * seed + place)
-        kinds[kind] = {
-            "right": int(judged.right().sum()), "valid": int(judged.seen.valid.sum()), "n": len(concepts)
-        }  # fmt: skip
+    world = world_for(model)
+    asked = scenes(world, each, seed)
+    every = [concept for concepts in asked.values() for concept in concepts]
+    judged = ask(sampler(loaded(model), STEPS, scale), world.world, every, 1, seed)
+    sizes = [len(concepts) for concepts in asked.values()]
+    parts = zip(asked, judged.right().split(sizes), judged.seen.valid.split(sizes), strict=True)
+    kinds = {
+        kind: {"right": int(right.sum()), "valid": int(valid.sum()), "n": len(right)} for kind, right, valid in parts
+    }
     return {"model": model, "guidance": scale, "seed": seed, "steps": STEPS, "kinds": kinds}
 
 
