@@ -40,7 +40,7 @@ class EmojiFlux:
 
     seed: int = 0
     autoencoder: str = ""  # a model whose autoencoder is taken as it is; '' trains one
-    vae_steps: int = 2_000
+    vae_steps: tuple[int, ...] = (2_000, 3_000)  # cosine cycles, each from vae_lr to 0: the second sharpens the first
     vae_batch: int = 24
     vae_lr: float = 2e-3
     kl: float = 1e-4  # weight of the latents' KL to N(0, I), per latent number
@@ -48,7 +48,7 @@ class EmojiFlux:
     heads: int = 5  # transformer width / 32
     layers: int = 2
     single_layers: int = 3
-    steps: int = 18_000
+    steps: int = 12_000
     batch: int = 48
     lr: float = 1e-3
     ema: float = 0.999
@@ -67,7 +67,8 @@ def train(config: EmojiFlux, folder: pathlib.Path, name: str) -> Flux:
     if config.autoencoder:
         pipeline.register_modules(vae=load(config.autoencoder).pipeline.vae)
     else:
-        train_autoencoder(model, config, folder / "vae")
+        for cycle in range(len(config.vae_steps)):
+            train_autoencoder(model, config, cycle, folder / f"vae-{cycle + 1}")
     latents, captions = pool(model, config, folder / "pool")
     if not config.autoencoder:
         # one scale and shift for all channels, as Flux has: the flow sees zero mean and unit variance
@@ -80,14 +81,14 @@ def train(config: EmojiFlux, folder: pathlib.Path, name: str) -> Flux:
     return model
 
 
-def train_autoencoder(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> None:
+def train_autoencoder(model: Flux, config: EmojiFlux, cycle: int, folder: pathlib.Path) -> None:
     """Absolute error of pixels and of their differences, which keeps edges sharp, and a little squared error."""
     vae, world, run = model.pipeline.vae, EmojiWorld(), Run(folder, "pretrain", config)
     run.begin()
     vae.requires_grad_(True)
 
     def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
-        images = world.sample(config.vae_batch, 10**6 + step).images * 2 - 1
+        images = world.sample(config.vae_batch, 10**6 * (cycle + 1) + step).images * 2 - 1
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample(generator)).sample - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -96,8 +97,9 @@ def train_autoencoder(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> N
         yield error.abs().mean() + 0.3 * error.square().mean() + 0.5 * edges + config.kl * kl
 
     optimisation = Optimisation(
-        config.vae_steps, config.vae_lr, warmup=50, cosine=True, clip=1.0, checkpoint_every=200, seed=config.seed
-    )
+        config.vae_steps[cycle], config.vae_lr, warmup=50, cosine=True, clip=1.0, checkpoint_every=200,
+        seed=config.seed + cycle,
+    )  # fmt: skip
     fit(dict(vae.named_parameters()), losses, optimisation, run)
     vae.requires_grad_(False)
 
@@ -180,8 +182,8 @@ def write_card(config: EmojiFlux, folder: pathlib.Path, name: str) -> None:
         "",
         f"Made by `{card['command']}` with the recipe's defaults.",
         "Captions have a grammar (docs/worlds.md). A fifth of the pairs of objects never met in training. The judge",
-        f"names what it sees from pixels alone; share of images that show what was asked and nothing else, {STEPS} steps,",
-        f"guidance {GUIDANCE:g}:",
+        "names what it sees from pixels alone; share of images that show what was asked and nothing else,",
+        f"{STEPS} steps, guidance {GUIDANCE:g}:",
         "",
         "| prompts | right [95%] |",
         "|---|---|",
