@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 
+from fieldsmith import cli
 from fieldsmith.errors import InputError
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.tiny import flux_pipeline
@@ -263,3 +265,21 @@ def test_a_target_names_one_kind_of_object():
     with pytest.raises(InputError, match="names 2 kinds of objects"):
         emoji_groups.erased_objects(["a cat and a dog"])
     assert set(emoji.GROUPS) == {"animals", "fruit", "food", "vehicles", "things"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["align", "--reward", "right", "--prompts", "a cat dog"], "'dog' joins no objects"),
+        (["align", "--reward", "right", "--prompts", "a cta"], "'cta' .* did you mean 'cat'"),
+        (["align", "--reward", "shape"], "the emoji world has right, count, valid"),
+        (["erase", "--targets", "a catt", "--anchors", "a dog"], "'catt' .* did you mean 'cat'"),
+        (["erase", "--targets", "a cat and a dog", "--anchors", "a fox"], "names 2 kinds of objects"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_bad_captions_are_one_sentence_before_anything_is_written(words, says, tiny_zoo, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main([*words, "--model", str(tiny_zoo / "emoji-flux"), "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(says, error) and not out.exists()

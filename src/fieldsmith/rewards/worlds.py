@@ -50,7 +50,7 @@ def reward(name: str, argument: str | None, world: Asked | None) -> Reward:
             verdicts = in_half(pixels, argument or "")
         else:
             judged = judge_of.world.judge(pixels)
-            wanted = [_part(name, judge_of.parse(prompt)) for prompt in prompts]
+            wanted = [None if name == "valid" else _part(name, judge_of.parse(prompt)) for prompt in prompts]
             # shows() reads the whole batch, so it is called once for each concept
             rows = {concept: judged.valid if concept is None else judged.shows(concept) for concept in set(wanted)}
             verdicts = torch.tensor([bool(rows[concept][i]) for i, concept in enumerate(wanted)])
@@ -60,9 +60,7 @@ def reward(name: str, argument: str | None, world: Asked | None) -> Reward:
 
 
 def _part(name: str, asked: Any) -> Any:
-    """What of the prompt the named judge asks for; None: nothing but a valid picture."""
-    if name == "valid":
-        return None
+    """What of the prompt the named judge asks for."""
     if isinstance(asked, Scene):
         groups = tuple(replace(group, small=False) for group in asked.groups)
         return Scene(groups) if name == "count" else asked
