@@ -95,6 +95,10 @@ def align_inputs(config: AlignConfig, load: Callable[[str, Any], Any]) -> tuple[
         config = config.replace(prompts=read_prompts(config.prompts) or world.training_captions())
     else:
         config = config.replace(prompts=read_prompts(config.prompts))
+    named = [words for words in (config.reward, *config.held_out_rewards) if not words.startswith("function:")]
+    if world and {name for words in named for _, name, _ in rewards.parse(words)} & {*rewards.OF_WORLD} - {"valid"}:
+        for prompt in config.prompts:
+            world.parse(prompt)  # what its judge cannot read is refused now, not when the first pictures are judged
     watched = [load(name, world) for name in (*config.held_out_rewards, *(("valid",) if world else ()))]
     others = tuple(name for name in (*world.other_captions(), "") if name not in config.prompts) if world else ()
     return config, AlignInputs(load(config.reward, world), {one.name: one for one in watched}, others)

@@ -54,8 +54,8 @@ def __getattr__(name: str) -> Any:
 def load(reward: str | Callable[..., Any], world: Asked | None = None) -> Reward:
     """A reward, whose results are checked: from a function of (images, prompts), or from words as `parse` reads them.
 
-    `world` is what judges the model's pictures; right, shape, colour, valid, count and position need it. Raises InputError
-    at words that name no reward, in one sentence with the fix, RewardError at a function that takes other arguments.
+    `world` judges the model's pictures; right, shape, colour, valid, count and position need it. Raises InputError at
+    words that name no reward, in one sentence with the fix, RewardError at a function that takes other arguments.
     """
     from fieldsmith.rewards.reward import Reward, weighted  # late, because it brings torch
 
