@@ -17,9 +17,10 @@ from experiments.distill.arms import STUDY as DISTILL
 from experiments.edit.arms import STUDY as EDIT
 from experiments.erase.arms import STUDY as ERASE
 from experiments.sharpen.arms import STUDY as SHARPEN
+from experiments.zoo.scores import STUDY as ZOO
 from fieldsmith.errors import InputError, RunError, check_word
 
-STUDIES = {one.name: one for one in (ERASE, ALIGN, DISTILL, SHARPEN, EDIT)}
+STUDIES = {one.name: one for one in (ERASE, ALIGN, DISTILL, SHARPEN, EDIT, ZOO)}
 
 
 def main(words: Sequence[str] | None = None) -> int:

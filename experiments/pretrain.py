@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from experiments.study import check_numbers
-from experiments.zoo import class_unet, judged_ddpm, scenes_kontext, shapes_classifier, shapes_flux
+from experiments.zoo import class_unet, emoji_flux, judged_ddpm, scenes_kontext, shapes_classifier, shapes_flux
 from fieldsmith.errors import InputError, check_word
 
 Train = Callable[[Any, pathlib.Path, str], object]  # settings, the folder to write, the recipe's name
@@ -19,6 +19,7 @@ RECIPES: dict[str, tuple[Any, Train]] = {
     "shapes-flux": (shapes_flux.ShapesFlux(), shapes_flux.train),
     # right in half of its images, which leaves a reward something to do
     "shapes-flux-small": (shapes_flux.ShapesFlux(heads=1, steps=6_000), shapes_flux.train),
+    "emoji-flux": (emoji_flux.EmojiFlux(), emoji_flux.train),
     "digits-unet": (class_unet.ClassUNet(), class_unet.train),
     "shapes-unet": (class_unet.ClassUNet(data="shapes", widths=(24, 48, 64), steps=5_500), class_unet.train),
     "columns-ddpm": (judged_ddpm.JudgedDDPM(), judged_ddpm.train),

@@ -50,13 +50,18 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
     from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
     from fieldsmith.models.unet import UNet
-    from fieldsmith.worlds import classes, scenes, shapes
+    from fieldsmith.worlds import classes, emoji_captions, scenes, shapes
 
     folder = tmp_path_factory.mktemp("zoo")
     small = {"layers": 1, "single_layers": 1, "heads": 1}
     for name in ("shapes-flux", "shapes-flux-small"):
         flux_pipeline(shapes.VOCABULARY, vae_channels=(8, 8, 8), **small).save_pretrained(folder / name)
         (folder / name / "card.json").write_text(json.dumps({"world": "shapes", "size": 32}))
+    for name in ("emoji-flux", "emoji-flux-small"):
+        flux_pipeline(
+            emoji_captions.VOCABULARY, vae_channels=(8, 8, 8), latent_channels=4, text_length=12, size=48, **small
+        ).save_pretrained(folder / name)
+        (folder / name / "card.json").write_text(json.dumps({"world": "emoji", "size": 48}))
     editor = kontext_pipeline(
         scenes.VOCABULARY, vae_channels=(8, 8, 8), latent_channels=4, text_length=10, size=24, **small
     )

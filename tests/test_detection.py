@@ -250,6 +250,6 @@ def test_relearning_counts_no_steps_where_the_concept_is_still_there(adapted):
 
 
 def test_the_zoos_card_names_its_world(tmp_path):
-    assert world_of(ZOO).size == 32
+    assert world_of(ZOO).world.size == 32
     assert card_of(ZOO)["world"] == "shapes"
     assert world_of(str(tmp_path)) is None and world_of("org/name") is None

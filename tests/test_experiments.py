@@ -10,16 +10,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.__main__ import STUDIES
 from experiments.__main__ import main as experiment
 from experiments.distill.tables import Runs, cost_at_equal, shapley
 from experiments.pretrain import RECIPES
 from experiments.study import Claim, Records, Run, Stage, Study, StudyConfig, Tables, mean, run
-from experiments.zoo import scenes_kontext
+from experiments.zoo import emoji_flux, scenes_kontext, scores
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill import curriculum
 from fieldsmith.models import load
+from fieldsmith.worlds import emoji
+from fieldsmith.worlds.emoji_captions import parse
+from fieldsmith.worlds.emoji_groups import UNSEEN
+from fieldsmith.worlds.model_cards import world_of
 
 
 @pytest.mark.parametrize("words", [[], *[[name, "--help"] for name in STUDIES],
@@ -138,3 +143,45 @@ def test_shares_and_costs_of_the_summary_are_what_they_say():
     found, missed = cost_at_equal(runs, "w", "rival", lambda run: run["quality"])
     assert missed == 1  # seed 1 never gets there and counts with all it spent; seed 0 does half way in log-cost
     assert found.value == pytest.approx((0.2 * 0.4) ** 0.5)
+
+
+def test_the_emoji_recipe_resumes_and_writes_a_model_that_its_world_judges(tmp_path, monkeypatch):
+    scenes = [parse("a cat on blue"), parse("two dogs")]
+    monkeypatch.setattr(emoji_flux, "kinds", lambda: {"two scenes": scenes})
+    monkeypatch.setattr(emoji_flux, "CHUNK", 6)
+    monkeypatch.setattr(emoji_flux, "STEPS", 2)
+    config = emoji_flux.EmojiFlux(
+        vae_steps=(2, 1), vae_batch=2, images=12, heads=1, layers=1, single_layers=1, steps=2, batch=4
+    )
+    model = emoji_flux.train(config, tmp_path, "emoji-flux")
+    again = emoji_flux.train(config, tmp_path, "emoji-flux")  # nothing is left to do but to write
+    latents = model.pipeline.vae.config
+    assert (latents.scaling_factor, latents.shift_factor) == (
+        again.pipeline.vae.config.scaling_factor, again.pipeline.vae.config.shift_factor,
+    )  # fmt: skip
+    assert len(json.loads((tmp_path / "pool" / "captions.json").read_text())) == 12
+    folder = tmp_path / "model"
+    assert world_of(str(folder)).name == "emoji" and (folder / "samples.png").stat().st_size > 0
+    assert json.loads((folder / "card.json").read_text())["judged right, 2 steps"]["two scenes"]["n"] == 4
+    small = replace(config, autoencoder=str(folder), seed=1)
+    taken = emoji_flux.train(small, tmp_path / "small", "emoji-flux-small").pipeline.vae
+    for mine, its in zip(
+        taken.state_dict().values(), load(str(folder)).pipeline.vae.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine.float(), its)
+
+
+def test_the_study_of_the_zoo_counts_by_kind_of_prompt(tmp_path, tiny_zoo, monkeypatch):
+    monkeypatch.setattr(scores, "STEPS", 2)
+    folder = str(tiny_zoo / "emoji-flux-small")
+    words = ["zoo", "--models", folder, "--guidances", "1", "2", "--each", "1", "--seeds", "0", "1"]
+    assert experiment([*words, "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    claims = {claim["id"]: claim for claim in summary["claims"]}
+    assert set(claims) == {f"zoo.{name}" for name in scores.AIMS}
+    assert all(claim["value"] == 0 and claim["verdict"] == "not" for claim in claims.values())  # it draws noise
+    runs = [json.loads(file.read_text()) for file in (tmp_path / "runs").iterdir()]
+    assert len(runs) == 6 and {run["seed"] for run in runs} == {0, 1, 2}  # the last chooses the guidance
+    assert set(runs[0]["kinds"]) == {*emoji.KINDS, UNSEEN, scores.PLACED}
+    assert "guidance 2" in (tmp_path / "README.md").read_text()
+    assert experiment(["zoo", "--models", str(tmp_path), "--out", str(tmp_path / "x")]) == 2

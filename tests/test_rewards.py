@@ -22,10 +22,12 @@ from fieldsmith.rewards import Reward, load
 from fieldsmith.rewards.learned import FOLDER
 from fieldsmith.rewards.pretrained import CLIP_MEAN, CLIP_STD, linear_layers, preprocess
 from fieldsmith.rewards.reward import check_images, score_batches, weighted
+from fieldsmith.worlds import asked
 from fieldsmith.worlds.shapes import PALETTE, ShapesWorld, caption, concepts
 from tests.drawn import seeded
 
 WORLD = ShapesWorld(32)
+ASKED = asked.load("shapes", 32)
 WORDS = ("a", "red", "blue", "square", "circle")
 PROMPTS = ["a red square", "a blue circle", "a red circle"]
 
@@ -50,8 +52,8 @@ def test_the_package_is_light():
 
 def test_a_sum_is_the_weighted_sum_of_its_parts():
     images, prompts = drawn(1)
-    total = load("0.7*right + 0.3*brightness+-2*colour:red", WORLD)
-    parts = [load(name, WORLD)(images, prompts) for name in ("right", "brightness", "colour:red")]
+    total = load("0.7*right + 0.3*brightness+-2*colour:red", ASKED)
+    parts = [load(name, ASKED)(images, prompts) for name in ("right", "brightness", "colour:red")]
     torch.testing.assert_close(total(images, prompts), 0.7 * parts[0] + 0.3 * parts[1] - 2 * parts[2])
     assert total.name == "0.7*right+0.3*brightness+-2*colour:red"
 
@@ -108,12 +110,12 @@ def test_files_with_signs_in_their_names_are_part_of_a_sum(tmp_path, monkeypatch
 )
 def test_what_is_no_reward_is_refused_in_a_sentence(spec, message):
     with pytest.raises(InputError, match=message.replace("|", r"\|").replace("?", r"\?")):
-        load(spec, WORLD)
+        load(spec, ASKED)
 
 
 @pytest.mark.parametrize("name", ["right", "shape", "colour", "valid", "count", "position:left"])
 def test_a_judge_of_the_world_needs_the_world(name):
-    with pytest.raises(InputError, match="is the shapes world's judge"):
+    with pytest.raises(InputError, match="is the judge of a world"):
         load(name)
 
 
@@ -132,27 +134,27 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["right", "shape", "colour", "valid", "count"])
 def test_judges_of_the_world_pass_its_renders(name):
     images, prompts = drawn()
-    given = load(name, WORLD)(images, prompts)
+    given = load(name, ASKED)(images, prompts)
     assert given.mean() >= 0.98 and set(given.tolist()) <= {0.0, 1.0}
 
 
 def test_each_judge_reads_its_own_attribute():
     images, _ = drawn(1)
     asked = ["a red circle"] * len(images)
-    given = {name: load(name, WORLD)(images, asked).sum().item() for name in ("right", "shape", "colour", "valid")}
+    given = {name: load(name, ASKED)(images, asked).sum().item() for name in ("right", "shape", "colour", "valid")}
     assert given == {"right": 1, "shape": 4, "colour": 6, "valid": 24}
 
 
 def test_open_prompts_ask_only_for_a_valid_image():
     images, _ = drawn(1)
-    assert load("right", WORLD)(images, [""] * 24).all()
-    assert not load("right", WORLD)(torch.rand(3, 3, 32, 32, generator=seeded(2)), [""] * 3).any()
+    assert load("right", ASKED)(images, [""] * 24).all()
+    assert not load("right", ASKED)(torch.rand(3, 3, 32, 32, generator=seeded(2)), [""] * 3).any()
 
 
 def test_two_pieces_are_not_one():
     image = torch.full((1, 3, 32, 32), 0.9)
     red = torch.tensor(PALETTE["red"])[:, None, None]
-    judge = load("count", WORLD)
+    judge = load("count", ASKED)
     assert judge(image, [""]).item() == 0
     image[0, :, 2:8, 2:8] = red
     assert judge(image, [""]).item() == 1
@@ -167,8 +169,8 @@ def test_position_is_the_half_with_the_centroid(rows, columns, halves):
     image = torch.full((1, 3, 32, 32), 0.9)
     image[0, :, slice(*rows), slice(*columns)] = torch.tensor(PALETTE["blue"])[:, None, None]
     for half in ("left", "right", "top", "bottom"):
-        assert bool(load(f"position:{half}", WORLD)(image, [""])) == (half in halves)
-        assert not load(f"position:{half}", WORLD)(torch.full((1, 3, 32, 32), 0.9), [""])
+        assert bool(load(f"position:{half}", ASKED)(image, [""])) == (half in halves)
+        assert not load(f"position:{half}", ASKED)(torch.full((1, 3, 32, 32), 0.9), [""])
 
 
 @pytest.mark.parametrize("name", ["right", "count", "position:top", "jpeg-size"])
@@ -176,7 +178,7 @@ def test_black_boxes_refuse_images_that_hold_nan(name):
     images, prompts = drawn(1)
     images[3, 0, 0, 0] = torch.nan
     with pytest.raises(RunError, match="hold NaN"):
-        load(name, WORLD)(images, prompts)
+        load(name, ASKED)(images, prompts)
 
 
 # formulas of pixels

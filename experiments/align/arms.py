@@ -32,7 +32,8 @@ from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.rewards import Reward
 from fieldsmith.rewards import load as load_reward
-from fieldsmith.worlds.shapes import HELD_OUT, ShapesWorld, caption, concepts
+from fieldsmith.worlds import asked
+from fieldsmith.worlds.shapes import HELD_OUT, caption, concepts
 
 SWEEP_SEED = 100
 Setting = dict[str, Any]
@@ -127,7 +128,7 @@ class Bench:
 
     @cached_property
     def rewards(self) -> dict[str, Reward]:
-        world = ShapesWorld(self.model.resolution)  # type: ignore[attr-defined]
+        world = asked.load("shapes", self.model.resolution)  # type: ignore[attr-defined]
         return {name: load_reward(name, world) for name in WATCHED}
 
     def record(self, kind: str, arm: str, seed: int, cap: int, setting: Setting | None = None) -> Record:

@@ -47,9 +47,6 @@ from fieldsmith.worlds.judged import JudgedWorld
 from fieldsmith.worlds.model_cards import card_of, data_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
-from fieldsmith.worlds.shapes import open_captions, training_captions
-from fieldsmith.worlds.shapes_groups import erased_concepts, paraphrases
-from fieldsmith.worlds.shapes_groups import groups as concept_groups
 
 C = TypeVar("C", bound=Config)
 RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
@@ -95,11 +92,15 @@ def align_inputs(config: AlignConfig, load: Callable[[str, Any], Any]) -> tuple[
     """The config with its prompts read, and what `align` is given beside it; `load(name, world)` gives a reward."""
     world = world_of(config.model)
     if world:
-        config = config.replace(prompts=read_prompts(config.prompts) or training_captions())
+        config = config.replace(prompts=read_prompts(config.prompts) or world.training_captions())
     else:
         config = config.replace(prompts=read_prompts(config.prompts))
+    named = [words for words in (config.reward, *config.held_out_rewards) if not words.startswith("function:")]
+    if world and {name for words in named for _, name, _ in rewards.parse(words)} & {*rewards.OF_WORLD} - {"valid"}:
+        for prompt in config.prompts:
+            world.parse(prompt)  # what its judge cannot read is refused now, not when the first pictures are judged
     watched = [load(name, world) for name in (*config.held_out_rewards, *(("valid",) if world else ()))]
-    others = tuple(name for name in (*open_captions(), "") if name not in config.prompts) if world else ()
+    others = tuple(name for name in (*world.other_captions(), "") if name not in config.prompts) if world else ()
     return config, AlignInputs(load(config.reward, world), {one.name: one for one in watched}, others)
 
 
@@ -144,9 +145,9 @@ def _judged(config: EraseConfig) -> Judged | None:
     world = world_of(config.model)
     if world is None:
         return None
-    targets = erased_concepts(config.targets)
-    groups = {target: concept_groups(target, targets) for target in targets}
-    return Judged(world, groups, {target: paraphrases(target) for target in targets})
+    targets = world.erased(config.targets)
+    groups = {target: world.groups(target, targets) for target in targets}
+    return Judged(world.world, groups, {target: world.paraphrases(target) for target in targets})
 
 
 def edit(

@@ -34,8 +34,6 @@ from fieldsmith.worlds.mixtures import triangle
 from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, OPERATIONS, ScenesWorld
 from fieldsmith.worlds.scenes_graded import graded
-from fieldsmith.worlds.shapes import caption, concepts
-from fieldsmith.worlds.shapes_groups import attributes
 
 EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
 SCENES = 24  # pixels of the scenes that a judge of edits is asked about
@@ -154,7 +152,7 @@ def concepts_of(config: Any) -> dict[str, Any]:
     model = _model(config.model, config.resolution)
     if config.adapter is not None:
         load_adapter(model, config.adapter)
-    return {"model": model, "world": world, "concepts": concepts(), "groups": attributes()}
+    return {"model": model, "world": world.world, "concepts": world.concepts(), "groups": world.kinds()}
 
 
 # audit
@@ -170,7 +168,7 @@ def audit(config: Any) -> dict[str, Any]:
     model = _model(config.model, config.resolution)
     world = world_of(name)
     if not prompts and world:
-        prompts = tuple(caption(concept) for concept in concepts())
+        prompts = tuple(world.world.caption(concept) for concept in world.concepts())
     return {"model": model, "reward": load_reward(config.reward, world), "prompts": prompts}
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fieldsmith.rewards.reward import Reward as Reward
     from fieldsmith.rewards.reward import check_images as check_images
     from fieldsmith.rewards.reward import score_batches as score_batches
-    from fieldsmith.worlds.shapes import ShapesWorld
+    from fieldsmith.worlds.asked import Asked
 
 OF_WORLD = ("right", "shape", "colour", "valid", "count", "position")
 OF_PIXELS = ("brightness", "darkness", "saturation", "jpeg-size", "compressibility", "incompressibility")
@@ -51,11 +51,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module("fieldsmith.rewards.reward"), name)  # late, because it brings torch
 
 
-def load(reward: str | Callable[..., Any], world: ShapesWorld | None = None) -> Reward:
+def load(reward: str | Callable[..., Any], world: Asked | None = None) -> Reward:
     """A reward, whose results are checked: from a function of (images, prompts), or from words as `parse` reads them.
 
-    `world` is what judged the model's data; right, shape, colour, valid, count and position need it. Raises InputError
-    at words that name no reward, in one sentence with the fix, RewardError at a function that takes other arguments.
+    `world` judges the model's pictures; right, shape, colour, valid, count and position need it. Raises InputError at
+    words that name no reward, in one sentence with the fix, RewardError at a function that takes other arguments.
     """
     from fieldsmith.rewards.reward import Reward, weighted  # late, because it brings torch
 
@@ -127,7 +127,7 @@ def _is_module(name: str) -> bool:
     return name.isidentifier() and importlib.util.find_spec(name) is not None
 
 
-def _built(name: str, argument: str | None, world: ShapesWorld | None) -> Reward:
+def _built(name: str, argument: str | None, world: Asked | None) -> Reward:
     """The reward of one term; each kind is imported when it is asked for, because all bring torch."""
     if name in OF_PIXELS or (name == "colour" and argument is not None):
         from fieldsmith.rewards import pixels

@@ -1,4 +1,4 @@
-"""Exact judges of the shapes world, 0 or 1 an image: that world's GenEval (Ghosh et al., 2023), from pixels alone.
+"""Exact judges of the shapes and the emoji world, 0 or 1 an image: GenEval's (Ghosh et al., 2023), from pixels alone.
 
 All are black box: no gradient flows.
 """
@@ -6,6 +6,8 @@ All are black box: no gradient flows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy
 import torch
@@ -14,46 +16,56 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.rewards.reward import Reward
-from fieldsmith.worlds.shapes import PALETTE, Concept, ShapesWorld, parse
+from fieldsmith.worlds.asked import Asked
+from fieldsmith.worlds.emoji_captions import Scene
+from fieldsmith.worlds.shapes import PALETTE, Concept
 
 HALVES = ("left", "right", "top", "bottom")
+EMOJI = ("right", "count", "valid")
 
 
-def reward(name: str, argument: str | None, world: ShapesWorld | None) -> Reward:
-    """right, shape, colour: what the prompt names of both, or of that one, is what the judge sees; valid: a shape.
+def reward(name: str, argument: str | None, world: Asked | None) -> Reward:
+    """What a prompt asks for, by the world's judge.
 
-    count: the ink is one piece; position:left|right|top|bottom: the ink's centroid lies in that half. Open attributes
-    are right in any valid image. Raises InputError without a world, or at an unknown half.
+    right: all of it; valid: anything that the world knows. Shapes: shape, colour: that one attribute; count: the ink is
+    one piece; position:left|right|top|bottom: the ink's centroid lies in that half; an attribute left open is right in
+    any valid image. Emoji: count: the objects and how many of each, wherever they are.
+    Raises InputError without a world, at what it does not judge, or at an unknown half.
     """
     if world is None:
         raise InputError(
-            f"reward '{name}' is the shapes world's judge, and this model has no such world; use zoo:shapes-flux"
+            f"reward '{name}' is the judge of a world, and this model has none; use zoo:shapes-flux or zoo:emoji-flux"
         )
+    if world.name == "emoji" and name not in EMOJI:
+        raise InputError(f"reward '{name}' is the shapes world's; the emoji world has {', '.join(EMOJI)}")
     if name == "position":
         check_word(argument or "", HALVES, "positions")
     judge_of = world
 
     def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.float().cpu()
-        if name == "count":
+        if name == "count" and judge_of.name == "shapes":
             verdicts = pieces(pixels) == 1
         elif name == "position":
             verdicts = in_half(pixels, argument or "")
         else:
-            judged = judge_of.judge(pixels)
-            wanted = [_part(name, parse(prompt)) if name != "valid" else Concept() for prompt in prompts]
+            judged = judge_of.world.judge(pixels)
+            wanted = [None if name == "valid" else _part(name, judge_of.parse(prompt)) for prompt in prompts]
             # shows() reads the whole batch, so it is called once for each concept
-            rows = {concept: judged.shows(concept) for concept in set(wanted)}
+            rows = {concept: judged.valid if concept is None else judged.shows(concept) for concept in set(wanted)}
             verdicts = torch.tensor([bool(rows[concept][i]) for i, concept in enumerate(wanted)])
         return verdicts.to(images.device, torch.float32)
 
     return Reward(f"{name}:{argument}" if argument else name, False, judge)
 
 
-def _part(name: str, concept: Concept) -> Concept:
-    """What of the concept the named judge asks for."""
+def _part(name: str, asked: Any) -> Any:
+    """What of the prompt the named judge asks for."""
+    if isinstance(asked, Scene):
+        groups = tuple(replace(group, small=False) for group in asked.groups)
+        return Scene(groups) if name == "count" else asked
     return Concept(
-        concept.colour if name in ("right", "colour") else None, concept.shape if name in ("right", "shape") else None
+        asked.colour if name in ("right", "colour") else None, asked.shape if name in ("right", "shape") else None
     )
 
 

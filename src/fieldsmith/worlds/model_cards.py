@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 from fieldsmith.errors import InputError
-from fieldsmith.worlds.shapes import ShapesWorld
+from fieldsmith.worlds import asked
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
 
@@ -31,7 +31,7 @@ def data_of(name: str, known: str) -> str:
     return str(source)
 
 
-def world_of(name: str) -> ShapesWorld | None:
-    """The world that the card names."""
+def world_of(name: str) -> asked.Asked | None:
+    """The world that the card names, where its pictures are asked for with prompts."""
     card = card_of(name)
-    return ShapesWorld(card["size"]) if card.get("world") == "shapes" else None
+    return asked.load(card.get("world", ""), card.get("size", 0))
