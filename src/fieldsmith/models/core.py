@@ -22,6 +22,8 @@ from fieldsmith.models.weights import LoraSpec as LoraSpec  # a model is adapted
 from fieldsmith.models.weights import Trainable
 from fieldsmith.paths import Kind, Path, Prediction
 
+MANY = 256  # prompts whose encodings stay in memory
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -58,6 +60,29 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
     for wide, part in zip(padded, parts, strict=True):
         wide[:, : part.shape[1]] = part
     return torch.cat(padded)
+
+
+class Prompts:
+    """What a model encodes of many prompts when rows of them are asked for: prompts[rows] is a Condition."""
+
+    def __init__(self, model: Model, prompts: Sequence[str]):
+        self._model, self._prompts = model, prompts
+
+    @torch.no_grad()
+    def __getitem__(self, rows: Tensor | list[int]) -> Condition:
+        asked, place = torch.as_tensor(rows).cpu().unique(return_inverse=True)
+        return self._model.encode([self._prompts[i] for i in asked.tolist()])[place]
+
+
+def encoded_prompts(model: Model, prompts: Sequence[str]) -> Condition | Prompts:
+    """Prompts as rows; where there are more than MANY of a text model, they are encoded only when they are asked for.
+
+    Raises InputError at a word that the model does not know, of the first MANY then.
+    """
+    if len(prompts) <= MANY or getattr(model, "classes", None):
+        return model.encode(prompts)
+    model.encode(prompts[:MANY])
+    return Prompts(model, prompts)
 
 
 def check_resolution(model: Model, resolution: int | None) -> None:
