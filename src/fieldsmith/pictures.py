@@ -68,7 +68,7 @@ def read(image: Any, frame: Frame, what: str | None = None) -> Tensor:
         return _as_it_is(torch.as_tensor(image), frame)
     with _opened(image, what) as picture:
         if picture is not image:
-            picture.draft(None, (2 * frame.size, 2 * frame.size))  # decodes a far larger JPEG at a part of its size
+            picture.draft(None, (3 * frame.size, 3 * frame.size))  # decodes a far larger JPEG at a part of its size
         return levels(square(picture, frame))
 
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from fieldsmith.measure.classifier import Classifier, load_classifier, train_classifier
-from fieldsmith.measure.distances import extractor_name, frechet_distance, pixel_features
+from fieldsmith.measure.distances import frechet_distance, pixel_features
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models.core import Model
 from fieldsmith.paths import tag_schedule
 from fieldsmith.pictures import Images
 
 TAG = "tag"  # in place of a scale: TAG's schedule w(t), from 1 at noise to 4 at data
+PIXELS = pixel_features(8)  # what distances are on where no classifier can be
 REAL = 25_000  # images of the data, at most, that distances are to
 
 
@@ -72,11 +73,11 @@ class Sweep:
 
     @property
     def judge_name(self) -> str:
-        return self.judge.name if self.judge else extractor_name(self.features)
+        return self.judge.name if self.judge else PIXELS.name
 
     def features(self, images: Tensor) -> Tensor:
         """What distances are measured on, (n, d)."""
-        return self.judge(images) if self.judge else pixel_features(8)(images)
+        return self.judge(images) if self.judge else PIXELS(images)
 
     @cached_property
     def real(self) -> Tensor:
