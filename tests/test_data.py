@@ -82,7 +82,7 @@ def test_a_damaged_file_is_refused_before_anything_is_read(tmp_path, name, monke
     Image.fromarray(noise).save(tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(b"text" if name == "text.png" else content[: len(content) // 2])
-    monkeypatch.setattr(data, "Images", None)
+    monkeypatch.setattr(pictures, "read", None)
     assert f"'{tmp_path / name}' cannot be read (" in refused(tmp_path, FRAME)
 
 
@@ -99,6 +99,9 @@ def test_whole_files_are_not_decoded_to_be_looked_at(tmp_path, monkeypatch):
 
 def test_folders_without_images_are_refused(tmp_path):
     assert f"data '{tmp_path / 'gone'}' is no folder" in refused(tmp_path / "gone", FRAME)
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    assert "a.png' cannot be read (No such file or directory); remove" in refused(tmp_path, FRAME)
+    (tmp_path / "a.png").unlink()
     assert f"folder '{tmp_path}' holds no images; put some there: .png, " in refused(tmp_path, FRAME)
     (tmp_path / "a.txt").write_text("a cat")
     assert "holds no images (but 1 other files, such as 'a.txt')" in refused(str(tmp_path), FRAME, captioned=True)
@@ -113,9 +116,10 @@ def test_captions_come_from_the_folder_that_an_image_lies_in(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no caption")
+    (tmp_path / "pup").symlink_to(tmp_path / "owl")
     found = load(tmp_path, FRAME, captioned=True)
-    assert found.captions == ("cat", "cat", "owl") and found.classes == ("cat", "empty", "owl")
-    assert levels(found) == [2, 3, 1]
+    assert found.captions == ("cat", "cat", "owl", "pup") and found.classes == ("cat", "empty", "owl", "pup")
+    assert levels(found) == [2, 3, 1, 1]
 
 
 def test_captions_come_from_a_text_beside_each_image(tmp_path, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -62,42 +62,53 @@ def _folder(folder: pathlib.Path, frame: Frame, captioned: bool) -> Data:
     """All images under a folder, by name; hidden files and folders are left out."""
     if not folder.is_dir():
         raise InputError(f"data '{folder}' is no folder; name one that holds images")
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    shown = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-    files = [path for path in shown if path.suffix.lower() in SUFFIXES]
-    others = [path for path in shown if path.suffix.lower() not in SUFFIXES]
+    walked = (os.path.join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(walked, key=lambda path: path.split(os.sep))
+    shown = [path for path in paths if f"{os.sep}." not in path[len(str(folder)) :]]
+    files = [path for path in shown if path.lower().endswith(SUFFIXES)]
+    others = [path for path in shown if not path.lower().endswith(SUFFIXES)]
     if not files:
-        lone = f" (but {len(others)} other files, such as '{others[0].name}')" if others else ""
+        lone = f" (but {len(others)} other files, such as '{os.path.basename(others[0])}')" if others else ""
         raise InputError(f"folder '{folder}' holds no images{lone}; put some there: {', '.join(SUFFIXES)}")
-    captions, used, classes = _captions(folder, files, others) if captioned else ([], (), ())
+    found = Data(Images(files.__getitem__, len(files), frame), str(folder))
+    used: set[str] = set()
+    if captioned:
+        captions, used, classes = _captions(
+            folder, *([pathlib.Path(path) for path in some] for some in (files, others))
+        )
+        found = replace(found, captions=captions, classes=classes)
     moving = _look_at(files)
-    _tell(folder, sorted({*paths} - {*files, *used}), "skipped, being hidden or no images")
+    _tell(folder, sorted({*paths} - {*files} - used), "skipped, being hidden or no images")
     _tell(folder, moving, "animated, of which the first frame is taken")
-    return Data(Images(files.__getitem__, len(files), frame), str(folder), tuple(captions), classes)
+    return found
 
 
-def _look_at(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+def _look_at(files: Sequence[str]) -> list[str]:
     """The animated ones. Raises InputError at a file that is no image, by its header, or was cut short, by its end."""
     moving, suspects = [], 0
     for file in files:
-        with file.open("rb") as content:
-            content.seek(max(0, file.stat().st_size - 16))
-            suspect = not content.read().rstrip(b"\0").endswith(ENDINGS)
-        suspects += suspect
-        if look(file, decode=suspect and suspects <= SUSPECTS):
-            moving.append(file)
+        what = f"image '{file}'"
+        try:
+            with open(file, "rb") as content:
+                content.seek(max(0, content.seek(0, os.SEEK_END) - 16))
+                suspect = not content.read().rstrip(b"\0").endswith(ENDINGS)
+                suspects += suspect
+                if look(content, what, decode=suspect and suspects <= SUSPECTS):
+                    moving.append(file)
+        except OSError as error:
+            raise InputError(f"{what} cannot be read ({error.strerror}); remove it or save it again") from error
     return moving
 
 
-def _tell(folder: pathlib.Path, files: Sequence[pathlib.Path], what: str) -> None:
+def _tell(folder: pathlib.Path, files: Sequence[str], what: str) -> None:
     if files:
-        some = ", ".join(str(file.relative_to(folder)) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+        some = ", ".join(os.path.relpath(file, folder) for file in files[:3]) + (", ..." if len(files) > 3 else "")
         Console(stderr=True).print(f"{folder}: {len(files)} files {what} ({some})", markup=False, soft_wrap=True)
 
 
 def _captions(
     folder: pathlib.Path, files: Sequence[pathlib.Path], others: Sequence[pathlib.Path]
-) -> tuple[list[str], Collection[pathlib.Path], tuple[str, ...]]:
+) -> tuple[tuple[str, ...], set[str], tuple[str, ...]]:
     """A caption an image, the files that hold them, and the classes where they are folders.
 
     In this order: metadata.jsonl, a .txt file beside each image, the folder inside `folder` that an image lies in.
@@ -108,7 +119,7 @@ def _captions(
     if tables:
         rows = {file: caption for table in tables for file, caption in _table(table)}
         _all_captioned(files, rows, f"a line of {METADATA} such as {LINE}")
-        return [rows[file] for file in files], tables, ()
+        return tuple(rows[file] for file in files), {str(table) for table in tables}, ()
     if beside:
         lone = sorted({*texts.values()} - {*beside.values()})
         if lone:
@@ -118,7 +129,7 @@ def _captions(
         empty = next((text for text, caption in words.items() if not caption), None)
         if empty:
             raise InputError(f"caption '{empty}' is empty; write what the image shows")
-        return [words[beside[file]] for file in files], beside.values(), ()
+        return tuple(words[beside[file]] for file in files), {str(text) for text in words}, ()
     classes = tuple(sorted(part.name for part in folder.iterdir() if part.is_dir() and part.name[0] != "."))
     if not classes:
         raise InputError(
@@ -128,7 +139,7 @@ def _captions(
     loose = next((file for file in files if file.parent == folder), None)
     if loose:
         raise InputError(f"image '{loose}' lies in no class's folder; move it into one, or away")
-    return [file.relative_to(folder).parts[0] for file in files], (), classes
+    return tuple(file.relative_to(folder).parts[0] for file in files), set(), classes
 
 
 def _table(table: pathlib.Path) -> Iterable[tuple[pathlib.Path, str]]:
