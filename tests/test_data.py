@@ -369,6 +369,17 @@ def test_a_text_model_learns_from_captions_that_are_all_different(tmp_path):
     assert [pair.label for pair in result.pairs] == [words[i] for i in (0, 1, 2)]
 
 
+def test_a_diagnosis_takes_what_a_verb_takes():
+    names = ("cat", "dog", "owl")
+    teacher = UNet(unet_pipeline(size=8, channels=1, widths=(8, 16), class_rows=4), "tiny", classes=names)
+    asked = {"teacher": teacher, "tuples": 20, "samples": 0, "steps": 2}
+    for data_ in (pairs(owl=3, cat=2, dog=2), Dataset(image=[flat(i) for i in range(6)], label=[0, 1, 2] * 2)):
+        found = fs.diagnose(teacher, "guidance", data=data_, **asked)
+        assert "noised data" in found.numbers["states"]
+    with pytest.raises(InputError, match="'owl' is missing"):
+        fs.diagnose(teacher, "guidance", data=pairs(cat=2, dog=2), **asked)
+
+
 def test_fit_and_background_reach_the_images_of_every_verb(tmp_path):
     for name in ("a", "b"):
         for i in range(2):

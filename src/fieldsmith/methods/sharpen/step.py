@@ -26,7 +26,7 @@ from fieldsmith.models.jacobians import jvp, rademacher
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.variance_head import LAST, with_variance_head
 from fieldsmith.paths import VariancePreserving, noised, snr
-from fieldsmith.pictures import Encoded, encoded
+from fieldsmith.pictures import Encoded, Images, encoded
 from fieldsmith.preflight import Check
 from fieldsmith.samplers import range_log_variance, single_step
 from fieldsmith.training import Fit, optimisation_of, step_generator
@@ -65,8 +65,8 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     states: Tensor | Encoded | None = inputs.states
     if states is None:
         assert world is not None
-        images = getattr(world, "images", None)  # the user's own, which are read batch by batch
-        images = world.sample(POOL, config.seed) if images is None else images
+        own = getattr(world, "images", None)  # the user's, which are read batch by batch
+        images = own if isinstance(own, Images) else world.sample(POOL, config.seed)
         states = encoded(images, model.encode_images)
         if config.samples:
             world.judge(images[:1])  # a judge that fails does so before anything is trained or written
