@@ -155,8 +155,9 @@ def test_captions_come_from_metadata_of_each_folder_first(tmp_path):
 
     write(tmp_path / "metadata.jsonl", lines)
     write(tmp_path / "deep" / "metadata.jsonl", deep)
-    found = load(tmp_path, FRAME, captioned=True)
-    assert found.captions == ("a cat", "7", "an owl") and levels(found) == [0, 1, 2]
+    for folder in (tmp_path, tmp_path / "deep" / ".."):
+        found = load(folder, FRAME, captioned=True)
+        assert found.captions == ("a cat", "7", "an owl") and levels(found) == [0, 1, 2]
     for rows, says in (
         ([*lines, {"file_name": "z.png", "text": "?"}], "image 'z.png' of line 2 of .* does not exist; add it or"),
         ([{"file_name": "a.png"}], "line 1 of .* lacks a file_name or a text or caption or label; write"),
@@ -174,6 +175,10 @@ def test_a_folder_without_captions_is_refused_where_they_are_needed(tmp_path):
     assert f"data folder '{tmp_path}' has no subfolders; put" in refused(tmp_path, FRAME, captioned=True)
     save(tmp_path / "cat" / "b.png")
     assert f"image '{tmp_path / 'a.png'}' lies in no class's folder" in refused(tmp_path, FRAME, captioned=True)
+    for split in ("train", "test"):
+        save(tmp_path / "splits" / split / "cat" / "c.png")
+    said = refused(tmp_path / "splits", FRAME, captioned=True)
+    assert f"has the splits test, train; give '{tmp_path / 'splits' / 'train'}'" in said
 
 
 # in Python
@@ -209,6 +214,9 @@ def test_a_dataset_gives_its_images_one_by_one_and_the_names_of_its_labels():
     written = Dataset(image=[flat(1)] * 2, text=["a cat", "two cats"], label=[0, 1])
     assert load(written, FRAME, captioned=True).captions == ("a cat", "two cats")
     assert load(Dataset(image=[flat(1)]), FRAME).captions == ()
+    for column in ({"label": [0, -1]}, {"text": ["a cat", None]}):
+        lacking = Dataset(image=[flat(1)] * 2, **column)
+        assert f"image 2 of data has no {next(iter(column))}; leave" in refused(lacking, FRAME, captioned=True)
 
 
 def test_datasets_that_cannot_be_drawn_from_are_refused():

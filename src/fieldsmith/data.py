@@ -20,10 +20,9 @@ from fieldsmith.read import read_json_lines, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 METADATA, LINE = "metadata.jsonl", '{"file_name": "cat.png", "text": "a cat"}'
-IMAGE, CAPTION = (
-    ("image", "img"),
-    ("text", "caption", "label"),
-)  # what columns are called; the first that is there counts
+IMAGE = ("image", "img")  # what a column is called; the first that is there counts
+CAPTION = ("text", "caption", "label")
+SPLITS = {"train", "test", "val", "valid", "validation"}  # folders that hold folders of classes
 ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of whole PNG and JPEG files
 SUSPECTS = 100  # files with another ending that are decoded to see whether they are whole
 
@@ -117,9 +116,10 @@ def _captions(
     texts = {path.with_suffix(""): path for path in others if path.suffix.lower() == ".txt"}
     beside = {file: texts[file.with_suffix("")] for file in files if file.with_suffix("") in texts}
     if tables:
-        rows = {file: caption for table in tables for file, caption in _table(table)}
+        of_file = {file: caption for table in tables for file, caption in _table(table)}
+        rows = {file: of_file[place] for file in files if (place := os.path.normpath(file)) in of_file}
         _all_captioned(files, rows, f"a line of {METADATA} such as {LINE}")
-        return tuple(rows[file] for file in files), {str(table) for table in tables}, ()
+        return tuple(rows.values()), {str(table) for table in tables}, ()
     if beside:
         lone = sorted({*texts.values()} - {*beside.values()})
         if lone:
@@ -136,22 +136,23 @@ def _captions(
             f"data folder '{folder}' has no subfolders; put the images of each class into one of their own, or a .txt "
             f"file with its caption beside each image, or captions into {METADATA}"
         )
+    if SPLITS.issuperset(classes):
+        raise InputError(f"data folder '{folder}' has the splits {', '.join(classes)}; give '{folder / classes[-1]}'")
     loose = next((file for file in files if file.parent == folder), None)
     if loose:
         raise InputError(f"image '{loose}' lies in no class's folder; move it into one, or away")
     return tuple(file.relative_to(folder).parts[0] for file in files), set(), classes
 
 
-def _table(table: pathlib.Path) -> Iterable[tuple[pathlib.Path, str]]:
+def _table(table: pathlib.Path) -> Iterable[tuple[str, str]]:
     """The images and captions of a metadata.jsonl, whose file names start from its own folder."""
     for number, entry in read_json_lines(table, "captions file", LINE):
         name, caption = entry.get("file_name"), next((entry[key] for key in CAPTION if key in entry), None)
         if not isinstance(name, str) or caption is None:
             raise InputError(f"line {number} of '{table}' lacks a file_name or a {' or '.join(CAPTION)}; write {LINE}")
-        file = pathlib.Path(os.path.normpath(table.parent / name))
-        if not file.is_file():
+        if not (table.parent / name).is_file():
             raise InputError(f"image '{name}' of line {number} of '{table}' does not exist; add it or remove the line")
-        yield file, str(caption)
+        yield os.path.normpath(table.parent / name), str(caption)
 
 
 def _all_captioned(files: Sequence[pathlib.Path], captions: Collection[pathlib.Path], fix: str) -> None:
@@ -177,8 +178,11 @@ def _dataset(dataset: Any, columns: list[str], frame: Frame, captioned: bool, na
     column = _column(columns, CAPTION, "captions")
     feature = (getattr(dataset, "features", None) or {}).get(column)
     names: tuple[str, ...] = tuple(getattr(feature, "names", None) or ())
-    captions = tuple(names[one] if names else str(one) for one in dataset[column])
-    return Data(images, name, captions, names)
+    values = list(dataset[column])
+    lacking = next((i for i, value in enumerate(values, 1) if value is None or (names and value < 0)), None)
+    if lacking:
+        raise InputError(f"image {lacking} of {name} has no {column}; leave it out of the dataset")
+    return Data(images, name, tuple(names[value] if names else str(value) for value in values), names)
 
 
 def _column(columns: list[str], known: tuple[str, ...], what: str) -> str:
