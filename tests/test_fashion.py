@@ -90,11 +90,11 @@ def test_other_and_damaged_files_are_refused(folder, tmp_path, monkeypatch, caps
 
 def test_its_recipes_train_and_say_what_they_made(folder, tmp_path, capsys):
     out = tmp_path / "judge"
-    words = ["pretrain", "fashion-classifier", "--data", str(folder), "--steps", "30", "--batch", "16"]
+    words = ["pretrain", "fashion-classifier", "--folder", str(folder), "--steps", "30", "--batch", "16"]
     assert experiment([*words, "--out", str(out)]) == 0
     card = json.loads((out / "card.json").read_text())
     assert card["right on the test set"]["n"] == 20 and set(card["by class"]) == set(fashion.NAMES)
-    assert "data" not in card["settings"] and str(tmp_path) not in (out / "card.json").read_text()
+    assert "folder" not in card["settings"] and str(tmp_path) not in (out / "card.json").read_text()
     data = fashion_mnist(folder)
     kept = load_classifier(out, "fashion")
     share = float((kept.read(data.held_images) == data.held_labels).float().mean())
@@ -105,7 +105,7 @@ def test_its_recipes_train_and_say_what_they_made(folder, tmp_path, capsys):
     assert teacher.classes == fashion.NAMES and teacher.size == (28, 28) and teacher.channels == 1
     card = json.loads((tmp_path / "teacher" / "model" / "card.json").read_text())
     assert card["data"] == "fashion" and "folder" not in card["settings"]
-    assert experiment(["pretrain", "fashion-classifier", "--data", "gone", "--out", str(tmp_path / "x")]) == 2
+    assert experiment(["pretrain", "fashion-classifier", "--folder", "gone", "--out", str(tmp_path / "x")]) == 2
     assert "give the folder of Fashion-MNIST's four .gz files" in capsys.readouterr().err
 
 

