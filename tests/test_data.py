@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import fieldsmith as fs
+from experiments.tiny import flux_pipeline, unet_pipeline
 from fieldsmith import data, pictures
 from fieldsmith.api import distill_inputs, sharpen_inputs
 from fieldsmith.cli import main
@@ -25,7 +26,6 @@ from fieldsmith.methods.distill.bank import sample_of
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.tiny import flux_pipeline, unet_pipeline
 from fieldsmith.models.unet import UNet
 from fieldsmith.pictures import Frame, encoded
 from fieldsmith.sessions import UserSessions, frame_of
