@@ -10,7 +10,15 @@ from typing import Any
 import tyro
 
 from experiments.study import check_numbers
-from experiments.zoo import class_unet, emoji_flux, judged_ddpm, scenes_kontext, shapes_classifier, shapes_flux
+from experiments.zoo import (
+    class_unet,
+    emoji_flux,
+    fashion_classifier,
+    judged_ddpm,
+    scenes_kontext,
+    shapes_classifier,
+    shapes_flux,
+)
 from fieldsmith.errors import InputError, check_word
 
 Train = Callable[[Any, pathlib.Path, str], object]  # settings, the folder to write, the recipe's name
@@ -22,9 +30,14 @@ RECIPES: dict[str, tuple[Any, Train]] = {
     "emoji-flux": (emoji_flux.EmojiFlux(), emoji_flux.train),
     "digits-unet": (class_unet.ClassUNet(), class_unet.train),
     "shapes-unet": (class_unet.ClassUNet(data="shapes", widths=(24, 48, 64), steps=5_500), class_unet.train),
+    "fashion-unet": (
+        class_unet.ClassUNet(data="fashion", widths=(24, 48, 64), steps=6_000, batch=48),
+        class_unet.train,
+    ),
     "columns-ddpm": (judged_ddpm.JudgedDDPM(), judged_ddpm.train),
     "scenes-kontext": (scenes_kontext.ScenesKontext(), scenes_kontext.train),
     "shapes-classifier": (shapes_classifier.Classifiers(), shapes_classifier.train),
+    "fashion-classifier": (fashion_classifier.FashionClassifier(), fashion_classifier.train),
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fieldsmith.errors import InputError
 from fieldsmith.measure.classifier import train_classifier
 from fieldsmith.worlds import classes
-from fieldsmith.worlds.classes import Classes, digits, folder, load, shapes
+from fieldsmith.worlds.classes import Classes, digits, load, shapes
 from fieldsmith.worlds.shapes import ShapesWorld, parse
 
 
@@ -116,15 +116,15 @@ def test_a_folder_is_read_with_a_class_a_subfolder(pictures, channels):
     data = load(str(pictures), 8, channels)
     assert data.names == ("cat", "dog") and data.name == str(pictures)
     assert data.images.shape == (16, channels, 8, 8) and data.held_labels.tolist() == [0, 1]
-    together, labels = torch.cat((data.images, data.held_images)), torch.cat((data.labels, data.held_labels))
+    together, labels = torch.cat((data.images[:], data.held_images[:])), torch.cat((data.labels, data.held_labels))
     assert labels.bincount().tolist() == [9, 9]
     assert len(distinct(together)) == 18  # none twice: what is held out is not trained on
     level = together[:, 0].mean((1, 2)) * 255
     assert bool((level[labels == 0] < 70).all() and (level[labels == 1] > 130).all())
     if channels == 3:  # channels stay apart
         torch.testing.assert_close(together[:, 2], torch.full_like(together[:, 2], 10 / 255))
-    again = folder(pictures, 8, channels)
-    assert torch.equal(again.images, data.images) and torch.equal(again.held_labels, data.held_labels)
+    again = load(pictures, 8, channels)
+    assert torch.equal(again.images[:], data.images[:]) and torch.equal(again.held_labels, data.held_labels)
 
 
 def test_every_class_is_in_both_parts_however_few_its_images(tmp_path):
@@ -144,7 +144,7 @@ def test_places_in_an_image_stay_where_they_are(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(2):
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
-    image = load(str(tmp_path), 8, 3).images[0]
+    image = load(str(tmp_path), 8, 3).images[:1][0]
     assert image[:, 1, 6].tolist() == pytest.approx([1, 128 / 255, 0]) and float(image.sum()) == pytest.approx(
         383 / 255
     )
@@ -157,14 +157,14 @@ def test_folders_that_cannot_be_data_are_refused(pictures, tmp_path):
         assert "\n" not in str(refusal.value)
         return str(refusal.value)
 
-    assert "data 'digitz' is no folder; give digits, shapes, or a folder" in refused("digitz")
+    assert "data 'digitz' is no folder; give digits, shapes, fashion, or a folder" in refused("digitz")
     assert "is no folder" in refused(pictures / "readme.txt")
     assert f"data folder '{pictures / 'cat'}' has no subfolders" in refused(pictures / "cat")
     (pictures / "owl").mkdir()
     assert f"class 'owl' in '{pictures}' has 0 images; it needs at least 2" in refused(pictures)
     for name in ("1.png", "2.png"):
         (pictures / "owl" / name).write_bytes(b"no image")
-    assert "1.png' cannot be read as an image" in refused(pictures)
+    assert "1.png' cannot be read (it is no image); remove it" in refused(pictures)
 
 
 # the classifier

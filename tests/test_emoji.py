@@ -10,10 +10,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
+from experiments.tiny import flux_pipeline
 from fieldsmith import cli
 from fieldsmith.errors import InputError
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.worlds import asked, emoji, emoji_groups
 from fieldsmith.worlds.emoji import KINDS, EmojiWorld, neighbours, never_met, prompts
 from fieldsmith.worlds.emoji_captions import (

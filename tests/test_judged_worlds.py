@@ -19,6 +19,7 @@ from torch import Tensor
 from experiments.oracles.chess import ChessWorld, classes, faults, fen_of
 from experiments.oracles.corruptions import corruptions_of
 from fieldsmith.errors import InputError, RewardError, RunError
+from fieldsmith.pictures import Frame
 from fieldsmith.worlds import judged, own
 from fieldsmith.worlds.cards import CARDS, CardsWorld
 from fieldsmith.worlds.catalogue import load
@@ -283,7 +284,7 @@ def folder(tmp_path):
 
 
 def mine(folder, name: str) -> own.ImageWorld:
-    return own.of_folder(folder, f"{folder.parent / 'mine.py'}:{name}", size=8)
+    return own.of(folder, f"{folder.parent / 'mine.py'}:{name}", Frame(8))
 
 
 def test_a_folder_is_drawn_from_and_every_sixth_image_held_out(folder):
@@ -332,7 +333,7 @@ def test_a_failing_judge_is_named(folder):
         (f"{folder.parent / 'mine.py'}:calls", "is a list, not a function"),
     ):
         with pytest.raises(InputError, match=output):
-            own.of_folder(folder, wrong)
+            own.of(folder, wrong, Frame(8))
 
 
 @pytest.fixture
@@ -388,7 +389,7 @@ def test_a_judge_behind_http_is_asked_in_parts_and_again(folder, server, monkeyp
 def test_a_judge_that_is_not_there_is_bad_input(folder, monkeypatch):
     monkeypatch.setattr(own, "PAUSE", 0.01)
     with pytest.raises(InputError, match=r"127.0.0.1:9/judge failed after 4 attempts: .*refused"):
-        own.of_folder(folder, "http://127.0.0.1:9/judge", size=8).judge(torch.zeros(1, 3, 8, 8))
+        own.of(folder, "http://127.0.0.1:9/judge", Frame(8)).judge(torch.zeros(1, 3, 8, 8))
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_mend(folder):

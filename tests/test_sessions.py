@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 from fieldsmith.errors import InputError
-from fieldsmith.sessions import Session, UserSessions, load_images, read_sessions, sessions_of, write_sessions
+from fieldsmith.sessions import (
+    Session,
+    UserSessions,
+    frame_of,
+    load_images,
+    read_sessions,
+    sessions_of,
+    write_sessions,
+)
 
 
 @pytest.fixture
@@ -109,11 +117,11 @@ def test_dicts_with_paths_or_images_are_sessions_too(folder, monkeypatch):
     )
     assert first == Session("1", (folder / "a.png").resolve(), ("one", "two")) and second.image is blue
     assert third.id == "y"
-    task = UserSessions.of(iter([first, second, third]), 2).sample(5, 0, 1)
+    task = UserSessions.of(iter([first, second, third]), frame_of(2)).sample(5, 0, 1)
     assert len(task) == 5 and task.turns == 1 and sorted({one.id for one in task.sessions}) == ["1", "x", "y"]
     images = task.clean(0)
     for row, one in enumerate(task.sessions):
-        assert images[row, :, 0, 0].tolist() == pytest.approx([0, 0, 1] if one.id == "x" else [1, 0, 0.2])
+        assert images[row, :, 0, 0].tolist() == pytest.approx([1, 1, 1] if one.id == "x" else [1, 0, 0.2])
     assert task.prompts(1)[0] == task.sessions[0].instructions[0]
     with pytest.raises(InputError, match="image of session 'x' is in no file"):
         write_sessions(folder / "s.jsonl", [second])
@@ -189,18 +197,18 @@ def test_images_are_loaded_as_they_are(tmp_path):
     pixels = numpy.random.default_rng(0).integers(0, 256, (6, 6, 3), numpy.uint8)
     Image.fromarray(pixels).save(tmp_path / "rgb.png")
     Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    given = load_images([session(tmp_path / "rgb.png"), session(tmp_path / "grey.png")], 6)
+    given = load_images([session(tmp_path / "rgb.png"), session(tmp_path / "grey.png")], frame_of(6))
     expected = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
     assert given.dtype == torch.float32 and given.shape == (2, 3, 6, 6)
     assert torch.equal(given[0], expected) and torch.equal(given[1], expected[:1].expand(3, 6, 6))
-    assert load_images([], 6).shape == (0, 3, 6, 6)
+    assert load_images([], frame_of(6)).shape == (0, 3, 6, 6)
 
 
 def test_another_shape_is_cut_to_its_middle_and_resized(tmp_path):
     image = Image.new("RGB", (24, 8), (255, 0, 0))
     image.paste((0, 0, 255), (8, 0, 16, 8))  # the central square
     image.save(tmp_path / "wide.png")
-    given = load_images([session(tmp_path / "wide.png")], 4)
+    given = load_images([session(tmp_path / "wide.png")], frame_of(4))
     assert torch.equal(given[0], torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, 4, 4))
 
 
@@ -210,7 +218,7 @@ def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # taken upside down
     image.save(tmp_path / "turned.png", exif=exif)
-    given = load_images([session(tmp_path / "turned.png")], 2)
+    given = load_images([session(tmp_path / "turned.png")], frame_of(2))
     assert given[0, 0].tolist() == [[1, 1], [1, 0]]
 
 
@@ -222,10 +230,10 @@ def test_an_unreadable_image_is_refused(tmp_path, content):
         Image.fromarray(noise).save(path)
         content = path.read_bytes()[:5000]
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"image '.*bad\.png' of session 'x' cannot be read .*; replace it"):
-        load_images([session(path)], 8)
+    with pytest.raises(InputError, match=r"image '.*bad\.png' of session 'x' cannot be read .*; remove it"):
+        load_images([session(path)], frame_of(8))
 
 
 def test_a_size_below_one_is_refused():
     with pytest.raises(InputError, match="size=0: images need at least 1 pixel"):
-        load_images([], 0)
+        load_images([], frame_of(0))

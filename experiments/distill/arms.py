@@ -31,6 +31,7 @@ from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.shrink import shrink
+from fieldsmith.pictures import encoded
 from fieldsmith.run import plain
 from fieldsmith.verb import Trained
 from fieldsmith.worlds.classes import Classes
@@ -150,7 +151,8 @@ class Bench:
 
     @cached_property
     def source(self) -> Source:
-        return Source(self.teacher.encode_images(self.data.images), self.data.labels, self.data.names, self.data.name)
+        states = encoded(self.data.images, self.teacher.encode_images)
+        return Source(states, self.data.labels, self.data.names, self.data.name)
 
     @cached_property
     def sweep(self) -> Sweep:

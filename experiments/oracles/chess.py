@@ -20,6 +20,7 @@ from torch import Tensor
 
 from experiments.oracles.corruptions import Corruption, noise
 from fieldsmith.errors import InputError
+from fieldsmith.pictures import pixels
 from fieldsmith.worlds.judged import (
     GRAIN,
     UNREADABLE,
@@ -30,7 +31,6 @@ from fieldsmith.worlds.judged import (
     readable,
     residual,
 )
-from fieldsmith.worlds.pictures import pixels
 
 LIGHT, DARK = "#ffce9e", "#d18b47"
 CLASSES = ".PNBRQKpnbrqk"  # what a square can hold; the index is its class

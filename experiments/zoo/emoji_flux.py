@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.tiny import flux_pipeline
 from fieldsmith.measure.detection import ask
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.intervals import share
 from fieldsmith.models import load
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.tiny import flux_pipeline
 from fieldsmith.paths import noised
 from fieldsmith.report.grid import save_grid
 from fieldsmith.run import Run, plain, write_atomically
-from fieldsmith.training import Optimisation, fit
+from fieldsmith.training import Log, Optimisation, fit
 from fieldsmith.worlds.emoji import EmojiWorld
 from fieldsmith.worlds.emoji_captions import LONGEST, VOCABULARY
 from fieldsmith.worlds.emoji_glyphs import SIDE
@@ -87,7 +87,7 @@ def train_autoencoder(model: Flux, config: EmojiFlux, cycle: int, folder: pathli
     run.begin()
     vae.requires_grad_(True)
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         images = world.sample(config.vae_batch, 10**6 * (cycle + 1) + step).images * 2 - 1
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample(generator)).sample - images
@@ -132,7 +132,7 @@ def train_flow(model: Flux, config: EmojiFlux, latents: Tensor, captions: list[s
         part.requires_grad_(True)
         parameters |= {f"{key}.{inside}": p for inside, p in part.named_parameters()}
 
-    def losses(step: int, generator: torch.Generator, log: dict[str, float]) -> Iterator[Tensor]:
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         rows = torch.randint(len(latents), (config.batch,), generator=generator)
         kept = torch.rand(config.batch, generator=generator) >= config.dropped
         texts = [captions[i] if keep else "" for i, keep in zip(rows.tolist(), kept.tolist(), strict=True)]

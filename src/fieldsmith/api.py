@@ -35,11 +35,12 @@ from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
 from fieldsmith.models.features import load_features
+from fieldsmith.pictures import Frame
 from fieldsmith.read import read_prompts
 from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
 from fieldsmith.sampling import sample as sample
-from fieldsmith.sessions import UserSessions
+from fieldsmith.sessions import UserSessions, frame_of
 from fieldsmith.verb import Callback
 from fieldsmith.worlds import catalogue, classes, own, scenes_judge
 from fieldsmith.worlds.classes import Classes
@@ -208,7 +209,7 @@ def edit_inputs(
             lambda n, seed, turns: world.sessions(n, turns, seed, config.dependency), scores, channel, plan
         )
     source = config.sessions if sessions is None else sessions
-    own = UserSessions.of(source, size or config.resolution or 512)
+    own = UserSessions.of(source, frame_of(size or config.resolution or 512, config.fit, config.background))
     if own.turns < config.turns:
         raise InputError(f"turns={config.turns}, but the sessions of '{config.sessions}' have {own.turns}; lower it")
     return EditInputs(own.sample, scores, channel)
@@ -227,10 +228,11 @@ def distill(
 ) -> Result:
     """Train a smaller student on both branches of a guided teacher (DASH, arXiv 2606.00798, its rivals, and ours).
 
-    `teacher` is a Model or a name to load. `data` is digits, shapes, a folder with a subfolder of images a class, or
-    pairs (image, class). `student` is how many times smaller, a JSON file of config fields, or an untrained Model.
-    Every field of DistillConfig is a keyword; `config` takes the whole. out=None writes nothing. The result's model is
-    the student. Raises InputError before anything is trained or written, RunError where training breaks.
+    `teacher` is a Model or a name to load. `data` is digits, shapes, fashion, a folder of images with classes or
+    captions, a dataset of the `datasets` library, or pairs (image, class); docs/data.md. `student` is how many times
+    smaller, a JSON file of config fields, or an untrained Model. Every field of DistillConfig is a keyword; `config`
+    takes the whole. out=None writes nothing. The result's model is the student. Raises InputError before anything is
+    trained or written, RunError where training breaks.
     """
     given: dict[str, Any] = {"data": _data_name(data)}
     if isinstance(student, (str, pathlib.Path)):
@@ -249,10 +251,11 @@ def distill_inputs(config: DistillConfig, data: Any = None, student: Any = None)
     def sized(size: int, channels: int) -> Classes:
         if isinstance(data, Classes):
             return data
-        if data is not None and not isinstance(data, (str, pathlib.Path)):
-            return classes.of_pairs(data, size, channels)
-        name = data_of(config.teacher, "digits, shapes") if config.data == "auto" else config.data
-        return classes.load(_there(name), size, channels)
+        source = data
+        if data is None or isinstance(data, (str, pathlib.Path)):
+            known = ", ".join(classes.NAMED)
+            source = _there(data_of(config.teacher, known) if config.data == "auto" else config.data)
+        return classes.load(source, size, channels, fit=config.fit, background=config.background)
 
     return DistillInputs(sized, student=student if isinstance(student, Model) else None)
 
@@ -270,10 +273,11 @@ def sharpen(
 ) -> Result:
     """Train a model, or a guide beside it, so that fewer samples lie where its data have none (VSM, rivals, and ours).
 
-    `data` is columns, cards, a folder of images or images themselves, and then `judge` says which images are
-    valid: a function of images (n, channels, size, size) in [0, 1] that gives n bools or pairs (bool, reason), its
-    name, or an http address. Every field of SharpenConfig is a keyword; `config` takes the whole. out=None writes
-    nothing. Raises InputError before anything is trained or written, RunError where training or judging breaks.
+    `data` is columns, cards, or images of your own, a folder, a dataset of `datasets` or a list (docs/data.md);
+    then `judge` says which images are valid: a function of images (n, channels, size, size) in [0, 1] that gives n
+    bools or pairs (bool, reason), its name, or an http address. Every field of SharpenConfig is a keyword; `config`
+    takes the whole. out=None writes nothing. Raises InputError before anything is trained or written, RunError where
+    training or judging breaks.
     """
     given = {"data": _data_name(data), "judge": _name(judge)}
     config = _with_objects(config, given)
@@ -289,13 +293,13 @@ def sharpen_inputs(config: SharpenConfig, data: Any = None, judge: Any = None) -
         verdict = judge if callable(judge) else config.judge
         if data is None or isinstance(data, (str, pathlib.Path)):
             name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
-            return catalogue.load(_there(name), size, verdict, channels)
+            return catalogue.load(_there(name), size, verdict, channels, config.fit, config.background)
         if hasattr(data, "sample"):
             world: JudgedWorld = data
             return world
         if verdict is None:
             raise InputError("these images need a judge; give judge=, a function that says which images are valid")
-        return own.of_images(data, verdict, size, channels)
+        return own.of(data, verdict, Frame(size, channels, config.fit, config.background))
 
     return SharpenInputs(sized, features=load_features(config.extractor) if config.extractor else None)
 

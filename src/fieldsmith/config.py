@@ -168,6 +168,16 @@ class FitConfig(Config, OptimConfig):
 
 
 @config
+class DataConfig:
+    """How images of the user's own become square and opaque."""
+
+    fit: Literal["crop", "squash", "pad"] = "crop"
+    """Of images that are not square: their centre, both sides scaled apart, or bars beside them."""
+    background: str = "white"
+    """What shows through transparent images, and the colour of bars: a name or #rrggbb."""
+
+
+@config
 class MemoryConfig:
     """How a run is made to fit."""
 

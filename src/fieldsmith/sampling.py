@@ -19,7 +19,7 @@ from fieldsmith.models.editing import check_editor, edit, encode_unique, quantis
 from fieldsmith.paths import VariancePreserving, recalibrated, tag_schedule
 from fieldsmith.read import read_json
 from fieldsmith.report.grid import picture
-from fieldsmith.sessions import Session, load_images
+from fieldsmith.sessions import Session, frame_of, load_images
 from fieldsmith.training import step_generator
 
 
@@ -73,7 +73,7 @@ def session(config: Any) -> Tensor:
     check_editor(model)
     assert config.image and model.resolution
     start = Session("0", config.image, config.prompts)
-    now = quantised(load_images([start], model.resolution)).expand(config.each, -1, -1, -1)
+    now = quantised(load_images([start], frame_of(model.resolution))).expand(config.each, -1, -1, -1)
     turns = [now]
     for turn, words in enumerate(config.prompts):
         generator = step_generator(config.seed, turn)

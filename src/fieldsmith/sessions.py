@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.pictures import Frame, floats, look, read
 from fieldsmith.read import read_json_lines, read_text
 from fieldsmith.run import write_atomically
 
@@ -119,49 +119,40 @@ def write_sessions(path: str | Path, sessions: Sequence[Session]) -> None:
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def load_images(sessions: Sequence[Session], size: int) -> Tensor:
-    """The sessions' images (n, 3, size, size) in [0, 1], as RGB without alpha, turned upright by their EXIF.
+def frame_of(size: int, fit: str = "crop", background: str = "white") -> Frame:
+    """What an editor's source images become, resampled as diffusers' own processor does it."""
+    return Frame(size, 3, fit, background, Image.Resampling.LANCZOS)
 
-    An image of another size is cut to its central square and resized by Lanczos. Raises InputError at a size below 1
-    and an image that cannot be read.
-    """
-    if size < 1:
-        raise InputError(f"size={size}: images need at least 1 pixel a side")
-    images = torch.zeros(len(sessions), 3, size, size)
+
+def load_images(sessions: Sequence[Session], frame: Frame) -> Tensor:
+    """The sessions' images (n, 3, size, size) in [0, 1]. Raises InputError as `pictures.read` does."""
+    images = torch.zeros(len(sessions), *frame.shape)
     for row, session in enumerate(sessions):
-        try:
-            if isinstance(session.image, Path):
-                with Image.open(session.image) as file:
-                    image = ImageOps.exif_transpose(file).convert("RGB")
-            else:
-                image = session.image.convert("RGB")
-        # pillow raises all of these on files that are cut short, damaged or far too large
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"image '{session.image}' of session '{session.id}' cannot be read ({error}); replace it"
-            ) from error
-        if image.size != (size, size):
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-        images[row] = torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255
+        images[row] = floats(read(session.image, frame, _what(session)))
     return images
+
+
+def _what(session: Session) -> str:
+    named = f"image '{session.image}'" if isinstance(session.image, Path) else "the image"
+    return f"{named} of session '{session.id}'"
 
 
 @dataclass(frozen=True)
 class UserSessions:
-    """Sessions without planned images as a training task sees them, cut to `turns` of their turns; `size` in pixels."""
+    """Sessions without planned images as a training task sees them, cut to `turns` of their turns."""
 
     sessions: tuple[Session, ...]
-    size: int
+    frame: Frame
     turns: int
 
     @staticmethod
-    def of(source: str | Path | Iterable[Any], size: int) -> UserSessions:
-        """Every session of a file or of an iterable. Raises InputError as `read_sessions` and `load_images` do."""
+    def of(source: str | Path | Iterable[Any], frame: Frame) -> UserSessions:
+        """Every session of a file or of an iterable. Raises InputError as `read_sessions` and `pictures.look` do."""
         sessions = read_sessions(source) if isinstance(source, (str, Path)) else sessions_of(source)
-        load_images(sessions[:1], size)  # a folder of images that was moved is refused before anything runs
-        return UserSessions(tuple(sessions), size, len(sessions[0].instructions))
+        for session in sessions:
+            look(session.image, _what(session))
+        load_images(sessions[:1], frame)
+        return UserSessions(tuple(sessions), frame, len(sessions[0].instructions))
 
     def sample(self, n: int, seed: int, turns: int) -> UserSessions:
         """n of them in random order, each once before any comes again."""
@@ -169,13 +160,13 @@ class UserSessions:
         rows: list[Session] = []
         while len(rows) < n:
             rows += draw.sample(self.sessions, min(n - len(rows), len(self.sessions)))
-        return UserSessions(tuple(rows), self.size, turns)
+        return UserSessions(tuple(rows), self.frame, turns)
 
     def __len__(self) -> int:
         return len(self.sessions)
 
     def __getitem__(self, rows: Sequence[int]) -> UserSessions:
-        return UserSessions(tuple(self.sessions[i] for i in rows), self.size, self.turns)
+        return UserSessions(tuple(self.sessions[i] for i in rows), self.frame, self.turns)
 
     def prompts(self, turn: int) -> list[str]:
         return [one.instructions[turn - 1] for one in self.sessions]
@@ -184,7 +175,7 @@ class UserSessions:
         """The start (n, 3, size, size) in [0, 1]; what later turns should give is not known."""
         assert turn == 0, "the user's sessions hold no planned images"
         different = {one.id: one for one in self.sessions}
-        images = load_images(list(different.values()), self.size)
+        images = load_images(list(different.values()), self.frame)
         places = {name: row for row, name in enumerate(different)}
         return images[[places[one.id] for one in self.sessions]]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fieldsmith import optimizers, preflight, processes
 from fieldsmith.config import Config, LoraConfig
-from fieldsmith.errors import InputError
+from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec, Model, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
@@ -233,7 +233,10 @@ def train(
         track = stack.enter_context(tracked(verb, config, run))
         stack.enter_context(job.around())
         nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
-        done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
+        try:
+            done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
+        except InputError as error:  # such as an image that turns out to be damaged when a batch wants it
+            raise RunError(f"{error}; the last good checkpoint stays, and the same command goes on from it") from error
         history = run.history() if run else []
         spent = int(history[-1]["nfe"]) if history else sum(processes.exchange(nfe.total))
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fieldsmith.config import Count, NonNegative, Positive, Seed, Share, Words, config
+from fieldsmith.config import Count, DataConfig, NonNegative, Positive, Seed, Share, Words, config
 from fieldsmith.errors import InputError
 
 KINDS = {
@@ -47,13 +47,13 @@ class ModelConfig(DiagnosisConfig):
 
 
 @config
-class GuidanceConfig(ModelConfig):
+class GuidanceConfig(ModelConfig, DataConfig):
     """Measure a student's classifier-free guidance against its teacher's, at the same states."""
 
     teacher: str | None = None
     """What the model was distilled from, in the same states and with the same classes."""
     data: str | None = None
-    """Models of classes: digits, shapes, or a folder with a subfolder of images a class; held-out images are used."""
+    """Models of classes: digits, shapes, fashion, or a folder of images with classes; held-out images are used."""
     prompts: Words = ()
     """Prompts or class names to follow, or one text file with one a line; empty: every class."""
     tuples: Count = 2000
@@ -73,7 +73,7 @@ class GuidanceConfig(ModelConfig):
 
 
 @config
-class SmoothnessConfig(ModelConfig):
+class SmoothnessConfig(ModelConfig, DataConfig):
     """Measure the score's Jacobian along a DDPM's sampling paths, and whether it tells bad samples from good ones."""
 
     data: str | None = None

@@ -14,7 +14,6 @@ from urllib.parse import parse_qsl, urlencode
 import torch
 from torch import Tensor
 
-from fieldsmith.diagnoses.guidance import listed
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.measure.exposure import HELD_OUT
 from fieldsmith.methods.align.audit import Truths
@@ -35,6 +34,7 @@ from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, OPERATIONS, ScenesWorld
 from fieldsmith.worlds.scenes_graded import graded
 
+NAMED = ", ".join(classes.NAMED)
 EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
 SCENES = 24  # pixels of the scenes that a judge of edits is asked about
 
@@ -64,18 +64,16 @@ def _classes(config: Any, teacher: Model) -> Any:
             raise InputError(f"data '{config.data}' has classes, but {teacher.name} reads text; leave out --data")
         return None
     if config.data is None:
-        raise InputError(f"no data given, and {teacher.name} has classes; add --data digits, shapes or a folder")
+        raise InputError(f"no data given, and {teacher.name} has classes; add --data {NAMED} or a folder")
     data: Any = config.data
-    if isinstance(data, str):
+    if not isinstance(data, classes.Classes):
         channels, height, width = image_shape(teacher)
         if height != width:
             raise InputError(
                 f"{teacher.name} draws {height} x {width} images, and data come square; give square models"
             )
-        data = classes.load(data, height, channels, config.seed)
-    if data.names != known:
-        raise InputError(f"data '{data.name}' has {listed(data.names)}, {teacher.name} {listed(known)}")
-    return data
+        data = classes.load(data, height, channels, config.seed, config.fit, config.background)
+    return data.in_order(known)
 
 
 @torch.no_grad()
@@ -90,18 +88,21 @@ def image_shape(model: Model) -> tuple[int, int, int]:
 
 def smoothness(config: Any) -> dict[str, Any]:
     model = _model(config.model, config.resolution)
-    return {"model": model, "world": judged_world(model, config.data, config.judge)}
+    return {"model": model, "world": _judged_world(model, config)}
 
 
-def judged_world(model: Model, data: Any, judge: str | None) -> Any:
+def _judged_world(model: Model, config: Any) -> Any:
     """The world that `data` or the model's card names, at the model's size; None where nothing does."""
+    data = config.data
     if data is None:
         data = card_of(model.name).get("data")
         if data not in catalogue.WORLDS:
             return None
     if not isinstance(data, str):
         return world_for(model, data)
-    return world_for(model, lambda channels, size: catalogue.load(data, size, judge, channels))
+    return world_for(
+        model, lambda channels, size: catalogue.load(data, size, config.judge, channels, config.fit, config.background)
+    )
 
 
 # exposure

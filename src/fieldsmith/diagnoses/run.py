@@ -70,4 +70,4 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
 
 
 def _is_object(value: Any) -> bool:
-    return not (value is None or isinstance(value, (str, int, float, tuple, list)) or hasattr(value, "__fspath__"))
+    return not (value is None or isinstance(value, (str, int, float)) or hasattr(value, "__fspath__"))

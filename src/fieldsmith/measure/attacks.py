@@ -41,7 +41,7 @@ def _frozen(model: Model) -> Iterator[None]:
 
 
 def _descend(model: Model, x_0: Tensor, condition: Callable[[Tensor], Condition], generator: torch.Generator) -> None:
-    """The gradient of the flow loss on x_0 (n, ...), at most `model.chunk` rows at once; `condition` is asked by rows."""
+    """The gradient of the flow loss on x_0 (n, ...), at most `model.chunk` rows at once; `condition` gives rows'."""
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
     t = torch.rand(len(x_0), generator=generator).to(x_0)
     for at in torch.arange(len(x_0)).split(model.chunk):

@@ -21,6 +21,7 @@ from fieldsmith.measure.progress import track
 from fieldsmith.models.branches import Branches, branches
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import VariancePreserving, noised
+from fieldsmith.pictures import Images, encoded
 from fieldsmith.samplers import rollout
 
 MATTERS = 0.05  # bins with less of the teacher's squared gap cannot decide a verdict
@@ -51,7 +52,7 @@ class Tuples:
 
 
 def noised_tuples(
-    model: Model, images: Tensor, labels_or_prompts: Tensor | Sequence[str], n: int, generator: torch.Generator
+    model: Model, images: Tensor | Images, labels_or_prompts: Tensor | Sequence[str], n: int, generator: torch.Generator
 ) -> Tuples:
     """n states of q(x_t | x_0), from images (m, c, h, w) in [0, 1] and what each shows: labels (m,) or m prompts.
 
@@ -63,7 +64,7 @@ def noised_tuples(
     names = _names(model, labels_or_prompts)
     rows = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(-(-n // len(images)))])[:n]
     t = _stratified(model, n, generator)
-    x_0 = model.encode_images(images.to(model.device))[rows.to(model.device)]
+    x_0 = encoded(images, lambda some: model.encode_images(some.to(model.device)))[rows]
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
     t = t.to(x_0)
     return Tuples(noised(model.path, x_0, eps, t), t, _encoded(model, [names[i] for i in rows.tolist()]))

@@ -19,6 +19,7 @@ from fieldsmith.models.core import Condition, Model, stack
 
 MEMORY = 2e9  # bytes that encoded prompts may take in memory
 DISK = 2e10  # and on disk
+FEW = 64  # prompts that are encoded at the start
 TOGETHER = 16  # prompts that are encoded at once
 
 
@@ -38,9 +39,9 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, rows: Tensor) -> Condition:
+    def __getitem__(self, rows: Tensor | Sequence[int]) -> Condition:
         """Prompts (n,) as n rows, on the model's device."""
-        places, back = torch.unique(rows.cpu(), return_inverse=True)
+        places, back = torch.unique(torch.as_tensor(rows).cpu(), return_inverse=True)
         different = self._rows(places.tolist() or [0])  # no rows have a shape, too
         condition = stack(different) if len(different) > 1 else different[0]
         parts = {name: part.to(self.model.device)[back] for name, part in condition.parts.items()}
@@ -88,3 +89,13 @@ class Prompts:
 
 def _size(row: Condition) -> int:
     return sum(part.numel() * part.element_size() for part in row.parts.values())
+
+
+def encoded_prompts(model: Model, words: Sequence[str]) -> Condition | Prompts:
+    """Prompts as rows: all of a model of classes and few of others at once, many when they are asked for.
+
+    Raises InputError at a word that the model does not know.
+    """
+    if len(words) <= FEW or getattr(model, "classes", None):
+        return model.encode(words)
+    return Prompts(model, words)

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.pictures import pixels
 from fieldsmith.worlds.judged import GRAIN, UNREADABLE, Verdicts, generator_of, nearest, place, readable, residual
-from fieldsmith.worlds.pictures import pixels
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10")
 SUITS = "♥♦♠♣"  # two red, then two black; a card's id is 10 suit + rank

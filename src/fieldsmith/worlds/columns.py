@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fieldsmith.errors import InputError
+from fieldsmith.pictures import pixels
 from fieldsmith.worlds.judged import GRAIN, UNREADABLE, Verdicts, generator_of, readable, residual
-from fieldsmith.worlds.pictures import pixels
 
 SHAPES = ("triangle", "square", "pentagon")
 Pattern = tuple[bool, bool, bool]  # which columns hold their shape

@@ -1,24 +1,24 @@
 """A world of a user's own: images, and a judge that is a Python function or an HTTP server.
 
-In: a folder, or images in memory. Out: an `ImageWorld`, which is a JudgedWorld.
+In: a folder, a dataset or images (data.py). Out: an `ImageWorld`, which is a JudgedWorld.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import pathlib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fieldsmith import data
 from fieldsmith.errors import InputError, RewardError
 from fieldsmith.functions import call, check_signature, load_function, name_of
+from fieldsmith.pictures import Frame, Images
 from fieldsmith.servers import Server, Unreadable
-from fieldsmith.worlds import pictures
 from fieldsmith.worlds.judged import UNREADABLE, Verdicts, generator_of, readable
 
 BATCH = 64  # images in one question to a judge behind HTTP
@@ -29,7 +29,7 @@ Verdict = tuple[bool, tuple[str, ...]]  # whether an image is valid, and why not
 
 
 class ImageWorld:
-    """Images (n, channels, size, size) in [0, 1], every sixth held out, and a judge.
+    """Images that are read when they are asked for, every sixth held out, and a judge; `images` are to train on.
 
     A function, or its name, gets a copy of images and returns n bools or n pairs (bool, reason). A server is POSTed
     {"images": [base64 PNG, ...]} and answers {"valid": [...]}, with "reasons": [[...], ...] if it likes. What an image
@@ -38,11 +38,11 @@ class ImageWorld:
 
     support: int | None = None
 
-    def __init__(self, images: Tensor, judge: Judge, name: str = "images"):
+    def __init__(self, images: Images, judge: Judge, name: str = "images"):
         """Raises InputError at fewer than 2 images, and where a judge's name leads to no function."""
         if len(images) < 2:
-            raise InputError(f"{name}: {len(images)} images; it needs at least 2")
-        self.name, self.size, self.channels = name, images.shape[-1], images.shape[1]
+            raise InputError(f"'{name}' has {len(images)} image; it needs at least 2")
+        self.name, self.size, self.channels = name, images.frame.size, images.frame.channels
         self._answered = False
         self._server: Server | None = None
         if isinstance(judge, str) and judge.startswith(("http://", "https://")):
@@ -52,10 +52,10 @@ class ImageWorld:
             self._function = load_function(judge, "judge") if isinstance(judge, str) else judge
             check_signature(self._function, self._what, "images")
         out = torch.arange(len(images)) % 6 == min(len(images), 6) - 1
-        self._pools = images[~out], images[out]
+        self.images, self._held = images.part(~out), images.part(out)
 
     def sample(self, n: int, seed: int, held_out: bool = False) -> Tensor:
-        pool = self._pools[held_out]
+        pool = self._held if held_out else self.images
         return pool[torch.randint(len(pool), (n,), generator=generator_of(seed, held_out))]
 
     def novel(self, content: Hashable) -> bool:
@@ -101,19 +101,10 @@ class ImageWorld:
         return verdicts
 
 
-def of_folder(path: str | pathlib.Path, judge: Judge, size: int = 64, channels: int = 3) -> ImageWorld:
-    """The images under a folder. Raises InputError where there are fewer than 2, or one cannot be read."""
-    files = pictures.files_in(pathlib.Path(path))
-    if len(files) < 2:
-        raise InputError(
-            f"folder '{path}' has {len(files)} images ({', '.join(pictures.SUFFIXES)}); it needs at least 2"
-        )
-    return ImageWorld(torch.stack([pictures.read(file, size, channels) for file in files]), judge, str(path))
-
-
-def of_images(images: Iterable[Any], judge: Judge, size: int, channels: int) -> ImageWorld:
-    """Tensors, PIL images, arrays or paths. Raises InputError as `pictures.convert`."""
-    return ImageWorld(torch.stack([pictures.convert(image, size, channels) for image in images]), judge)
+def of(source: Any, judge: Judge, frame: Frame) -> ImageWorld:
+    """A folder, a dataset or images. Raises InputError where data.py does, and where there are fewer than 2."""
+    found = data.load(source, frame, name="images")
+    return ImageWorld(found.images, judge, found.name)
 
 
 def _ask_server(server: Server, images: Tensor) -> list[Verdict]:

@@ -24,20 +24,23 @@ from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill.curriculum import length_of, times_of
 from fieldsmith.models.branches import Branches, branches
-from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.core import Model
+from fieldsmith.models.prompts import encoded_prompts
 from fieldsmith.paths import noised, truth
+from fieldsmith.pictures import Encoded
 from fieldsmith.run import write_atomically
 from fieldsmith.training import step_generator
 
 SHARD = 2_048  # rows
+SEEN = 64  # images of a folder by which a bank knows its data again
 META = "bank.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Clean states (n, ...) and the prompt of each, as an index (n,) into `prompts`."""
+    """Clean states (n, ...), or what gives them when rows are asked for; each one's prompt, an index into `prompts`."""
 
-    states: Tensor
+    states: Tensor | Encoded
     prompt: Tensor
     prompts: tuple[str, ...]
     name: str = ""  # of the data
@@ -95,6 +98,14 @@ def states_at(model: Model, source: Source, t: Tensor, generator: torch.Generato
     return x_t, source.prompt[rows], truth(model.kind, model.path, x_0, eps, t)
 
 
+def sample_of(states: Tensor | Encoded) -> Tensor:
+    """States by which data are told from others: all, or as many as are quickly read, and how many there are."""
+    if isinstance(states, Tensor):
+        return states
+    rows = torch.linspace(0, len(states) - 1, min(SEEN, len(states))).long()
+    return torch.cat((states[rows].flatten(), torch.tensor([float(len(states))])))
+
+
 class Bank:
     """Shards of a teacher's answers in a folder, or in memory alone where that is None.
 
@@ -104,13 +115,13 @@ class Bank:
     def __init__(self, folder: pathlib.Path | None, teacher: Model, source: Source, seed: int = 0):
         """Raises InputError where the folder holds a bank of another teacher, other data or another seed."""
         self.folder, self.teacher, self.source, self.seed = folder, teacher, source, seed
-        self.conditions: Condition = teacher.encode(source.prompts)
+        self.conditions = encoded_prompts(teacher, source.prompts)
         self.teacher_states = 0
         self._shards: dict[int, Rows] = {}
         self._window: tuple[range, Rows] | None = None
         if folder:
             contents: dict[str, Tensor | str] = {
-                "states": source.states,
+                "states": sample_of(source.states),
                 "prompt": source.prompt,
                 "prompts": "\n".join(source.prompts),
             }

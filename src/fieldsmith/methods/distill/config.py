@@ -11,19 +11,19 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 
-from fieldsmith.config import GIVEN, Count, FitConfig, MemoryConfig, Natural, NonNegative, Positive, config
+from fieldsmith.config import GIVEN, Count, DataConfig, FitConfig, MemoryConfig, Natural, NonNegative, Positive, config
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.methods.distill.objectives import BY_ROW, FEATURES, OBJECTIVES, WEIGHTS, Name, objective_of
 from fieldsmith.read import read_json
 
 Curriculum = Literal["uniform", "tirt", "sigmoid", "min-snr", "min-snr-x0", "p2", "edm2"]
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
-DATA = ("auto", "digits", "shapes")  # what is no folder
+DATA = ("auto", "digits", "shapes", "fashion")  # what is no folder
 LEAST = 20  # images a guidance scale, however short the run
 
 
 @config
-class DistillConfig(FitConfig, MemoryConfig):
+class DistillConfig(FitConfig, DataConfig, MemoryConfig):
     """Train a smaller student of a guided teacher, both branches of guidance kept; it ships as a diffusers pipeline."""
 
     NOTES = """--preset NAME picks a recipe (default: the objective's own, else fieldsmith).
@@ -34,7 +34,8 @@ class DistillConfig(FitConfig, MemoryConfig):
     teacher: str = "zoo:digits-unet"
     """A diffusers pipeline folder, a hub id, or a zoo model, with a null class (or prompt)."""
     data: str = "auto"
-    """digits, shapes, or a folder with a subfolder of images a class; auto: what the teacher's card names."""
+    """digits, shapes, fashion, or a folder of images with classes or captions (docs/data.md); auto: what the teacher's
+    card names."""
     shrink: Annotated[float, Field(gt=1)] = 5.9
     """How many times fewer parameters the student's network has."""
     student: pathlib.Path | None = None
@@ -143,7 +144,7 @@ class DistillConfig(FitConfig, MemoryConfig):
             raise InputError(f"curriculum '{self.curriculum}' is not stored with teachers; use --curriculum-from fit")
         if self.data not in DATA and not self.data.startswith(GIVEN) and not pathlib.Path(self.data).is_dir():
             raise InputError(
-                f"data '{self.data}' is no folder; give digits, shapes, or a folder with a subfolder of images a class"
+                f"data '{self.data}' is no folder; give {', '.join(DATA[1:])}, or a folder of images with classes"
             )
         self.student_fields()
 

@@ -32,7 +32,7 @@ def report(page: Page, outcome: Outcome) -> dict[str, Any]:
         for kind, times in teacher.times.items()
     }
     metrics: dict[str, Any] = {
-        "judge": sweep.judge.name, "curves": by_scale, "before": by_scale["teacher"], "after": by_scale["student"],
+        "judge": sweep.judge_name, "curves": by_scale, "before": by_scale["teacher"], "after": by_scale["student"],
         "guidance": kept,
     }  # fmt: skip
     sizes = outcome.metrics["parameters"]
@@ -73,25 +73,24 @@ def _head(page: Page, metrics: dict[str, Any], run: dict[str, Any]) -> None:
     scale = best(by_scale["student"])
     at_best = {name: by_scale[name][best(by_scale[name])] for name in by_scale}
     ratio = at_best["student"]["distance"] / at_best["teacher"]["distance"]
-    page.numbers(
-        [
-            ("parameters", f"{sizes['student']:,}", f"of the teacher's {sizes['teacher']:,}"),
-            ("distance to data", f"{ratio:.2f} x", "the teacher's, each at its best guidance scale"),
-            ("classes right", f"{100 * at_best['student']['accuracy']:.0f}%", f"at w = {scale}, by a classifier"),
-            ("cost", f"{run['nfe']:,.0f}", "evaluations of the student, the teacher's included"),
-        ]
-    )
+    cards = [
+        ("parameters", f"{sizes['student']:,}", f"of the teacher's {sizes['teacher']:,}"),
+        ("distance to data", f"{ratio:.2f} x", "the teacher's, each at its best guidance scale"),
+    ]
+    if "accuracy" in at_best["student"]:
+        right = f"{100 * at_best['student']['accuracy']:.0f}%"
+        cards.append(("classes right", right, f"at w = {scale}, by a classifier"))
+    page.numbers([*cards, ("cost", f"{run['nfe']:,.0f}", "evaluations of the student, the teacher's included")])
 
 
 def _images(page: Page, sweep: Sweep, teacher: Measured, student: Measured, scale: str) -> None:
     sides = teacher.images[scale], student.images[scale]
-    read = [sweep.judge.read(images) for images in sides]
+    read = [sweep.judge.read(images) for images in sides] if sweep.judge else []
     names, pairs = sweep.data.names, []
-    shown = min(SHOWN, len(names))
-    for label in [i * len(names) // shown for i in range(shown)]:
+    drawn = sweep.labels.unique().tolist()  # fewer than there are, where there are fewer images than classes
+    shown = min(SHOWN, len(drawn))
+    for label in [drawn[i * len(drawn) // shown] for i in range(shown)]:
         rows = [i for i, one in enumerate(sweep.labels.tolist()) if one == label][:EACH]
-        if not rows:  # fewer images than classes
-            continue
         marks = [[Caption(names[int(seen[i])], int(seen[i]) == label) for i in rows] for seen in read]
         pairs.append(Pair(names[label], sides[0][rows], sides[1][rows], *marks))
     page.before_after(f"From equal noise, w = {scale}", pairs, sides=("teacher", "student"))
@@ -99,21 +98,23 @@ def _images(page: Page, sweep: Sweep, teacher: Measured, student: Measured, scal
 
 def _sweep(page: Page, metrics: dict[str, Any]) -> None:
     curves = metrics["curves"]
+    judged = "accuracy" in next(iter(curves["student"].values()))
     rows = []
     for w in curves["student"]:
         two = [curves[name].get(w) for name in ("teacher", "student")]
-        rows.append((w, *(f"{c['distance']:.3g}" for c in two), *(f"{100 * c['accuracy']:.1f}%" for c in two),
-                     f"{two[1]['drift']:.4f}"))  # fmt: skip
-    headers = ["w", "distance, teacher", "student", "classes right, teacher", "student", "drift at equal noise"]
+        right = [f"{100 * c['accuracy']:.1f}%" for c in two] if judged else []
+        rows.append((w, *(f"{c['distance']:.3g}" for c in two), *right, f"{two[1]['drift']:.4f}"))
+    right = ["classes right, teacher", "student"] if judged else []
     page.table(
         "Against the guidance scale",
-        headers,
+        ["w", "distance, teacher", "student", *right, "drift at equal noise"],
         rows,
-        note=f"Frechet distance to all the data, biased upward for both by few images; {metrics['judge']}.",
+        note=f"Frechet distance to the data, biased upward for both by few images; {metrics['judge']}.",
     )
     panels = [
         Panel(title, {name: _points(curve, key) for name, curve in curves.items()}, "guidance scale w")
         for title, key in (("distance to data", "distance"), ("share of classes right", "accuracy"))
+        if key == "distance" or judged
     ]
     panels.append(Panel("drift from the teacher", {"student": _points(curves["student"], "drift")}, "guidance scale w"))
     page.curves("Curves against the guidance scale", panels)

@@ -25,8 +25,10 @@ from fieldsmith.methods.distill.objectives import FEATURES, Objective, objective
 from fieldsmith.methods.distill.teacher import PROFILE, Feed, curriculum_for, fitted, operations
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.prompts import encoded_prompts
 from fieldsmith.models.shrink import shrink
 from fieldsmith.paths import tag
+from fieldsmith.pictures import encoded
 from fieldsmith.preflight import Check
 from fieldsmith.training import Fit, Log, optimisation_of, step_generator
 from fieldsmith.verb import Job
@@ -59,7 +61,7 @@ def prepare(teacher: Model, config: DistillConfig, inputs: Inputs) -> Job:
     data, source = None, inputs.source
     if source is None:
         data = data_for(teacher, inputs.data)
-        source = Source(teacher.encode_images(data.images), data.labels, data.names, data.name)
+        source = Source(encoded(data.images, teacher.encode_images), data.labels, data.names, data.name)
     check_pair(teacher, student, scales)
     relative = operations(teacher, teacher.encode(source.prompts[:1]))
     relative /= operations(student, student.encode(source.prompts[:1]))
@@ -124,7 +126,7 @@ def data_for(teacher: Model, data: Any) -> Any:
         data = data(size[-1], size[1])
     classes = getattr(teacher, "classes", None)
     data = data if classes is None else data.in_order(tuple(classes))
-    teacher.encode(data.names)  # words that a text model does not know are refused here
+    encoded_prompts(teacher, data.names)  # words that a text model does not know are refused here
     return data
 
 
@@ -175,7 +177,7 @@ class Step:
 
     def __init__(self, student: Model, feed: Feed, config: DistillConfig, objective: Objective, weights: Curriculum):
         self.student, self.feed, self.config, self.objective, self.weights = student, feed, config, objective, weights
-        self.conditions = student.encode((*feed.source.prompts, *(() if objective.guided_input else ("",))))
+        self.conditions = encoded_prompts(student, (*feed.source.prompts, *(() if objective.guided_input else ("",))))
         self.taps: list[tuple[str, str]] = []
         self.regressors: Regressors | None = None
         if config.objective in FEATURES:
@@ -281,6 +283,6 @@ class Step:
         scales = torch.tensor(self.config.guidance_scales)
         picked = torch.randint(len(scales), (self.feed.rows,), generator=generator)[processes.owned(self.feed.rows)]
         w = scales[picked].reshape(-1, *(1,) * (rows.gap.ndim - 1)).to(rows.gap)
-        label = self.conditions.parts["label"][rows.prompt] * len(scales) + picked.to(rows.prompt.device)
+        label = self.conditions[rows.prompt].parts["label"] * len(scales) + picked.to(rows.prompt.device)
         output = self.student.forward(rows.x_t, rows.t, label)[0]
         return square(output, rows.teacher.guided(w))

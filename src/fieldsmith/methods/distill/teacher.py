@@ -22,6 +22,7 @@ from fieldsmith.methods.distill.objectives import FEATURES, Objective
 from fieldsmith.models import pipeline_folder
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import Condition, Model
+from fieldsmith.models.prompts import Prompts, encoded_prompts
 from fieldsmith.training import step_generator
 
 PROFILE = 4_096  # states at which a frozen teacher's losses are measured
@@ -38,9 +39,9 @@ class Feed:
     bank: Bank | None = None
 
     @cached_property
-    def conditions(self) -> Condition:
+    def conditions(self) -> Condition | Prompts:
         """Every prompt, and the empty one last."""
-        return self.teacher.encode((*self.source.prompts, ""))
+        return encoded_prompts(self.teacher, (*self.source.prompts, ""))
 
     @property
     def paired(self) -> bool:
@@ -142,7 +143,7 @@ def teacher_losses(teacher: Model, source: Source, seed: int, n: int = PROFILE) 
     times = weights_of.times_of(teacher.path)
     t = times[draw(len(times), n, (1.0, 1.0), True, generator)].float()
     x_t, prompt, noise = states_at(teacher, source, t, generator)
-    conditions = teacher.encode(source.prompts)
+    conditions = encoded_prompts(teacher, source.prompts)
     with teacher.uncounted():
         losses = [
             square(teacher.predict(x_t[rows], t[rows].to(x_t), conditions[prompt[rows]]).value, noise[rows])

@@ -12,6 +12,7 @@ from fieldsmith.config import (
     GIVEN,
     Config,
     Count,
+    DataConfig,
     LoraConfig,
     MemoryConfig,
     NonNegative,
@@ -49,7 +50,7 @@ PAPER: dict[str, Any] = {  # the nearest public relatives: Flow-GRPO's Kontext r
 
 
 @config
-class EditConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
+class EditConfig(Config, DataConfig, LoraConfig, OptimConfig, MemoryConfig):
     """Train an editor on its own multi-turn sessions, so that later turns survive what earlier ones left behind."""
 
     NOTES = f"""--preset NAME picks a recipe (default: fieldsmith): {", ".join(PRESETS)}.

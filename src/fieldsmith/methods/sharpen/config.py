@@ -12,7 +12,18 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 
-from fieldsmith.config import GIVEN, Count, FitConfig, MemoryConfig, Natural, NonNegative, Positive, Share, config
+from fieldsmith.config import (
+    GIVEN,
+    Count,
+    DataConfig,
+    FitConfig,
+    MemoryConfig,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    config,
+)
 from fieldsmith.errors import InputError, check_word
 
 Method = Literal[
@@ -27,7 +38,7 @@ WORLDS = ("columns", "cards")  # data with a judge of their own
 
 
 @config
-class SharpenConfig(FitConfig, MemoryConfig):
+class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
     """Train a model on its own data so that fewer samples lie where the data has none; it ships as a pipeline."""
 
     NOTES = """--preset NAME picks a recipe (default: the method's own, else guide).

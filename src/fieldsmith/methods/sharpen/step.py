@@ -26,6 +26,7 @@ from fieldsmith.models.jacobians import jvp, rademacher
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.variance_head import LAST, with_variance_head
 from fieldsmith.paths import VariancePreserving, noised, snr
+from fieldsmith.pictures import Encoded, Images, encoded
 from fieldsmith.preflight import Check
 from fieldsmith.samplers import range_log_variance, single_step
 from fieldsmith.training import Fit, Log, optimisation_of, step_generator
@@ -60,11 +61,12 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     if config.method in NEEDS_HEAD and config.add_head and not getattr(model, "learns_variance", False):
         model = with_variance_head(model)
     world = None if inputs.states is not None else world_for(model, inputs.world)
-    states = inputs.states
+    states: Tensor | Encoded | None = inputs.states
     if states is None:
         assert world is not None
-        images = world.sample(POOL, config.seed)
-        states = model.encode_images(images)
+        own = getattr(world, "images", None)  # the user's, which are read batch by batch
+        images = own if isinstance(own, Images) else world.sample(POOL, config.seed)
+        states = encoded(images, model.encode_images)
         if config.samples:
             world.judge(images[:1])  # a judge that fails does so before anything is trained or written
     check_model(model, states, config)
@@ -151,7 +153,7 @@ def check_path(model: Model) -> None:
         raise InputError(f"{model.name} {NO_STEPS}")
 
 
-def check_model(model: Model, data: Tensor, config: SharpenConfig) -> None:
+def check_model(model: Model, data: Tensor | Encoded, config: SharpenConfig) -> None:
     """Raises InputError where the model and the method do not go together."""
     check_path(model)
     if not len(data):
@@ -169,7 +171,7 @@ def check_model(model: Model, data: Tensor, config: SharpenConfig) -> None:
     shape = tuple(model.noise(1, torch.Generator().manual_seed(0)).shape[1:])
     if tuple(data.shape[1:]) != shape:
         raise InputError(f"data of shape {tuple(data.shape[1:])}; {model.name} takes {shape}")
-    if not bool(torch.isfinite(data).all()):
+    if isinstance(data, Tensor) and not bool(torch.isfinite(data).all()):
         raise InputError("the data hold NaN or infinity; look at the images")
 
 
@@ -198,7 +200,7 @@ class Terms:
 class Step:
     """One update's loss: `base` is what every method minimises, `term` what the method adds."""
 
-    def __init__(self, model: Model, data: Tensor, config: SharpenConfig):
+    def __init__(self, model: Model, data: Tensor | Encoded, config: SharpenConfig):
         assert isinstance(model.path, VariancePreserving)
         self.model, self.data, self.config, self.path = model, data, config, model.path
         self.condition = model.encode([""])
