@@ -364,7 +364,7 @@ def test_the_null_share_is_exact_in_every_batch_and_even_over_rows(teacher):
 
 @pytest.mark.parametrize("objective", ["matched-dropout", "student-dropout"])
 def test_rows_of_one_branch_ask_the_teacher_for_that_one(teacher, objective):
-    rows, null = feed_of(teacher, objective=objective, **OWN_SPLIT)(0, step_generator(0, 0))
+    rows, null, _ = feed_of(teacher, objective=objective, **OWN_SPLIT)(0, step_generator(0, 0))
     output = branches(teacher, rows.x_t, rows.t, teacher.encode(SOURCE.prompts)[rows.prompt])
     dropped = null if objective == "matched-dropout" else torch.zeros_like(null)
     wanted = torch.where(dropped[:, None, None, None], output.unconditional, output.conditional)

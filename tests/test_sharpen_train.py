@@ -315,7 +315,7 @@ def test_the_loops_jacobian_terms_are_those_of_the_score():
     probe = generator(8, 2, seed=5)
 
     def term(**method) -> Tensor:
-        return Step(model, data, replace(SHORT, **settings, **method))(rows, seeded(5), {}).term / 3
+        return Step(model, data, replace(SHORT, **settings, **method))(rows, seeded(5), Log()).term / 3
 
     raw = torch.einsum("nab,nb->na", J, probe)
     torch.testing.assert_close(term(method="jacobian-floor"), terms.jacobian_floor(sigma2 * raw).mean())
@@ -364,7 +364,7 @@ def test_the_error_may_be_weighed_by_the_signal():
     assert 0 < int((snr > 5).sum()) < 64
     found = step(rows, seeded(), Log()).base.detach()
     torch.testing.assert_close(found, (errors * (5 / snr).clamp(max=1)).mean())
-    whole = Step(model, data, replace(SHORT, batch=64))(rows, seeded(), {}).base.detach()
+    whole = Step(model, data, replace(SHORT, batch=64))(rows, seeded(), Log()).base.detach()
     torch.testing.assert_close(whole, errors.mean())
 
 

@@ -265,7 +265,7 @@ class Updates:
         block, steps = self.job.optimisation.block, self.job.optimisation.steps
         for step in range(at * block, min((at + 1) * block, steps)):
             generator = training.step_generator(self.job.optimisation.seed, step)
-            losses = self.job.losses(step, generator, {})
+            losses = self.job.losses(step, generator, training.Log())
             with training.global_randomness(generator.initial_seed(), torch.device("cpu")):
                 if step in (0, 1, block):
                     self._update(losses)

@@ -106,7 +106,7 @@ def exchange(value: Any, error: Exception | None = None) -> list[Any]:
     for place, (failure, _) in enumerate(given):
         if failure is not None:
             kind, sentence = failure
-            raised = error if error is not None and place == rank() else kind(sentence)
+            raised: Any = error if error is not None and place == rank() else kind(sentence)
             raised.known = True
             raise raised
     return [value for _, value in given]

@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from fieldsmith import processes
@@ -210,8 +212,9 @@ def _gradient(
 def _clip(params: list[Tensor], largest: float | None) -> float:
     """Scale gradients down to a norm of at most `largest`; the norm that they had."""
     given = [p for p in params if p.grad is not None]
-    kinds = [[p for p in given if isinstance(p, DTensor)], [p for p in given if not isinstance(p, DTensor)]]
-    norms = [processes.full(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
+    in_parts: list[Tensor] = [p for p in given if isinstance(p, DTensor)]
+    kinds = [in_parts, [p for p in given if not isinstance(p, DTensor)]]
+    norms = [processes.full(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]  # type: ignore[misc]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
     for kind in kinds:
         if kind and largest is not None:
@@ -274,7 +277,7 @@ def _save(
             (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
         if sharded:
             processes.wait()
-            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
         else:
             _write({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / FILE)
         if processes.is_main():
@@ -317,7 +320,7 @@ def _resume(
         wanted = _tensors(parameters, optimizer, ema)
         with warnings.catch_warnings():  # that one process reads alone is meant
             warnings.simplefilter("ignore")
-            dcp.load(wanted, storage_reader=reader, no_dist=not processes.sharded())
+            load(wanted, storage_reader=reader, no_dist=not processes.sharded())
     processes.wait()  # all have read the history
     run.rewind(state["done"])
     return state["done"], state["stopped"]
@@ -326,5 +329,5 @@ def _resume(
 def _moments(reader: HuggingFaceStorageReader) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
     """The optimiser's tensors in a checkpoint: 'parameter/key', shape and type."""
     for name, stored in reader.read_metadata().state_dict_metadata.items():
-        if name.startswith("moments/"):
+        if name.startswith("moments/") and isinstance(stored, TensorStorageMetadata):
             yield name.removeprefix("moments/"), stored.size, stored.properties.dtype

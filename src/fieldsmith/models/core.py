@@ -6,7 +6,6 @@ A family (flux.py, unet.py) adds encode, predict, decode and the time grid over 
 from __future__ import annotations
 
 import contextlib
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -218,9 +217,14 @@ class Model(Trainable):
         return torch.cat(outputs)
 
     @property
+    def dim(self) -> int:
+        """Numbers in one state."""
+        return self.noise(1, torch.Generator().manual_seed(0)).numel()
+
+    @property
     def chunk(self) -> int:
         """The most states that are asked for at once: what was set, or fewer the larger a state is."""
-        return self._chunk or min(256, max(1, STATES // math.prod(self.latent_shape)))
+        return self._chunk or min(256, max(1, STATES // self.dim))
 
     @chunk.setter
     def chunk(self, states: int | None) -> None:

@@ -173,4 +173,4 @@ class EmojiWorld:
 
     def judge(self, images: Tensor) -> Verdicts:
         """Read pictures (n, 3, 48, 48) in [0, 1]. Raises InputError at another shape; NaN is no picture."""
-        return read(*readable(images, self))
+        return read(*readable(images, self))  # type: ignore[arg-type]

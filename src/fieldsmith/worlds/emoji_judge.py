@@ -293,7 +293,7 @@ def _take(
     render = kernel[:, :3] - grounds()[background][:, :, None, None] * kernel[:, 3:]
     for i in found.tolist():
         row, length = int(rows[i]), bank.sides[int(side[i])]
-        left[(row, slice(None), *(part[i] for part in index[1:]))] -= render[i]
+        left[row][(slice(None), *(part[i] for part in index[1:]))] -= render[i]  # type: ignore[index]
         x, y = (int(corner[axis][i] + (top, across)[axis][i]) + length / 2 - MARGIN for axis in (1, 0))
         things[row].append(Thing(OBJECTS[int(name[i])], length, x, y))
         lean[row] = torch.maximum(lean[row], leaning[i])

@@ -5,7 +5,6 @@ In: a model, a configuration, a reward. Out: a Job for verb.py, the same for eve
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,8 +76,7 @@ class Updates:
         self.context = context
         self.block = context.config.updates  # updates that share a collection
         self.collections = Collections(context.model, self._collect)
-        dim = math.prod(context.model.latent_shape)
-        self.rounding = rounding(context.config.trust, context.config.clip, context.schedule, dim)
+        self.rounding = rounding(context.config.trust, context.config.clip, context.schedule, context.model.dim)
 
     def losses(self, step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         """The losses of one update, in chunks; this process's part of them."""

@@ -91,7 +91,8 @@ def _checksum(parts: Mapping[str, Tensor | str]) -> str:
 def states_at(model: Model, source: Source, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Random x_0 noised to t (n,): x_t, prompt, and the truth in the model's form; x_0 and noise are fp16 numbers."""
     rows = torch.randint(len(source.states), (len(t),), generator=generator)
-    x_0 = source.states[rows].half().to(source.states.dtype)
+    states = source.states[rows]
+    x_0 = states.half().to(states)
     eps = torch.randn(x_0.shape, generator=generator).half().to(x_0)
     x_0, eps, t = x_0.to(model.device), eps.to(model.device), t.to(model.device)
     x_t = noised(model.path, x_0, eps, t)

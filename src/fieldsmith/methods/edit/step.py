@@ -46,7 +46,7 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     # as parameters without gradient, so that checkpoints hold them
     old = {f"old.{name}": p.detach().clone() for name, p in model.trainable().items()} if config.old != "fresh" else {}
     silent = 0  # collections in a row without a signal
-    noise = rounding(config.trust, config.clip, context.schedule, x.numel())
+    noise = rounding(config.trust, config.clip, context.schedule, model.dim)
 
     def collect(epoch: int, log: Log) -> Batch:
         nonlocal silent

@@ -219,7 +219,7 @@ def roll(
     table = [torch.cat(column) for column in zip(*parts, strict=True)]
     per_step = torch.bincount(table[4], minlength=K).double()
     weight = (per_step[per_step > 0].mean() / per_step)[table[4]].float()
-    transitions = Transitions(*table[:7], weight, table[7])
+    transitions = Transitions(*(*table[:7], weight, table[7]))
     branched = plan.kind == "branches"  # a root that only serves its branches is not judged
     first, first_of_all = (roots, everyone) if branched else (0, 0)
     ks = torch.tensor([k for _, k in ode_states], dtype=torch.long)
