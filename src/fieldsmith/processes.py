@@ -8,6 +8,7 @@ environment how many there are. Importing this costs no torch.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -66,6 +67,15 @@ def begin() -> None:
         signal.signal(signal.SIGTERM, _terminated)
         # `accelerate launch` and torchrun both set what this reads; gloo carries what lives on the CPU
         PartialState(backend="gloo" if not torch.cuda.is_available() else None, timeout=PATIENCE)
+        atexit.register(_end)
+
+
+def _end() -> None:
+    """Part from the others: threads that still listen would abort an interpreter that ends."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _terminated(*_: Any) -> None:
