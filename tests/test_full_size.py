@@ -16,6 +16,8 @@ from fieldsmith import verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs
 from fieldsmith.methods.align.verb import ALIGN
+from fieldsmith.methods.distill import bank
+from fieldsmith.methods.distill import teacher as teacher_of
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
@@ -70,7 +72,9 @@ def test_align_keeps_to_its_chunk_from_the_preflight_to_the_page(asked: list[int
 
 
 def test_distill_and_sharpen_ask_for_a_batch_at_most(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    states = torch.randn(2_000, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    monkeypatch.setattr(teacher_of, "PROFILE", 40)
+    monkeypatch.setattr(bank, "SHARD", 40)
+    states = torch.randn(2_000, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     teacher, student = (
         UNet(unet_pipeline(class_rows=3, widths=widths), "tiny", classes=("cat", "dog"))
         for widths in ((16, 32), (8, 16))

@@ -110,7 +110,7 @@ class Trainable:
 
     def raise_precision(self) -> None:
         """Weights of at least 32 bits, for training in full."""
-        if self.network.dtype.itemsize < 4:
+        if next(self.network.parameters()).dtype.itemsize < 4:
             self.network.float()
 
     def unfreeze(self, subset: str) -> None:
