@@ -174,7 +174,7 @@ def test_torchrun_and_a_reward_that_is_not_differentiated(tmp_path: pathlib.Path
     words = ["align", "--model", "zoo:shapes-flux-small", "--reward", "right", "--preset", "flow-grpo",
              "--epochs", "1", "--prompts-per-epoch", "2", "--rollouts", "4", "--steps", "3", "--evaluate", "1",
              "--prompts", "a blue triangle", "a red star"]  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*launcher, "-m", "fieldsmith", *words, "--out", "two"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["steps"] == 1
