@@ -177,7 +177,7 @@ def test_torchrun_and_a_reward_that_is_not_differentiated(tmp_path: pathlib.Path
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*launcher, "-m", "fieldsmith", *words, "--out", "two"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["steps"] == 1
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["steps"] == len(logged(tmp_path / "two")) > 0
     assert logged(tmp_path / "two")[0]["reward calls"] == 8
 
 
