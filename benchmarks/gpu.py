@@ -1,246 +1,99 @@
-"""Step time, peak memory and share of the matrix units' ceiling of full-size transformers with random weights.
+"""One command on one GPU: whether it computes what a CPU does, then what full-size networks cost.
 
-    python -m benchmarks.gpu --out results/gpu            on one GPU: FLUX.1 12B, Kontext, SD3.5 medium
-    python -m benchmarks.gpu --tiny --out /tmp/gpu         on a CPU: the same lines on toy sizes
+    python -m benchmarks.gpu                       under nine minutes on one 80 GB GPU: writes results/gpu
+    python -m benchmarks.gpu --tiny --out DIR      on a CPU: the same lines on toy sizes
 
-Transformers are built from their public configurations; prompts are random embeddings of the encoders' shapes, as a run
-has them once its text encoders are done, and the autoencoder is a small one on latents of the real size. One row a verb
-and variant (plain, torch.compile, attention back end, chunk); the first is the whole published GEM run on FLUX.1.
+Correctness is benchmarks/gpu_checks.py; networks have random weights (benchmarks/gpu_models.py). Timed: the whole
+published GEM run on FLUX.1; a collection and an update of flow-grpo and nft on SD3.5-medium; a distill step on
+DiT-XL/2; sampling beside diffusers' own pipeline; erase's update in variants. What the machine lacks, or what the nine
+minutes have no room for, is left out with a word. The page is written again after every row, so that what was measured
+stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms; read once, at the start
 
-from experiments.tiny import flux_pipeline, kontext_pipeline
-from experiments.tiny_text import sd3_pipeline
+import torch
+from rich.console import Console
+
+from benchmarks import gpu_checks
+from benchmarks.gpu_checks import Check
+from benchmarks.gpu_models import CLASSES, FULL, TINY, Size, built, operations
 from fieldsmith import verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.align.verb import ALIGN
-from fieldsmith.methods.edit.config import EditConfig
-from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
-from fieldsmith.methods.edit.verb import EDIT
+from fieldsmith.methods.distill.bank import Source
+from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.step import Inputs as DistillInputs
+from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.verb import ERASE
-from fieldsmith.models.core import Condition, Model
-from fieldsmith.models.flux import Flux
-from fieldsmith.models.flux_kontext import FluxKontext
-from fieldsmith.models.memory import checkpoint_activations
-from fieldsmith.models.sd3 import SD3
+from fieldsmith.models.memory import checkpoint_activations, compile_blocks
+from fieldsmith.models.shrink import shrink
 from fieldsmith.rewards import Reward
-from fieldsmith.worlds.scenes_judge import Channel
+from fieldsmith.run import write_atomically
+from fieldsmith.samplers import rollout
 
-WORDS = ("a", "red", "blue", "square", "circle")
-GEM_SECONDS, GEM_GIGABYTES = 300, 48  # the aim, on one H100
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large everything is: the whole of what `--tiny` changes."""
-
-    side: int
-    text: int  # tokens of T5
-    flux: dict[str, Any]
-    sd3: dict[str, Any]
-    dtype: torch.dtype
-
-
-FLUX_1 = {"guidance_embeds": True}  # diffusers' defaults are FLUX.1: 19 + 38 blocks, 24 heads of 128
-SD35_MEDIUM = {
-    "sample_size": 128, "in_channels": 16, "out_channels": 16, "num_layers": 24, "num_attention_heads": 24,
-    "attention_head_dim": 64, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}  # fmt: skip
-FULL = Size(512, 512, FLUX_1, SD35_MEDIUM, torch.bfloat16)
-TINY = Size(
-    32,
-    8,
-    FLUX_1 | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32,
-              "pooled_projection_dim": 32},
-    SD35_MEDIUM | {"sample_size": 8, "num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 32,
-                   "caption_projection_dim": 64, "pooled_projection_dim": 32, "pos_embed_max_size": 16,
-                   "dual_attention_layers": (0,)},
-    torch.float32,
-)  # fmt: skip
-
-
-def embedded(kind: type[Any], text: int) -> type[Any]:
-    """The family, with random embeddings for words."""
-
-    class Embedded(kind):  # type: ignore[misc]
-        def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
-            shape = self.network.config
-            rows = []
-            for prompt in prompts:
-                generator = torch.Generator().manual_seed(sum(map(ord, prompt)))
-                rows.append((torch.randn(text, shape.joint_attention_dim, generator=generator),
-                             torch.randn(shape.pooled_projection_dim, generator=generator)))  # fmt: skip
-            embeds, pooled = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
-            return Condition({"embeds": embeds, "pooled": pooled})
-
-    return Embedded
-
-
-def built(name: str, size: Size, device: str) -> Model:
-    """The model, its transformer drawn where it will work."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(size.dtype)
-    try:
-        with torch.device(device):
-            network: Any = (
-                SD3Transformer2DModel(**size.sd3) if name == "sd3.5-medium" else FluxTransformer2DModel(**size.flux)
-            )
-    finally:
-        torch.set_default_dtype(before)
-    make: dict[str, tuple[Callable[..., Any], type[Any]]] = {
-        "flux": (flux_pipeline, Flux), "kontext": (kontext_pipeline, FluxKontext), "sd3.5-medium": (sd3_pipeline, SD3),
-    }  # fmt: skip
-    pipe, kind = make[name]
-    small = pipe(WORDS)
-    vae = flux_pipeline(WORDS, vae_channels=(8, 8, 8, 8), latent_channels=16).vae  # an eighth of the side, as real ones
-    pipeline = type(small)(**{**small.components, "transformer": network.eval(), "vae": vae.to(device)})
-    model: Model = embedded(kind, size.text)(pipeline, name, size.side)
-    return model
-
-
-BRIGHT = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
-
-
-def erase(model: Model, updates: int, **changes: Any) -> None:
-    """GEM as published: LoRA on qk_dual, 11 states an update."""
-    config = replace(EraseConfig.preset_of("paper", None, {}), targets=("red",), anchors=("blue",), **changes)
-    per_step = config.batch * (config.window[1] - config.window[0] + 1)
-    verb.train(ERASE, model, replace(config, budget=updates * per_step), EraseInputs())
-
-
-def align_first(model: Model, updates: int, **changes: Any) -> None:
-    config = replace(
-        AlignConfig.preset_of("draft", "laptop", {}),
-        prompts=("red", "blue"),
-        prompts_per_epoch=2,
-        rollouts=1,
-        **changes,
-    )
-    verb.train(ALIGN, model, replace(config, epochs=updates, updates=1), AlignInputs(BRIGHT))
-
-
-def align_zeroth(model: Model, updates: int, **changes: Any) -> None:
-    config = replace(
-        AlignConfig.preset_of("flow-grpo", "laptop", {}),
-        prompts=("red", "blue"),
-        prompts_per_epoch=2,
-        rollouts=4,
-        **changes,
-    )
-    reward = replace(BRIGHT, differentiable=False)
-    verb.train(ALIGN, model, replace(config, epochs=updates, updates=1), AlignInputs(reward))
-
-
-@dataclass(frozen=True)
-class GreySessions:
-    """Sessions of two turns from grey images."""
-
-    images: Tensor
-    turns: int = 2
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, rows: Any) -> GreySessions:
-        return GreySessions(self.images[rows])
-
-    def prompts(self, turn: int) -> list[str]:
-        return ["red"] * len(self)
-
-    def clean(self, turn: int) -> Tensor:
-        return self.images
-
-
-@dataclass(frozen=True)
-class Scored:
-    following: Tensor
-    consistency: Tensor
-
-
-def judge(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Scored:
-    return Scored(after.mean((1, 2, 3)), 1 - after.mean((1, 2, 3)))
-
-
-def edit(model: Model, updates: int, **changes: Any) -> None:
-    side = model.resolution  # type: ignore[attr-defined]
-    config = EditConfig.preset_of("mt-nft", "paper", {}).replace(
-        groups=1, rollouts=4, turns=2, steps=8, max_mean=1.0, min_spread=0.0, updates=1, epochs=updates, **changes
-    )
-    inputs = EditInputs(lambda n, seed, turns: GreySessions(torch.full((n, 3, side, side), 0.5)), judge, Channel())
-    verb.train(EDIT, model, config, inputs)
+SECONDS = 540  # of the whole
+GEM_SECONDS, GEM_GIGABYTES = 300, 48  # the aims, on one H100
+BRIGHT = Reward("brightness", False, lambda images, prompts: images.mean((1, 2, 3)))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one verb cost in one variant; `share` of the ceiling that a large matrix product reaches here."""
+    """What one run cost; `share` of the ceiling that a large matrix product reaches here, None where not counted."""
 
     model: str
     parameters: int
-    verb: str
+    run: str
     variant: str
     updates: int
-    seconds: float
+    preparing: float  # seconds until the first update
+    seconds: float  # of the whole
     seconds_per_update: float
-    peak_gigabytes: float
-    share_of_ceiling: float
+    gigabytes: float  # the most that was allocated
+    share: float | None
 
 
-CASES: tuple[tuple[str, str, Callable[..., None], int, dict[str, Any]], ...] = (
-    ("flux", "erase", erase, 23, {}),
-    ("flux", "align draft", align_first, 3, {"chunk": 1}),
-    ("flux", "align flow-grpo", align_zeroth, 3, {"chunk": 2}),
-    ("kontext", "edit mt-nft", edit, 3, {"chunk": 2}),
-    ("sd3.5-medium", "erase", erase, 3, {"subset": "attention"}),
-    ("sd3.5-medium", "align flow-grpo", align_zeroth, 3, {"chunk": 4}),
-)
-VARIANTS = ("plain", "checkpointing", "compile", "cudnn attention", "chunk 2x")
+@dataclass(frozen=True)
+class Drawn:
+    """Seconds of sampling by us and by diffusers' pipeline, the medians of rounds that take turns."""
+
+    model: str
+    images: int
+    steps: int
+    ours: float
+    theirs: float
 
 
-def varied(model: Model, variant: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Turn the variant on; the run's settings with it."""
-    if variant == "checkpointing":
-        checkpoint_activations(model)
-    elif variant == "compile":
-        model.network.compile_repeated_blocks()
-    elif variant == "cudnn attention":
-        model.network.set_attention_backend("_native_cudnn")
-    elif variant == "chunk 2x":
-        return changes | {"chunk": 2 * changes.get("chunk", 4)}
-    return changes
+@dataclass
+class Findings:
+    """All that was found, and what was left out and why."""
 
-
-def ceiling(device: str, dtype: torch.dtype, n: int) -> float:
-    """Operations a second of an n x n matrix product."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(5):
-        wait(device)
-        began = time.perf_counter()
-        for _ in range(4):
-            a @ b
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return 8 * n**3 / min(times)
+    machine: str
+    torch: str = torch.__version__
+    ceiling: float = 0.0  # operations a second of a large matrix product
+    checks: list[Check] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def wait(device: str) -> None:
@@ -248,71 +101,248 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measured(case: int, variant: str, size: Size, device: str, most: float) -> Row:
-    """A fresh model, one update to warm up and count operations, then the run."""
-    name, verb, run, updates, changes = CASES[case]
-    updates = updates if device == "cuda" else 1
-    model = built(name, size, device)
-    parameters = sum(p.numel() for p in model.network.parameters())
-    settings = varied(model, variant, changes)
-    operations = []
-    for steps in (1, 2):
-        with FlopCounterMode(display=False) as counter:
-            run(model, steps, **settings)
-        model.remove_training()
-        operations.append(counter.get_total_flops())
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    spans = []
-    for steps in (1, 1 + updates):
-        wait(device)
-        began = time.perf_counter()
-        run(model, steps, **settings)
-        wait(device)
-        spans.append(time.perf_counter() - began)
-        model.remove_training()
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-    each = (spans[1] - spans[0]) / updates
-    return Row(
-        name, parameters, verb, variant, updates, spans[1], each, peak, (operations[1] - operations[0]) / each / most
+def now(device: str) -> float:
+    wait(device)
+    return time.perf_counter()
+
+
+def ceiling(device: str, dtype: torch.dtype, n: int) -> float:
+    """Operations a second of an n x n matrix product."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(5):
+        began = now(device)
+        for _ in range(4):
+            a @ b
+        times.append(now(device) - began)
+    return 8 * n**3 / min(times)
+
+
+# the runs: a model, a size and how many updates -> what `verb.train` is given
+
+
+def erase(model: Any, size: Size, updates: int, **changes: Any) -> tuple[Any, ...]:
+    """GEM as published: 11 states an update, on the family's own layers."""
+    config = EraseConfig.preset_of("paper", None, {}).replace(targets=("red",), anchors=("blue",), **changes)
+    return ERASE, config.replace(budget=11 * updates), EraseInputs()
+
+
+def align(model: Any, size: Size, updates: int, preset: str) -> tuple[Any, ...]:
+    """A collection for each update, guided as published."""
+    config = AlignConfig.preset_of(preset, "laptop", {}).replace(
+        prompts=("red", "blue", "a red square", "a blue circle"), prompts_per_epoch=size.rows["groups"],
+        rollouts=size.rows["rollouts"], steps=size.rows["steps"], chunk=size.rows["chunk"], epochs=updates, updates=1,
+        guidance=4.5, rank=32,
+    )  # fmt: skip
+    return ALIGN, config, AlignInputs(BRIGHT)
+
+
+def distill(model: Any, size: Size, updates: int) -> tuple[Any, ...]:
+    """DASH as published: both branches of the teacher at each state."""
+    states = torch.randn(256, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    names = tuple(str(i) for i in range(CLASSES))
+    source = Source(states, torch.arange(256) % CLASSES, names)
+    config = DistillConfig.preset_of("dash-uniform", None, {}).replace(
+        curriculum="uniform", batch=2 * size.rows["pairs"], steps=updates, warmup=0
     )
+    return DISTILL, config, DistillInputs(source=source, student=shrink(model, size.student))
 
 
-def table(rows: Sequence[Row], device: str) -> str:
+def timed(model: Any, name: str, variant: str, given: tuple[Any, ...], most: float, counted: bool) -> Row:
+    """A run of `verb.train`, timed update by update; the first warms up and is left out where there are more."""
+    device = model.device.type
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    marks, asked = [now(device)], []
+
+    def callback(done: int, log: dict[str, float]) -> None:
+        marks.append(now(device))
+        asked.append(dict(model.__dict__.get("asked", {False: 0, True: 0})))
+
+    of, config, inputs = given
+    verb.train(of, model, config, inputs, callback=callback)
+    spans = [after - before for before, after in zip(marks[1:], marks[2:], strict=False)]
+    late = slice(1 if len(spans) > 1 else 0, None)
+    share = None
+    if counted:
+        work = operations(model)
+        done = [work.of({key: b[key] - a[key] for key in a}) for a, b in zip(asked, asked[1:], strict=False)]
+        share = sum(done[late]) / sum(spans[late]) / most
+    model.remove_training()
+    return Row(
+        name, sum(p.numel() for p in model.network.parameters()), of.name, variant, len(spans), marks[1] - marks[0],
+        marks[-1] - marks[0], statistics.median(spans[late]),
+        torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0, share,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sampled(model: Any, name: str, size: Size, rounds: int = 3) -> Drawn:
+    """The same embeddings, steps and batch through our sampler and through diffusers' pipeline."""
+    device, steps, pipe = model.device.type, size.rows["drawn"], model.pipeline
+    condition = model.encode(["red"])
+    embeds, pooled = (condition.parts[part].to(size.dtype) for part in ("embeds", "pooled"))
+    pipe.set_progress_bar_config(disable=True)
+    scale = 3.5 if model.embedded_guidance else 1.0
+
+    def ours() -> None:
+        x = model.noise(1, torch.Generator().manual_seed(0))
+        model.decode(rollout(lambda x, t: model.predict(x, t, condition, scale), x, model.grid(steps)).last)
+
+    def theirs() -> None:
+        pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=model.resolution, width=model.resolution,
+             num_inference_steps=steps, guidance_scale=scale, generator=torch.Generator().manual_seed(0),
+             output_type="pt")  # fmt: skip
+
+    spent: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(rounds + 1):
+        for who, draw in (("ours", ours), ("theirs", theirs)):
+            began = now(device)
+            draw()
+            spent[who].append(now(device) - began)
+    return Drawn(name, 1, steps, *(statistics.median(spans[1:]) for spans in spent.values()))
+
+
+VARIANTS: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
+    "plain": (lambda model: None, {}),
+    "chunk 12": (lambda model: None, {"chunk": 12}),
+    "checkpointing": (checkpoint_activations, {}),
+    "cuDNN attention": (lambda model: model.network.set_attention_backend("_native_cudnn"), {}),
+    "compiled blocks": (compile_blocks, {}),  # last, since nothing takes it off again
+}
+
+
+def lacking(variant: str, device: str) -> str:
+    """Why a variant cannot run here, or nothing."""
+    if variant == "cuDNN attention" and not (device == "cuda" and torch.backends.cudnn.is_available()):
+        return "there is no cuDNN"
+    return "compiling pays on GPUs alone" if variant == "compiled blocks" and device == "cpu" else ""
+
+
+class Session:
+    """Parts of the command in their order, each with the seconds that it may need; findings are written at once."""
+
+    def __init__(self, size: Size, device: str, out: pathlib.Path, seconds: float):
+        self.size, self.device, self.out, self.seconds = size, device, out, seconds
+        self.began, self.console = time.monotonic(), Console(stderr=True)
+        self.found = Findings(torch.cuda.get_device_name() if device == "cuda" else "a CPU, toy sizes")
+
+    @contextlib.contextmanager
+    def part(self, name: str, needs: float) -> Iterator[bool]:
+        """Whether there is time for it. What goes wrong inside is written down, and the rest still runs."""
+        spent = time.monotonic() - self.began
+        enough = self.device == "cpu" or spent + needs <= self.seconds
+        if not enough:
+            self.found.left_out.append(f"{name}: {spent:.0f} of {self.seconds:.0f} seconds were gone")
+        try:
+            yield enough
+        except Exception as error:
+            self.found.left_out.append(f"{name} failed: {type(error).__name__}: {str(error).strip()[:300]}")
+            self.console.print_exception()
+        self.found.seconds = time.monotonic() - self.began
+        self.console.print(f"{self.found.seconds:5.0f} s  {name}")
+        write_atomically(self.out / "README.md", page(self.found))
+        write_atomically(self.out / "found.json", json.dumps(dataclasses.asdict(self.found), indent=1) + "\n")
+
+    def checked(self, folder: pathlib.Path) -> None:
+        tasks: dict[str, Callable[[pathlib.Path], Iterator[Check]]] = {
+            "families": gpu_checks.families, "resumed runs": gpu_checks.resumes, "FSDP2": gpu_checks.fsdp,
+        }  # fmt: skip
+        for name, task in tasks.items():
+            with self.part(name, 60) as enough:
+                self.found.checks += task(folder / name.replace(" ", "-")) if enough else ()
+
+    def run(self, model: Any, name: str, variant: str, given: tuple[Any, ...], counted: bool = True) -> None:
+        self.found.rows.append(timed(model, name, variant, given, self.found.ceiling, counted))
+
+    def flux(self) -> None:
+        size = self.size
+        with self.part("erase, FLUX.1", 240) as enough:
+            if enough:
+                model = built("FLUX.1", size, self.device)
+                self.run(model, "FLUX.1", "GEM as published", erase(model, size, size.rows["erase updates"]))
+                self.found.drawn.append(sampled(model, "FLUX.1", size))
+
+    def sd3(self) -> None:
+        size, model = self.size, None
+        for preset in ("flow-grpo", "nft"):
+            with self.part(f"align {preset}, SD3.5-medium", 60) as enough:
+                if enough:
+                    model = model or built("SD3.5-medium", size, self.device)
+                    self.run(model, "SD3.5-medium", preset, align(model, size, 2, preset))
+        with self.part("sampling, SD3.5-medium", 15) as enough:
+            if enough and model:
+                self.found.drawn.append(sampled(model, "SD3.5-medium", size))
+        for variant, (turn_on, changes) in VARIANTS.items():
+            with self.part(f"erase, SD3.5-medium, {variant}", 40) as enough:
+                if reason := lacking(variant, self.device):
+                    self.found.left_out.append(f"erase, {variant}: {reason}")
+                elif enough and model:
+                    turn_on(model)
+                    given = erase(model, size, 3, subset="attention", **changes)
+                    self.run(model, "SD3.5-medium", variant, given, counted=variant == "plain")
+                    if variant == "checkpointing":
+                        model.network.disable_gradient_checkpointing()
+
+    def dit(self) -> None:
+        with self.part("distill, DiT-XL/2", 30) as enough:
+            if enough:
+                model = built("DiT-XL/2", self.size, self.device)
+                self.run(model, "DiT-XL/2", "DASH as published", distill(model, self.size, 4), counted=False)
+
+
+def page(found: Findings) -> str:
+    """What results/gpu/README.md says."""
     lines = [
-        "# Full-size transformers with random weights", "",
-        f"On {device}, by `python -m benchmarks.gpu`. Seconds an update without preparation; the whole run's seconds "
-        "with it; share of what a large matrix product reaches on the same device.", "",
-        "| model | parameters | verb | variant | s an update | run, s | peak, GB | share of ceiling |",
-        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |",
-        *(f"| {r.model} | {r.parameters / 1e9:.2f}B | {r.verb} | {r.variant} | {r.seconds_per_update:.3g} | "
-          f"{r.seconds:.3g} ({r.updates + 1} updates) | {r.peak_gigabytes:.1f} | {100 * r.share_of_ceiling:.0f}% |"
-          for r in rows), "",
+        "# On a GPU", "",
+        f"On {found.machine} with torch {found.torch}, by `python -m benchmarks.gpu`, {found.seconds:.0f} s in all. "
+        "Networks have random weights; text encoders are left out of memory, as they wait on the CPU in a run with "
+        f"`--offload`. A large matrix product reaches {found.ceiling / 1e12:.4g} TFLOP/s here, of which `share` is a "
+        "part.", "",
+        "## Correctness", "", "| check | value | at most | |", "| --- | ---: | ---: | --- |",
+        *(f"| {c.name} | {'' if c.value is None else f'{c.value:.2g}'} | {c.limit:.2g} | "
+          f"{'ok' if c.passed else 'NOT'} |" for c in found.checks), "",
+        "## Training", "",
+        "| model | parameters | verb | variant | s an update | until the first, s | whole run, s | peak, GB | share |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        *(f"| {r.model} | {r.parameters / 1e9:.3f}B | {r.run} | {r.variant} | {r.seconds_per_update:.3g} | "
+          f"{r.preparing:.3g} | {r.seconds:.3g} ({r.updates} updates) | {r.gigabytes:.1f} | "
+          f"{'' if r.share is None else f'{100 * r.share:.0f}%'} |" for r in found.rows), "",
+        f"The aim for the first: below {GEM_SECONDS} s and {GEM_GIGABYTES} GB on one H100.", "",
+        "## Sampling beside diffusers' pipeline", "",
+        "| model | images | steps | ours, s | theirs, s | theirs over ours |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *(f"| {d.model} | {d.images} | {d.steps} | {d.ours:.3g} | {d.theirs:.3g} | {d.theirs / d.ours:.3f} |"
+          for d in found.drawn), "",
+        "## Left out", "", *(f"- {reason}" for reason in found.left_out or ["nothing"]), "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def main(words: Sequence[str] | None = None) -> list[Row]:
+def main(words: Sequence[str] | None = None) -> Findings:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for machines without a GPU")
-    parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))), help="some of the rows")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--parts", nargs="*", default=["checks", "flux", "sd3", "dit"], help="some of the parts")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="how long all of it may take")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/gpu"))
     asked = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not asked.tiny:
         parser.error("no GPU here: add --tiny for toy sizes, or run it where there is one")
     size = TINY if asked.tiny else FULL
-    most = ceiling(device, size.dtype, 8192 if device == "cuda" else 256)
-    rows: list[Row] = []
-    asked.out.mkdir(parents=True, exist_ok=True)
-    for case in asked.cases:
-        for variant in asked.variants:
-            rows.append(measured(case, variant, size, device, most))
-            where = torch.cuda.get_device_name() if device == "cuda" else "a CPU, toy sizes"
-            (asked.out / "README.md").write_text(table(rows, where), encoding="utf-8")
-            (asked.out / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    return rows
+    session = Session(size, device, asked.out, asked.seconds)
+    session.found.ceiling = ceiling(device, size.dtype, 8192 if device == "cuda" else 256)
+    with tempfile.TemporaryDirectory() as folder:
+        parts: dict[str, Callable[[], None]] = {
+            "checks": lambda: session.checked(pathlib.Path(folder)), "flux": session.flux, "sd3": session.sd3,
+            "dit": session.dit,
+        }  # fmt: skip
+        for name in asked.parts:
+            parts[name]()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return session.found
 
 
 if __name__ == "__main__":

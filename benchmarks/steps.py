@@ -1,22 +1,24 @@
 """A training step of each verb against the bare networks' forwards and backwards in it, at the same batches.
 
-A run of few steps is taken from one of many, so that preparation cancels. The bare cost is a replay: every call of the
-denoiser, the autoencoder and the text encoders in those steps, recorded in a run of its own, and a backward where one
-followed. What is over is ours: draws, losses, advantages, optimiser, log. Time is this process's CPU time on one
-thread; rounds of both alternate, and of each the fastest counts, since others were disturbed.
+The bare cost is a replay: every call of the denoiser, the autoencoder and the text encoders in a step, recorded in a
+run of its own, and a backward where one followed. After each step of a second run its calls are replayed, so that
+whatever else the machine does falls on both. What is over is ours: draws, losses, advantages, optimiser, log. Time is
+this process's CPU time on one thread, the ratio the median over blocks of steps (a collection with its updates).
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.against_plain import BRIGHT, in_turns
+from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith import verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
@@ -36,12 +38,15 @@ from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
 from fieldsmith.methods.sharpen.verb import SHARPEN
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
+from fieldsmith.models.flux import Flux
+from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.shrink import shrink
-from fieldsmith.rewards import Reward
-from fieldsmith.worlds.scenes import ScenesWorld
+from fieldsmith.models.unet import UNet
+from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
-BRIGHT = Reward("brightness", False, lambda images, prompts: images.mean((1, 2, 3)))  # a judge that costs nothing
+LARGE = {"layers": 4, "single_layers": 4, "heads": 16}  # a transformer of 54 million parameters
+WIDE = {"size": 8, "channels": 1, "widths": (256, 512), "layers": 2}  # a UNet of 53 million
 
 
 @dataclass(frozen=True)
@@ -49,65 +54,93 @@ class Ratio:
     """A verb's step over the bare networks' calls in it, by CPU time, and the latter's calls a step."""
 
     verb: str
+    parameters: int
     ratio: float
     step_milliseconds: float
     calls: float
 
 
-def erase(steps: int) -> list[Model]:
-    config = replace(EraseConfig.preset_of("tiny", None, {}), targets=("circle",), anchors=("square",))
+@dataclass(frozen=True)
+class Case:
+    """A verb on networks that are made anew for each run; `block` steps make a cycle, `blocks` of them are timed."""
+
+    make: Callable[[], list[Model]]
+    run: Callable[[list[Model], int, verb.Callback], None]
+    block: int
+    blocks: int
+
+
+def erase(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+    config = EraseConfig.preset_of("tiny", None, {}).replace(targets=("circle",), anchors=("square",), **sizes)
     per_step = config.batch * (config.window[1] - config.window[0] + 1)
-    model = load("zoo:shapes-flux")
-    verb.train(ERASE, _watched(model), replace(config, budget=steps * per_step), EraseInputs())
-    return [model]
+    verb.train(ERASE, models[0], config.replace(budget=steps * per_step), EraseInputs(), callback=callback)
 
 
-def align(steps: int) -> list[Model]:
-    config = replace(
-        AlignConfig.preset_of("flow-grpo", "laptop", {}), model="zoo:shapes-flux", prompts=("red circle", "blue square")
-    )
-    model = load("zoo:shapes-flux")
-    verb.train(ALIGN, _watched(model), replace(config, epochs=steps), AlignInputs(BRIGHT))
-    return [model]
+def align(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+    config = AlignConfig.preset_of("flow-grpo", "laptop", {}).replace(prompts=("red circle", "blue square"), **sizes)
+    verb.train(ALIGN, models[0], config.replace(epochs=steps // 2), AlignInputs(BRIGHT), callback=callback)
 
 
-def edit(steps: int) -> list[Model]:
-    config = EditConfig.preset_of("fieldsmith", "laptop", {}).replace(epochs=steps, groups=8, max_mean=1.0)
-    model, world = load("zoo:scenes-kontext"), ScenesWorld(24)
+def edit(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+    config = EditConfig.preset_of("fieldsmith", "laptop", {}).replace(max_mean=1.0, min_spread=0.0, **sizes)
+    world = ScenesWorld(24)
 
     def judge(sessions: Any, turn: int, before: Tensor, after: Tensor, first: Tensor) -> Any:
         bright = after.mean((1, 2, 3))
         return type("Scored", (), {"following": bright, "consistency": 1 - bright})
 
     inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.7), judge, Channel())
-    verb.train(EDIT, _watched(model), config, inputs)
-    return [model]
+    verb.train(EDIT, models[0], config.replace(epochs=steps // config.updates), inputs, callback=callback)
 
 
-def distill(steps: int) -> list[Model]:
-    teacher = load("zoo:digits-unet")
-    student = shrink(teacher, 4.0)
-    shape = teacher.noise(1, torch.Generator().manual_seed(0)).shape[1:]
-    states = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
-    source = Source(states, torch.arange(64) % 10, tuple(str(i) for i in range(10)))
-    config = DistillConfig.preset_of("dash", None, {}).replace(steps=steps, bank=0, curriculum="uniform")
-    verb.train(DISTILL, _watched(teacher), config, DistillInputs(source=source, student=_watched(student)))
-    return [teacher, student]
+def distill(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+    teacher, student = models
+    names = tuple(teacher.classes)  # type: ignore[attr-defined]
+    states = torch.randn(64, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    source = Source(states, torch.arange(64) % len(names), names)
+    config = DistillConfig.preset_of("dash", None, {}).replace(steps=steps, bank=0, curriculum="uniform", **sizes)
+    verb.train(DISTILL, teacher, config, DistillInputs(source=source, student=student), callback=callback)
 
 
-def sharpen(steps: int) -> list[Model]:
-    model = load("zoo:columns-ddpm")
-    shape = model.noise(1, torch.Generator().manual_seed(0)).shape[1:]
+def sharpen(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+    shape = models[0].latent_shape
     states = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    config = SharpenConfig.preset_of("vsm", None, {}).replace(steps=steps)
-    verb.train(SHARPEN, _watched(model), config, SharpenInputs(states=states))
-    return [model]
+    config = SharpenConfig.preset_of("vsm", None, {}).replace(steps=steps, **sizes)
+    verb.train(SHARPEN, models[0], config, SharpenInputs(states=states), callback=callback)
 
 
-VERBS: dict[str, Callable[[int], list[Model]]] = {
-    "erase": erase, "align": align, "edit": edit, "distill": distill, "sharpen": sharpen,
+def pair(teacher: Model, ratio: float) -> list[Model]:
+    return [teacher, shrink(teacher, ratio)]
+
+
+def large_flux() -> list[Model]:
+    return [Flux(flux_pipeline(("red", "blue", "circle", "square"), **LARGE), "large")]  # type: ignore[arg-type]
+
+
+def large_kontext() -> list[Model]:
+    shape: dict[str, Any] = {"vae_channels": (8, 8, 8), "latent_channels": 4, "text_length": 10, "size": 24}
+    return [FluxKontext(kontext_pipeline(VOCABULARY, **shape, **LARGE), "large")]
+
+
+def large_unet(**options: Any) -> Model:
+    return UNet(unet_pipeline(**WIDE, **options), "large")  # type: ignore[arg-type]
+
+
+CASES: dict[str, Case] = {
+    "erase": Case(lambda: [load("zoo:shapes-flux")], functools.partial(erase), 1, 4),
+    "align": Case(lambda: [load("zoo:shapes-flux")], functools.partial(align), 2, 2),
+    "edit": Case(lambda: [load("zoo:scenes-kontext")], functools.partial(edit, groups=8), 4, 2),
+    "distill": Case(lambda: pair(load("zoo:digits-unet"), 4.0), functools.partial(distill), 5, 6),
+    "sharpen": Case(lambda: [load("zoo:columns-ddpm")], functools.partial(sharpen), 5, 6),
+    "erase, 50M": Case(large_flux, functools.partial(erase, batch=1, steps=5, window=(1, 3)), 1, 4),
+    "align, 50M": Case(large_flux, functools.partial(align, steps=3, prompts_per_epoch=2, rollouts=2), 2, 3),
+    "edit, 50M": Case(
+        large_kontext, functools.partial(edit, groups=2, rollouts=2, turns=2, steps=2, renoise=1, updates=2), 2, 3
+    ),
+    "distill, 50M": Case(lambda: pair(large_unet(class_rows=11), 2.0), functools.partial(distill, batch=8), 1, 4),
+    "sharpen, 50M": Case(lambda: [large_unet(learned_variance=True)], functools.partial(sharpen, batch=8), 1, 4),
 }  # fmt: skip
-COUNTS = {"erase": (1, 4), "align": (1, 3), "edit": (1, 3), "distill": (5, 25), "sharpen": (5, 25)}
+SMALL = tuple(name for name in CASES if "," not in name)
 
 
 @dataclass
@@ -169,38 +202,39 @@ def _kept(value: Any) -> Any:
     return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def recorded(verb: str, few: int, many: int) -> list[Call]:
-    """The calls of the steps by which a run of `many` is longer than one of `few`."""
+def recorded(name: str, steps: int) -> list[list[Call]]:
+    """The calls of each step of a run."""
     global RECORD
-    lengths = []
-    for steps in (few, many):
-        RECORD = []
-        VERBS[verb](steps)
-        lengths.append(len(RECORD))
-    calls, RECORD = RECORD, None
-    return calls[lengths[0] :]
+    case, found = CASES[name], []
+    RECORD = []
+
+    def callback(done: int, log: dict[str, float]) -> None:
+        global RECORD
+        if done and RECORD is not None:
+            found.append(RECORD)
+        RECORD = []  # what comes before the first step is preparation
+
+    case.run([_watched(model) for model in case.make()], steps, callback)
+    RECORD = None
+    return found
 
 
-@contextlib.contextmanager
-def _timed(into: list[float]) -> Iterator[None]:
-    began = time.process_time()
-    yield
-    into.append(time.process_time() - began)
+def replayed(steps: list[list[Call]]) -> Iterator[float]:
+    """A step's calls each time that it is asked."""
+    for calls in steps:
+        for call in calls:
+            call.again()
+        yield 0.0
 
 
-def measure(verb: str, rounds: int = 4) -> Ratio:
-    few, many = COUNTS[verb]
-    calls = recorded(verb, few, many)
-    bare: list[float] = []
-    short: list[float] = []
-    long: list[float] = []
-    for _ in range(rounds):
-        with _timed(bare):
-            for call in calls:
-                call.again()
-        with _timed(short):
-            VERBS[verb](few)
-        with _timed(long):
-            VERBS[verb](many)
-    ours = min(long) - min(short)
-    return Ratio(verb, ours / min(bare), 1000 * ours / (many - few), len(calls) / (many - few))
+def measure(name: str) -> Ratio:
+    case = CASES[name]
+    steps = case.block * (case.blocks + 1)
+    calls, models = recorded(name, steps), case.make()
+    pair = in_turns(
+        lambda after: case.run(models, steps, lambda done, log: after(log["loss"]) if done else None),
+        replayed(calls), case.block,
+    )  # fmt: skip
+    parameters = sum(p.numel() for model in models for n, p in model.network.named_parameters() if "lora_" not in n)
+    each = 1000 * sum(pair.seconds[0]) / (case.blocks * case.block)
+    return Ratio(name, parameters, pair.ratio, each, sum(map(len, calls[case.block :])) / (steps - case.block))
