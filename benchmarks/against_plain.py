@@ -178,7 +178,7 @@ def editing(model: Callable[[], Model], groups: int, rollouts: int, turns: int =
     def plain(model: Model, blocks: int, **options: Any) -> Iterator[float]:
         return mt_nft(
             model.pipeline, drawn, scored, blocks, groups=groups, rollouts=rollouts, sampler_steps=config.steps,
-            **options,
+            updates=config.updates, **options,
         )  # fmt: skip
 
     return Case("MT-NFT", model, ours, plain, config.updates, (GROUPED,))

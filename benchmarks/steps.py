@@ -46,7 +46,7 @@ from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
 LARGE = {"layers": 4, "single_layers": 4, "heads": 16}  # a transformer of 54 million parameters
-WIDE = {"size": 8, "channels": 1, "widths": (256, 512), "layers": 2}  # a UNet of 53 million
+WIDE = {"size": 8, "channels": 1, "widths": (224, 448), "layers": 2}  # a UNet of 49 million
 
 
 @dataclass(frozen=True)
