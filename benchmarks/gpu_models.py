@@ -54,7 +54,9 @@ FULL = Size(
             "attention_head_dim": 72, "num_embeds_ada_norm": CLASSES, "patch_size": 2,
         },
     },
-    5.0, {"erase updates": 23, "erase chunk": 2, "groups": 2, "rollouts": 4, "chunk": 4, "pairs": 32, "steps": 10, "drawn": 28},
+    5.0,
+    {"erase updates": 23, "erase chunk": 2, "groups": 2, "rollouts": 4, "chunk": 4, "pairs": 32, "steps": 10,
+     "drawn": 28},
     torch.bfloat16,
 )  # fmt: skip
 TINY = Size(
@@ -73,7 +75,8 @@ TINY = Size(
             "sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
         },
     },
-    2.0, {"erase updates": 2, "erase chunk": 2, "groups": 1, "rollouts": 2, "chunk": 4, "pairs": 4, "steps": 2, "drawn": 2},
+    2.0,
+    {"erase updates": 2, "erase chunk": 2, "groups": 1, "rollouts": 2, "chunk": 4, "pairs": 4, "steps": 2, "drawn": 2},
     torch.float32,
 )  # fmt: skip
 
