@@ -70,18 +70,18 @@ class Case:
     blocks: int
 
 
-def erase(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+def erase(models: list[Model], total: int, callback: verb.Callback, **sizes: Any) -> None:
     config = EraseConfig.preset_of("tiny", None, {}).replace(targets=("circle",), anchors=("square",), **sizes)
     per_step = config.batch * (config.window[1] - config.window[0] + 1)
-    verb.train(ERASE, models[0], config.replace(budget=steps * per_step), EraseInputs(), callback=callback)
+    verb.train(ERASE, models[0], config.replace(budget=total * per_step), EraseInputs(), callback=callback)
 
 
-def align(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+def align(models: list[Model], total: int, callback: verb.Callback, **sizes: Any) -> None:
     config = AlignConfig.preset_of("flow-grpo", "laptop", {}).replace(prompts=("red circle", "blue square"), **sizes)
-    verb.train(ALIGN, models[0], config.replace(epochs=steps // 2), AlignInputs(BRIGHT), callback=callback)
+    verb.train(ALIGN, models[0], config.replace(epochs=total // 2), AlignInputs(BRIGHT), callback=callback)
 
 
-def edit(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+def edit(models: list[Model], total: int, callback: verb.Callback, **sizes: Any) -> None:
     config = EditConfig.preset_of("fieldsmith", "laptop", {}).replace(max_mean=1.0, min_spread=0.0, **sizes)
     world = ScenesWorld(24)
 
@@ -90,22 +90,22 @@ def edit(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any)
         return type("Scored", (), {"following": bright, "consistency": 1 - bright})
 
     inputs = EditInputs(lambda n, seed, turns: world.sessions(n, turns, seed, 0.7), judge, Channel())
-    verb.train(EDIT, models[0], config.replace(epochs=steps // config.updates), inputs, callback=callback)
+    verb.train(EDIT, models[0], config.replace(epochs=total // config.updates), inputs, callback=callback)
 
 
-def distill(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+def distill(models: list[Model], total: int, callback: verb.Callback, **sizes: Any) -> None:
     teacher, student = models
     names = tuple(teacher.classes)  # type: ignore[attr-defined]
     states = torch.randn(64, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     source = Source(states, torch.arange(64) % len(names), names)
-    config = DistillConfig.preset_of("dash", None, {}).replace(steps=steps, bank=0, curriculum="uniform", **sizes)
+    config = DistillConfig.preset_of("dash", None, {}).replace(steps=total, bank=0, curriculum="uniform", **sizes)
     verb.train(DISTILL, teacher, config, DistillInputs(source=source, student=student), callback=callback)
 
 
-def sharpen(models: list[Model], steps: int, callback: verb.Callback, **sizes: Any) -> None:
+def sharpen(models: list[Model], total: int, callback: verb.Callback, **sizes: Any) -> None:
     shape = models[0].latent_shape
     states = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    config = SharpenConfig.preset_of("vsm", None, {}).replace(steps=steps, **sizes)
+    config = SharpenConfig.preset_of("vsm", None, {}).replace(steps=total, **sizes)
     verb.train(SHARPEN, models[0], config, SharpenInputs(states=states), callback=callback)
 
 
@@ -122,8 +122,8 @@ def large_kontext() -> list[Model]:
     return [FluxKontext(kontext_pipeline(VOCABULARY, **shape, **LARGE), "large")]
 
 
-def large_unet(**options: Any) -> Model:
-    return UNet(unet_pipeline(**WIDE, **options), "large")  # type: ignore[arg-type]
+def large_unet(classes: tuple[str, ...] | None = None, **options: Any) -> Model:
+    return UNet(unet_pipeline(**WIDE, **options), "large", classes=classes)  # type: ignore[arg-type]
 
 
 CASES: dict[str, Case] = {
@@ -137,7 +137,9 @@ CASES: dict[str, Case] = {
     "edit, 50M": Case(
         large_kontext, functools.partial(edit, groups=2, rollouts=2, turns=2, steps=2, renoise=1, updates=2), 2, 3
     ),
-    "distill, 50M": Case(lambda: pair(large_unet(class_rows=11), 2.0), functools.partial(distill, batch=8), 1, 4),
+    "distill, 50M": Case(
+        lambda: pair(large_unet(("cat", "dog"), class_rows=3), 2.0), functools.partial(distill, batch=8), 1, 4
+    ),
     "sharpen, 50M": Case(lambda: [large_unet(learned_variance=True)], functools.partial(sharpen, batch=8), 1, 4),
 }  # fmt: skip
 SMALL = tuple(name for name in CASES if "," not in name)
