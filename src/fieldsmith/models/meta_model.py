@@ -112,6 +112,9 @@ class MetaPrompted(Meta, Prompted):
         }
         return stack([Condition(parts)] * len(prompts))
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Whatever the words are: a plan reads no vocabulary."""
+
 
 def meta_model(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> MetaModel:
     """As `models.load`, in seconds and without memory. Raises InputError in the same words."""
