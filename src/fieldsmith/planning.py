@@ -187,7 +187,9 @@ def rehearse(of: Verb, meta: MetaModel, config: Any, inputs: Any, calls: Callabl
         for name, part in modules(model).items():
             waits = config.offload and part is not model.network
             live.hold(tensors(part), ELSEWHERE if waits else f"frozen weights: {name}")
+        model.chunk = getattr(config, "chunk", None) or max(getattr(config, "batch", 1), model.chunk)  # as a run has it
         job = of.prepare(model, config, inputs)
+        job.model.chunk = model.chunk
         if not job.optimisation.steps:
             raise InputError(f"method '{config.method}' trains nothing, so there is nothing to plan")
         if job.model is not model:  # a student or a guide has a count of its own
