@@ -12,10 +12,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fieldsmith.errors import InputError
-from fieldsmith.pictures import Frame, Images, look, read
+from fieldsmith.pictures import Bytes, Frame, Images, look, read
 from fieldsmith.read import read_json_lines, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -196,10 +197,11 @@ def _items(source: Iterable[Any], frame: Frame, captioned: bool, name: str) -> D
     """Images or pairs. What can be asked for its n-th item is asked when that is read; all else is read now."""
     items: Any = source
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        items = []
+        items, kept = [], Bytes(frame.shape)
         for number, item in enumerate(source, 1):
             image, caption = _parts(item, number)
-            items.append((read(image, frame, _named(image, number, name)), caption))
+            pixels = read(image, frame, _named(image, number, name))
+            items.append((kept.keep(pixels) if pixels.dtype == torch.uint8 else pixels, caption))
     if not len(items):
         raise InputError(f"{name} holds no images; give some")
     captions = []
