@@ -242,6 +242,13 @@ def test_lists_generators_and_dicts_are_taken(tmp_path):
     for source in ([str(file), flat(2)], torch.tensor([1, 2])[:, None, None, None].expand(2, 3, 8, 8) / 255):
         found = load(source, FRAME)
         assert levels(found) == [1, 2] and found.captions == ()
+    exact = np.random.default_rng(0).random((2, 3, 8, 8)).astype(np.float32)
+    for source in (list(exact), exact, list(torch.from_numpy(exact))):
+        assert torch.equal(load(source, FRAME).images[:], torch.from_numpy(exact))
+    assert "an image of shape (3, 8, 8) from -1 to 1; give tensors" in refused(
+        [torch.eye(8).expand(3, 8, 8) * 2 - 1], FRAME
+    )
+    assert "an image of shape (3, 9, 9)" in refused([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], FRAME)
     assert "image 1 of data has no caption; give pairs" in refused([flat(1)], FRAME, captioned=True)
     assert "image 2 has only photo; give one under 'image'" in refused([flat(1), {"photo": flat(1)}], FRAME)
     assert "image 2 of mine has 1 x 1 pixels" in refused([flat(1), Image.new("L", (1, 1))], FRAME, name="mine")

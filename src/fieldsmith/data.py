@@ -173,7 +173,7 @@ def _dataset(dataset: Any, columns: list[str], frame: Frame, captioned: bool, na
     if not len(dataset):
         raise InputError(f"{name} holds no images; give some")
     images = Images(lambda i: dataset[i][image], len(dataset), frame)
-    look(dataset[0][image], _named(dataset[0][image], 1, name))
+    _check(dataset[0][image], frame, 1, name)
     if not captioned:
         return Data(images, name)
     column = _column(columns, CAPTION, "captions")
@@ -200,14 +200,14 @@ def _items(source: Iterable[Any], frame: Frame, captioned: bool, name: str) -> D
         items, kept = [], Bytes(frame.shape)
         for number, item in enumerate(source, 1):
             image, caption = _parts(item, number)
-            pixels = read(image, frame, _named(image, number, name))
+            pixels = read(image, frame, _what(image, number, name))
             items.append((kept.keep(pixels) if pixels.dtype == torch.uint8 else pixels, caption))
     if not len(items):
         raise InputError(f"{name} holds no images; give some")
     captions = []
     for number in range(1, len(items) + 1):
         image, caption = _parts(items[number - 1], number)
-        look(image, _named(image, number, name))
+        _check(image, frame, number, name)
         if captioned and caption is None:
             raise InputError(f"image {number} of {name} has no caption; give pairs (image, caption)")
         captions.append(str(caption))
@@ -215,7 +215,15 @@ def _items(source: Iterable[Any], frame: Frame, captioned: bool, name: str) -> D
     return Data(images, name, tuple(captions) if captioned else ())
 
 
-def _named(image: Any, number: int, name: str) -> str:
+def _check(image: Any, frame: Frame, number: int, name: str) -> None:
+    """Raises InputError at an image that cannot be used, as far as that is told without decoding a file."""
+    if hasattr(image, "shape"):  # an array or a tensor
+        read(image, frame, _what(image, number, name))
+    else:
+        look(image, _what(image, number, name))
+
+
+def _what(image: Any, number: int, name: str) -> str:
     return f"image '{image}'" if isinstance(image, (str, os.PathLike)) else f"image {number} of {name}"
 
 

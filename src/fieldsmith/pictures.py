@@ -76,8 +76,6 @@ def read(image: Any, frame: Frame, what: str | None = None) -> Tensor:
 
 def look(image: Any, what: str | None = None, decode: bool = False) -> bool:
     """Whether an image is animated. Raises InputError as `read` does, but from the header, unless told to decode."""
-    if isinstance(image, Tensor):
-        return False
     with _opened(image, what) as picture:
         # MPO: a camera's JPEG with a second picture inside
         animated = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
