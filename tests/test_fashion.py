@@ -1,4 +1,4 @@
-"""Fashion-MNIST: its four files, read from a folder; the recipes that train on it."""
+"""Fashion-MNIST: its four files, read from a folder; the recipes that train on it; the committed classifier."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from experiments.__main__ import main as experiment
 from fieldsmith import cli
 from fieldsmith.errors import InputError
 from fieldsmith.measure.classifier import load_classifier, train_classifier
+from fieldsmith.measure.sweep import Sweep
 from fieldsmith.models import load as load_model
+from fieldsmith.pictures import levels
 from fieldsmith.worlds import classes, fashion
 from fieldsmith.worlds.classes import fashion_mnist
 
@@ -49,7 +52,7 @@ def test_its_files_are_read_at_any_size(folder, size, channels):
         assert data.labels[:8].tolist() == fashion.FIRST
         for images, labels in ((data.images, data.labels), (data.held_images, data.held_labels)):
             assert torch.equal((images[:] * 255).round().flatten(1).unique(dim=1), labels[:, None].float() * 25)
-        assert data.classifier is None or (size, channels) == (28, 1)
+        assert (data.classifier is not None) == ((size, channels) == (28, 1))
 
 
 def test_pixels_stay_where_they_are(folder):
@@ -114,3 +117,36 @@ def test_a_classifier_that_was_saved_is_the_same(folder, tmp_path):
     assert kept.name == made.name and torch.equal(kept(data.held_images), made(data.held_images))
     assert torch.equal(kept.read(data.held_images), made.read(data.held_images))
     assert not any(p.requires_grad for part in (kept.body, kept.head) for p in part.parameters())
+
+
+# the committed classifier
+
+
+def sheet() -> tuple[torch.Tensor, torch.Tensor]:
+    """100 photographs of the test set, a row a class: images (100, 1, 28, 28) in [0, 1] and labels."""
+    with Image.open(pathlib.Path(__file__).parent / "fashion.png") as image:
+        pixels = levels(image)[0].float() / 255
+    return pixels.unflatten(0, (10, 28)).unflatten(2, (10, 28)).transpose(1, 2).reshape(100, 1, 28, 28), torch.arange(
+        100
+    ) // 10
+
+
+def test_the_committed_classifier_reads_photographs_that_it_never_saw():
+    images, labels = sheet()
+    judge = load_classifier(fashion.CLASSIFIER, "fashion")
+    card = json.loads((fashion.CLASSIFIER / "card.json").read_text())
+    tested = card["right on the test set"]
+    assert tested["value"] > 0.91 and tested["n"] == 10_000
+    # the sheet is the first ten of each class, neither easy nor hard
+    assert float((judge.read(images) == labels).float().mean()) >= 0.85
+    assert judge(images).shape == (100, 64) and card["parameters"] < 150_000
+
+
+def test_a_sweep_is_judged_by_the_committed_classifier(folder):
+    data = fashion_mnist(folder)
+    sweep = Sweep(data, None, images=10)
+    images, _ = sheet()
+    assert sweep.judge_name == "classifier of fashion, 64 features" and sweep.real.shape == (60, 64)
+    scores = sweep.scores(images[::10], images[::10])
+    assert scores["accuracy"] >= 0.7 and scores["drift"] == 0
+    assert torch.equal(sweep.judge.read(images), load_classifier(fashion.CLASSIFIER, "fashion").read(images))

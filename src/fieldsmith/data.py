@@ -12,10 +12,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fieldsmith.errors import InputError
-from fieldsmith.pictures import Frame, Images, look, read
+from fieldsmith.pictures import Bytes, Frame, Images, look, read
 from fieldsmith.read import read_json_lines, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -172,7 +173,7 @@ def _dataset(dataset: Any, columns: list[str], frame: Frame, captioned: bool, na
     if not len(dataset):
         raise InputError(f"{name} holds no images; give some")
     images = Images(lambda i: dataset[i][image], len(dataset), frame)
-    look(dataset[0][image], _named(dataset[0][image], 1, name))
+    _check(dataset[0][image], frame, 1, name)
     if not captioned:
         return Data(images, name)
     column = _column(columns, CAPTION, "captions")
@@ -196,16 +197,17 @@ def _items(source: Iterable[Any], frame: Frame, captioned: bool, name: str) -> D
     """Images or pairs. What can be asked for its n-th item is asked when that is read; all else is read now."""
     items: Any = source
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        items = []
+        items, kept = [], Bytes(frame.shape)
         for number, item in enumerate(source, 1):
             image, caption = _parts(item, number)
-            items.append((read(image, frame, _named(image, number, name)), caption))
+            pixels = read(image, frame, _what(image, number, name))
+            items.append((kept.keep(pixels) if pixels.dtype == torch.uint8 else pixels, caption))
     if not len(items):
         raise InputError(f"{name} holds no images; give some")
     captions = []
     for number in range(1, len(items) + 1):
         image, caption = _parts(items[number - 1], number)
-        look(image, _named(image, number, name))
+        _check(image, frame, number, name)
         if captioned and caption is None:
             raise InputError(f"image {number} of {name} has no caption; give pairs (image, caption)")
         captions.append(str(caption))
@@ -213,7 +215,15 @@ def _items(source: Iterable[Any], frame: Frame, captioned: bool, name: str) -> D
     return Data(images, name, tuple(captions) if captioned else ())
 
 
-def _named(image: Any, number: int, name: str) -> str:
+def _check(image: Any, frame: Frame, number: int, name: str) -> None:
+    """Raises InputError at an image that cannot be used, as far as that is told without decoding a file."""
+    if hasattr(image, "shape"):  # an array or a tensor
+        read(image, frame, _what(image, number, name))
+    else:
+        look(image, _what(image, number, name))
+
+
+def _what(image: Any, number: int, name: str) -> str:
     return f"image '{image}'" if isinstance(image, (str, os.PathLike)) else f"image {number} of {name}"
 
 

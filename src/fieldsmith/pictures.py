@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from fieldsmith.errors import InputError
 LARGEST = 89_478_485  # pixels of an image, from which on Pillow itself warns
 LEAST = 2  # pixels a side
 KEPT = 2**28  # bytes of pixels that stay in memory once they were read
+BLOCK = 2**24  # bytes of pixels that are allocated together
 TOGETHER = 64  # images that are encoded at a time
 
 
@@ -74,8 +76,6 @@ def read(image: Any, frame: Frame, what: str | None = None) -> Tensor:
 
 def look(image: Any, what: str | None = None, decode: bool = False) -> bool:
     """Whether an image is animated. Raises InputError as `read` does, but from the header, unless told to decode."""
-    if isinstance(image, Tensor):
-        return False
     with _opened(image, what) as picture:
         # MPO: a camera's JPEG with a second picture inside
         animated = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
@@ -191,16 +191,35 @@ def _picture(image: Any, stack: contextlib.ExitStack) -> Image.Image:
 # many images
 
 
+class Bytes:
+    """Images' bytes, in blocks of many: allocated one by one, between the far larger pictures that they are made from,
+    each would leave a hole in the process's memory that is as large as such a picture."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self._shape, self._each = shape, max(1, BLOCK // math.prod(shape))
+        self._blocks: list[Tensor] = []
+        self._n = 0
+
+    def keep(self, image: Tensor) -> Tensor:
+        """The same bytes, from now on in a block."""
+        if self._n % self._each == 0:
+            self._blocks.append(torch.empty(self._each, *self._shape, dtype=torch.uint8))
+        place = self._blocks[-1][self._n % self._each]
+        self._n += 1
+        return place.copy_(image)
+
+
 class Images:
     """n images that are read when they are asked for: images[rows] is (len(rows), channels, size, size) in [0, 1].
 
-    What was read stays in memory until KEPT bytes do; the others are read again each time.
+    What was decoded stays in memory until KEPT bytes do; the others are read again each time.
     """
 
     def __init__(self, get: Callable[[int], Any], n: int, frame: Frame):
         self.frame = frame
         self._get, self._rows = get, torch.arange(n)
         self._kept: dict[int, Tensor] = {}
+        self._bytes = Bytes(frame.shape)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -223,16 +242,18 @@ class Images:
     def part(self, rows: Tensor) -> Images:
         """Those at `rows` (indices or a mask); nothing is read."""
         some = Images(self._get, 0, self.frame)
-        some._rows, some._kept = self._rows[rows], self._kept
+        some._rows, some._kept, some._bytes = self._rows[rows], self._kept, self._bytes
         return some
 
     def _read(self, i: int) -> Tensor:
         if i in self._kept:
             return self._kept[i]
-        image = read(self._get(i), self.frame)
-        if image.dtype == torch.uint8 and (len(self._kept) + 1) * image.numel() <= KEPT:
-            self._kept[i] = image
-        return image
+        source = self._get(i)
+        image = read(source, self.frame)
+        if getattr(source, "shape", None) == self.frame.shape or (len(self._kept) + 1) * image.numel() > KEPT:
+            return image
+        self._kept[i] = self._bytes.keep(image)
+        return self._kept[i]
 
 
 class Encoded:

@@ -118,7 +118,7 @@ def fashion_mnist(folder: str | pathlib.Path = fashion.DEBIAN, size: int = fashi
     for pixels, labels in fashion.read(pathlib.Path(folder)):
         source = pixels[:, None] if as_they_are else pixels
         parts += [Images(source.__getitem__, len(source), frame), labels]
-    read = fashion.CLASSIFIER if as_they_are and fashion.CLASSIFIER.is_dir() else None  # once it is in the zoo
+    read = fashion.CLASSIFIER if as_they_are else None
     return Classes("fashion", fashion.NAMES, *parts, classifier=read)  # type: ignore[misc]
 
 
