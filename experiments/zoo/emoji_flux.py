@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.tiny import flux_pipeline
+from experiments.zoo.flux_recipe import train_flow
 from fieldsmith.measure.detection import ask
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.intervals import share
 from fieldsmith.models import load
+from fieldsmith.models.core import Condition
 from fieldsmith.models.flux import Flux
-from fieldsmith.paths import noised
 from fieldsmith.report.grid import save_grid
 from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Log, Optimisation, fit
@@ -74,7 +75,17 @@ def train(config: EmojiFlux, folder: pathlib.Path, name: str) -> Flux:
         # one scale and shift for all channels, as Flux has: the flow sees zero mean and unit variance
         pipeline.vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     shift, scale = pipeline.vae.config.shift_factor, pipeline.vae.config.scaling_factor
-    train_flow(model, config, (latents - shift) * scale, captions, folder / "flow")
+    latents = (latents - shift) * scale
+
+    def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        rows = torch.randint(len(latents), (n,), generator=generator)
+        kept = torch.rand(n, generator=generator) >= config.dropped
+        texts = [captions[i] if keep else "" for i, keep in zip(rows.tolist(), kept.tolist(), strict=True)]
+        return latents[rows], model.encode(texts, grad=True)
+
+    run = Run(folder / "flow", "pretrain", config)
+    run.begin()
+    train_flow(model, drawn, config.steps, config, run)
     pipeline.to(torch.float16)  # half the size; it is loaded, and used, in float32
     model.save(folder / "model")
     write_card(config, folder / "model", name)
@@ -120,36 +131,6 @@ def pool(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> tuple[Tensor, 
         save_file({"latents": torch.cat(latents)}, tensors)
         write_atomically(texts, json.dumps(captions))
     return load_file(tensors)["latents"].float(), json.loads(texts.read_text(encoding="utf-8"))
-
-
-def train_flow(model: Flux, config: EmojiFlux, latents: Tensor, captions: list[str], folder: pathlib.Path) -> None:
-    """The transformer and both text encoders, by flow matching at logit-normal times, shifted by 1.5."""
-    run = Run(folder, "pretrain", config)
-    run.begin()
-    parts = {"transformer": model.network, "clip": model.pipeline.text_encoder, "t5": model.pipeline.text_encoder_2}
-    parameters: dict[str, Tensor] = {}
-    for key, part in parts.items():
-        part.requires_grad_(True)
-        parameters |= {f"{key}.{inside}": p for inside, p in part.named_parameters()}
-
-    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
-        rows = torch.randint(len(latents), (config.batch,), generator=generator)
-        kept = torch.rand(config.batch, generator=generator) >= config.dropped
-        texts = [captions[i] if keep else "" for i, keep in zip(rows.tolist(), kept.tolist(), strict=True)]
-        x_0 = latents[rows]
-        eps = torch.randn(x_0.shape, generator=generator)
-        t = torch.sigmoid(torch.randn(config.batch, generator=generator))
-        t = 1.5 * t / (1 + 0.5 * t)
-        velocity = model.predict(noised(model.path, x_0, eps, t), t, model.encode(texts, grad=True)).velocity
-        yield (velocity - (eps - x_0)).square().mean()
-
-    optimisation = Optimisation(
-        config.steps, config.lr, 0.01, 200, cosine=True, clip=1.0, ema=config.ema, checkpoint_every=500,
-        seed=config.seed,
-    )  # fmt: skip
-    fit(parameters, losses, optimisation, run)
-    for part in parts.values():
-        part.requires_grad_(False)
 
 
 def write_card(config: EmojiFlux, folder: pathlib.Path, name: str) -> None:

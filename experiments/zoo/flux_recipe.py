@@ -16,17 +16,22 @@ from fieldsmith.run import Run
 from fieldsmith.training import Log, Optimisation, fit
 
 
-class Recipe(Protocol):
-    """Settings of both trainings."""
+class FlowRecipe(Protocol):
+    """Settings of the training of transformer and text encoders."""
 
     seed: int
+    batch: int
+    lr: float
+    ema: float
+
+
+class Recipe(FlowRecipe, Protocol):
+    """Settings of both trainings."""
+
     vae_steps: int
     vae_batch: int
     vae_lr: float
     kl: float  # weight of the latents' KL to N(0, I), per latent number
-    batch: int
-    lr: float
-    ema: float
 
 
 def train_vae(model: Flux, images_at: Callable[[Tensor], Tensor], pool: int, config: Recipe, run: Run) -> None:
@@ -64,7 +69,7 @@ def train_flow(
     model: Flux,
     drawn: Callable[[int, torch.Generator], tuple[Tensor, Condition]],
     steps: int,
-    config: Recipe,
+    config: FlowRecipe,
     run: Run,
     stop: Callable[[int, dict[str, float]], str | None] | None = None,
 ) -> None:
