@@ -39,7 +39,8 @@ WORDS = [
 
 
 def surroundings(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **more}
+    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))  # for experiments.tiny
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path, **more}
 
 
 def accelerated(arguments: Sequence[str], how: str = "processes", count: int = 2) -> list[str]:
@@ -114,6 +115,12 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
 @pytest.mark.parametrize("name", several.SHARDED)
 def test_fsdp_learns_the_same(sharded: Any, name: str) -> None:
     assert_same(sharded[0][name], sharded[1][name], TOLERANCES["single"], padded=True)
+
+
+def test_one_process_under_fsdp_learns_the_same(sharded: Any) -> None:
+    whole, _, folder = sharded
+    name = "align, lora"
+    assert_same(whole[name], together(folder / "one", [name], "fsdp", 1)[name], TOLERANCES["single"])
 
 
 # a run goes on with another number of processes
@@ -202,7 +209,7 @@ def test_more_processes_than_groups_are_refused_before_loading(tmp_path: pathlib
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "launch with FSDP2 instead"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "launch with FSDP2"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "launch with 'no' or 'bf16'"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "WORLD_SIZE": "2"}, "set fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "RANK": "0"}, "set fsdp_version: 2"),
     ],
 )
 def test_a_launchers_option_without_use_is_refused(
@@ -216,6 +223,7 @@ def test_a_launchers_option_without_use_is_refused(
 
 def test_under_fsdp_groups_have_to_be_even(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     processes.check_groups(3, "batch")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="batch=3 must be a multiple of 2; use 2 or 4"):

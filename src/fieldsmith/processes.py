@@ -42,8 +42,8 @@ def is_main() -> bool:
 
 
 def sharded() -> bool:
-    """Whether the launcher asks for FSDP: each process holds a part of every weight."""
-    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    """Whether the launcher asks for FSDP: each process holds a part of every weight, or one process all."""
+    return "RANK" in os.environ and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def begin() -> None:
@@ -60,7 +60,7 @@ def begin() -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise InputError(f"mixed_precision={precision} has no use here; launch with 'no' or 'bf16'")
-    if count() > 1:
+    if count() > 1 or sharded():
         import torch
         from accelerate import PartialState
 
@@ -177,8 +177,19 @@ def gather(rows: Tensor) -> Tensor:
         return rows
     import torch
 
-    parts = exchange(rows.detach().cpu())
-    return torch.cat(parts).to(rows.device)
+    given = exchange((rows.shape, rows.dtype))
+    shape, dtype = max(given, key=lambda one: one[0].numel())  # who has no rows may not know what they look like
+    padded = torch.zeros(shape.numel() * dtype.itemsize, dtype=torch.uint8, device=device())
+    own = rows.detach().contiguous().flatten().view(torch.uint8)  # bytes, which every backend carries
+    padded[: len(own)] = own.to(padded.device)
+    parts = [torch.empty_like(padded) for _ in given]
+    with _others_here():
+        torch.distributed.all_gather(parts, padded)
+    rows_of = [
+        part[: size.numel() * dtype.itemsize].view(dtype).reshape(size)
+        for part, (size, _) in zip(parts, given, strict=True)
+    ]
+    return torch.cat(rows_of).to(rows.device)
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -182,13 +182,12 @@ def _gradient(
     losses: Losses,
     optimizer: torch.optim.Optimizer,
     optimisation: Optimisation,
-) -> Log:
+) -> dict[str, float]:
     """Set the learning rate and every parameter's gradient for one step; what to log. Moves no parameter."""
     for group in optimizer.param_groups:
         group["lr"] = optimisation.lr * _schedule(step, optimisation)
     optimizer.zero_grad(set_to_none=True)
     log, total = Log(), 0.0
-    log.update(loss=math.nan, gradient_norm=math.nan)  # first in the log
     generator = step_generator(optimisation.seed, step)
     # dropout differs between processes, whose rows are different ones
     seed = generator.initial_seed() + processes.rank()
@@ -205,8 +204,7 @@ def _gradient(
     norm = _clip(params, optimisation.clip)
     if not math.isfinite(norm):
         raise RunError(f"the gradient became {norm} at step {step}; lower the learning rate ({optimisation.lr:g})")
-    log["gradient_norm"] = norm
-    return log
+    return {"loss": log.pop("loss"), "gradient_norm": norm, **log}
 
 
 def _clip(params: list[Tensor], largest: float | None) -> float:
@@ -224,9 +222,11 @@ def _clip(params: list[Tensor], largest: float | None) -> float:
 
 @contextlib.contextmanager
 def global_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which dropout draws from, and put them back."""
+    """Seed torch's global generators of the CPU and of the device, which dropout draws from, and put them back."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
         yield
 
 

@@ -26,6 +26,7 @@ import openai
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.rewards.replies import Reply, data_uri, read_number, read_reply, read_yes_no
 from fieldsmith.rewards.reward import Reward, check_images
@@ -48,7 +49,7 @@ class Options:
     timeout: float = 60.0  # seconds
     retries: int = 4
     pause: float = 1.0  # seconds before the first retry; doubles, with jitter
-    concurrency: int = 8  # requests in flight
+    concurrency: int = 8  # requests in flight, of all processes of a run
     temperature: float = 0.0
     tokens: int = 256  # longest reply
     key: str = ""  # environment variable that holds the API key
@@ -73,7 +74,8 @@ class RemoteJudge:
         self._server = Server(self.base, key, options.timeout, options.retries, options.pause, options.seed)
         self.model = self._find_model()
         self.name = f"remote:{self.model}"
-        self._pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="remote-judge")
+        share = max(1, options.concurrency // processes.count())
+        self._pool = ThreadPoolExecutor(share, thread_name_prefix="remote-judge")
         self._known: dict[str, dict[str, Any]] = {}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

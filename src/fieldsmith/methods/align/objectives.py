@@ -17,7 +17,7 @@ from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.losses import balance_loss, rsm_loss
 from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import optimality
-from fieldsmith.methods.policy.rollouts import OdeStates, Transitions
+from fieldsmith.methods.policy.rollouts import OdeStates, Transitions, here
 from fieldsmith.training import Log
 
 
@@ -25,12 +25,12 @@ def transition_losses(context: AlignContext, batch: Batch, log: Log) -> Tensor:
     """The recipe's loss of each transition, (n,)."""
     config, s = context.config, context.schedule
     rows = batch.rollout.transitions.to(context.model.device)
-    f = context.output(rows.x, rows.step, rows.prompt)
-    dim = f[0].numel()
     reference: Tensor | None = None
     if config.kl or config.estimator in REGRESSIONS or config.estimator == "balance":
-        with torch.no_grad(), context.model.reference():
+        with torch.no_grad(), context.model.reference():  # before f, whose graph takes memory
             reference = context.output(rows.x, rows.step, rows.prompt)
+    f = context.output(rows.x, rows.step, rows.prompt)
+    dim = f[0].numel()
     if config.estimator in REGRESSIONS:
         assert reference is not None
         loss = _regression(context, f, reference, rows, batch, log)
@@ -130,15 +130,13 @@ def _learned_field(context: AlignContext, rows: Transitions, batch: Batch, guida
 def anchor_losses(context: AlignContext, states: OdeStates, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
     """KL to the reference on ODE states where nothing branched: at most a tenth of the update's `rows`, in chunks."""
     config = context.config
-    every = len(states.step) if processes.count() == 1 else sum(processes.exchange(len(states.step)))
-    chosen = torch.randperm(every, generator=generator)[: max(1, rows // 10)]
-    places = torch.full((every,), -1)
-    places[states.row] = torch.arange(len(states.step))
-    own = places[chosen]
-    for at, real in processes.chunks(own[own >= 0], config.chunk):
+    everyone = sum(processes.exchange(len(states.row)))
+    chosen = torch.randperm(everyone, generator=generator)[: max(1, rows // 10)]
+    _, own = here(states.row, chosen, everyone)
+    for at, real in processes.chunks(own, config.chunk):
         x, step, prompt = states.x[at], states.step[at], states.prompt[at]
-        f = context.output(x, step, prompt)
         with torch.no_grad(), context.model.reference():
             reference = context.output(x, step, prompt)
+        f = context.output(x, step, prompt)
         kl = L.gaussian_kl(f, reference, context.schedule.w[step])
         yield real * config.anchor * kl.sum() / len(chosen) / f[0].numel()

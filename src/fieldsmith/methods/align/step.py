@@ -18,7 +18,7 @@ from fieldsmith.methods.align.collect import Batch, choose, collect, owned
 from fieldsmith.methods.align.config import FIRST_ORDER, AlignConfig
 from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.objectives import anchor_losses, transition_losses
-from fieldsmith.methods.policy.checks import ratio_to_itself, rounding
+from fieldsmith.methods.policy.checks import rounding
 from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
@@ -76,7 +76,7 @@ class Updates:
         self.context = context
         self.block = context.config.updates  # updates that share a collection
         self.collections = Collections(context.model, self._collect)
-        self.rounding = rounding(context.config.trust, context.config.clip, context.schedule, context.model.dim)
+        self.rounding = rounding(context.config.trust, context.config.clip, context.schedule, context.model)
 
     def losses(self, step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         """The losses of one update, in chunks; this process's part of them."""
@@ -108,49 +108,30 @@ class Updates:
 
     def _chunks(self, batch: Batch, rows: Tensor) -> Iterator[tuple[Tensor, float]]:
         assert batch.teaches is not None
-        own = here(batch.rollout.transitions, rows, len(batch.teaches))
+        _, own = here(batch.rollout.transitions.row, rows, len(batch.teaches))
         return processes.chunks(own, self.context.config.chunk)
 
     def _collect(self, epoch: int, log: Log) -> Batch:
         batch = collect(self.context, epoch, log)
-        if self.context.config.estimator not in ("reverse-noise", "balance"):
+        config, rollout = self.context.config, batch.rollout
+        if config.estimator not in ("reverse-noise", "balance"):
             return batch
-        if self.rounding.first is None:
-            self.rounding.first = self._ratio(batch)
-        if self.rounding.matters:
-            batch = self._again(batch, epoch)
-            if self.rounding.again is None:
-                self.rounding.again = self._ratio(batch)
-        return batch
+        rows = rollout.transitions
 
-    @torch.no_grad()
-    def _again(self, batch: Batch, epoch: int) -> Batch:
-        """The old policy's outputs in the chunks that the losses will ask for."""
-        rollout, context = batch.rollout, self.context
-        output = rollout.transitions.output_old.clone()
-        for update in range(context.config.updates):
-            for at, real in self._chunks(batch, self._rows(batch, epoch, update)):
-                rows = rollout.transitions[at]
-                found = context.output(rows.x, rows.step, rows.prompt)
-                if real:
-                    output[at] = found.to(output)
-        return replace(batch, rollout=replace(rollout, transitions=replace(rollout.transitions, output_old=output)))
+        def output(at: Tensor) -> Tensor:
+            return self.context.output(rows.x[at], rows.step[at], rows.prompt[at])
 
-    @torch.no_grad()
-    def _ratio(self, batch: Batch) -> float:
-        """To outputs in a chunk of the first update."""
-        context = self.context
-        with context.model.uncounted():
-            at, _ = next(self._chunks(batch, self._rows(batch, 0, 0)), (torch.arange(0), 0.0))
-            rows = batch.rollout.transitions[at].to(context.model.device)
-            output = context.output(rows.x, rows.step, rows.prompt) if len(at) else rows.output_old
-        return ratio_to_itself(output, rows, context.schedule)
+        def chunks(update: int) -> Iterator[tuple[Tensor, float]]:
+            return self._chunks(batch, self._rows(batch, epoch, update))
+
+        rows = self.rounding.settled(rows, output, chunks, config.updates)
+        return replace(batch, rollout=replace(rollout, transitions=rows))
 
     def checks(self) -> list[Check]:
         """Collection 0, which the first update uses, and the gradient of its rows of largest advantage."""
         context, config = self.context, self.context.config
         batch = self.collections.first()
-        checks = self.rounding.checks() if self.rounding.first is not None else []
+        checks = self.rounding.checks()
         if config.estimator in ("reverse-noise", "nft", "awm"):
             checks.append(_varies(context, batch))
         some = batch.advantage.abs().argsort(descending=True)[: config.chunk]

@@ -76,13 +76,6 @@ class Collection:
         """The edits' places among those of all processes, (m,)."""
         return self.turn * self.following[..., 0].numel() + self.unit
 
-    def places(self, edits: Tensor) -> tuple[Tensor, Tensor]:
-        """Of edits (k,) by their place among all processes' those that are here: where in `edits`, and their rows."""
-        row = torch.full((self.following.numel(),), -1)
-        row[self.edit] = torch.arange(len(self.edit))
-        here = (row[edits] >= 0).nonzero().squeeze(1)
-        return here, row[edits[here]]
-
     def condition(self, at: Tensor) -> Condition:
         """The instructions of edits `at`, encoded."""
         return self.texts[self.text[at]]

@@ -19,7 +19,7 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Collection, EditContext, Inputs
 from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import optimality
-from fieldsmith.methods.policy.checks import Rounding, ratio_to_itself, rounding
+from fieldsmith.methods.policy.checks import Rounding, rounding
 from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.rollouts import Transitions, here
 from fieldsmith.models.core import Model
@@ -46,7 +46,7 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     # as parameters without gradient, so that checkpoints hold them
     old = {f"old.{name}": p.detach().clone() for name, p in model.trainable().items()} if config.old != "fresh" else {}
     silent = 0  # collections in a row without a signal
-    noise = rounding(config.trust, config.clip, context.schedule, model.dim)
+    noise = rounding(config.trust, config.clip, context.schedule, model)
 
     def collect(epoch: int, log: Log) -> Batch:
         nonlocal silent
@@ -63,10 +63,9 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         epoch, update = divmod(step, config.updates)
         batch = collections.at(epoch, log)
-        rows = _rows(batch, config, epoch, update)
         yield torch.zeros(())
-        if len(rows):
-            for at, real in processes.chunks(here(batch.rows, rows, batch.everyone), config.chunk):
+        if len(rows := _rows(batch, config, epoch, update)):
+            for at, real in _chunks(batch, config, epoch, update):
                 yield real * row_losses(context, batch, batch.rows[at]).sum() / len(rows)
         if config.identity:
             yield from identity_losses(context, batch.collection, step, generator, log)
@@ -119,38 +118,23 @@ def _rows(batch: Batch, config: EditConfig, epoch: int, update: int) -> Tensor:
     return order.tensor_split(config.updates)[update]
 
 
-@torch.no_grad()
+def _chunks(batch: Batch, config: EditConfig, epoch: int, update: int) -> Iterator[tuple[Tensor, float]]:
+    """This process's part of an update's rows, as places in batch.rows."""
+    _, own = here(batch.rows.row, _rows(batch, config, epoch, update), batch.everyone)
+    return processes.chunks(own, config.chunk)
+
+
 def _settled(context: EditContext, batch: Batch, epoch: int, noise: Rounding) -> Batch:
-    """The batch, with the old policy's outputs computed again in the losses' chunks where rounding matters."""
-    config, collection = context.config, batch.collection
+    config, collection, rows = context.config, batch.collection, batch.rows
 
-    def asked(at: Tensor) -> Tensor:
-        some = batch.rows[at]
-        return context.output(some.x, some.step, collection.condition(some.prompt), collection.source[some.prompt])
+    def output(at: Tensor) -> Tensor:
+        edit = rows.prompt[at]
+        return context.output(rows.x[at], rows.step[at], collection.condition(edit), collection.source[edit])
 
-    def chunks(update: int) -> list[tuple[Tensor, float]]:
-        rows = here(batch.rows, _rows(batch, config, epoch, update), batch.everyone)
-        return list(processes.chunks(rows, config.chunk))
+    def chunks(update: int) -> Iterator[tuple[Tensor, float]]:
+        return _chunks(batch, config, epoch, update)
 
-    def ratio() -> float:
-        with context.model.uncounted():
-            at = chunks(0)[0][0] if chunks(0) else torch.arange(0)
-            rows = batch.rows[at].to(context.model.device)
-            return ratio_to_itself(asked(at) if len(at) else rows.output_old, rows, context.schedule)
-
-    if noise.first is None:
-        noise.first = ratio()
-    if noise.matters:
-        output = batch.rows.output_old.clone()
-        for update in range(config.updates):
-            for at, real in chunks(update):
-                again = asked(at)
-                if real:
-                    output[at] = again.to(output)
-        batch = replace(batch, rows=replace(batch.rows, output_old=output))
-        if noise.again is None:
-            noise.again = ratio()
-    return batch
+    return replace(batch, rows=noise.settled(rows, output, chunks, config.updates))
 
 
 def _check_batch(context: EditContext, batch: Batch, noise: Rounding) -> list[Check]:
@@ -163,8 +147,7 @@ def _check_batch(context: EditContext, batch: Batch, noise: Rounding) -> list[Ch
         checks.append(Check("groups with a signal", share, "above 0", share > 0, fix))
         if not batch.everyone:
             return checks  # there is no gradient to look at
-    if config.objective == "grpo":
-        checks += noise.checks()
+    checks += noise.checks()
     if len(rows):
         most = batch.advantage[rows.prompt].abs().argsort(descending=True)[: config.chunk]
         loss = row_losses(context, batch, rows[most]).mean()
@@ -218,6 +201,9 @@ def row_losses(context: EditContext, batch: Batch, rows: Transitions) -> Tensor:
     config, collection, s = context.config, batch.collection, context.schedule
     rows = rows.to(context.model.device)
     condition, source = collection.condition(rows.prompt), collection.source[rows.prompt]
+    if config.kl:
+        with torch.no_grad(), context.model.reference():  # before f, whose graph takes memory
+            reference = context.output(rows.x, rows.step, condition, source)
     f = context.output(rows.x, rows.step, condition, source)
     dim = f[0].numel()
     advantage = batch.advantage[rows.prompt].to(f)
@@ -234,8 +220,6 @@ def row_losses(context: EditContext, batch: Batch, rows: Transitions) -> Tensor:
         strength = torch.ones_like(log_rho)
         loss = L.policy_loss(log_rho, advantage, strength, config.trust, config.clip, sigma, dim) / dim
     if config.kl:
-        with torch.no_grad(), context.model.reference():
-            reference = context.output(rows.x, rows.step, condition, source)
         nft = config.objective == "nft"
         kl = L.square(f - reference) if nft else L.gaussian_kl(f, reference, s.w[rows.step])
         loss = loss + config.kl * kl / dim
@@ -260,7 +244,7 @@ def _picked(
     """Draws for edits (k,) of all processes; this process's part in chunks, with their weight."""
     eps = torch.randn(len(edits), *collection.x_0.shape[1:], generator=generator)
     steps = torch.randint(len(context.schedule), (len(edits),), generator=generator)
-    place, row = collection.places(edits)
+    place, row = here(collection.edit, edits, collection.following.numel())
     for at, real in processes.chunks(torch.arange(len(place)), context.config.chunk):
         some = place[at] if len(place) else at
         rows = row[at] if len(row) else at

@@ -8,23 +8,18 @@ computed again in the loss's own chunks (`rounds`), at one forward more a row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from fieldsmith import processes
 from fieldsmith.methods.policy.losses import HINGES, Trust, log_ratio
 from fieldsmith.methods.policy.rollouts import Transitions
 from fieldsmith.methods.policy.schedule import Schedule
+from fieldsmith.models.core import Model
 from fieldsmith.preflight import Check
-
-
-def ratio_to_itself(output: Tensor, transitions: Transitions, s: Schedule) -> float:
-    """The policy's log-ratio to itself, from the network's output (n, ...) at transitions that it just took: the
-    largest of all processes, 0 but for rounding."""
-    w = s.w[transitions.step].to(output)
-    gaps = log_ratio(output, transitions.output_old, transitions.noise, w).abs()
-    return max(processes.exchange(gaps.max().item() if len(gaps) else 0.0))
 
 
 def radius(trust: Trust, clip: float, s: Schedule) -> float:
@@ -34,24 +29,61 @@ def radius(trust: Trust, clip: float, s: Schedule) -> float:
     return clip / float(s.sigma[s.noisy].max()) ** HINGES.get(trust, 0)
 
 
+Chunks = Callable[[int], Iterator[tuple[Tensor, float]]]  # an update -> its rows in chunks, as processes.chunks
+
+
 @dataclass
 class Rounding:
     """What was measured of it, once a process, at the first collection."""
 
+    model: Model
+    schedule: Schedule
     limit: float  # the largest log-ratio to itself at which outputs of the rollout are used as they are
     first: float | None = None  # log-ratio to outputs of the rollout
     again: float | None = None  # and to those that were computed again, where they are
 
-    @property
-    def matters(self) -> bool:
-        return self.first is not None and self.first >= self.limit
+    @torch.no_grad()
+    def settled(
+        self, rows: Transitions, output: Callable[[Tensor], Tensor], chunks: Chunks, updates: int
+    ) -> Transitions:
+        """Rows with the old policy's outputs, computed again in the chunks of the updates' losses where rounding
+        matters; `output(at)` asks the network, which still is the old policy, for rows[at]."""
+        if self.first is None:
+            self.first = self._to_itself(rows, output, chunks)
+        if self.first < self.limit:
+            return rows
+        again = rows.output_old.clone()
+        for update in range(updates):
+            for at, real in chunks(update):
+                found = output(at)
+                if real:
+                    again[at] = found.to(again)
+        rows = replace(rows, output_old=again)
+        if self.again is None:
+            self.again = self._to_itself(rows, output, chunks)
+        return rows
+
+    def _to_itself(self, rows: Transitions, output: Callable[[Tensor], Tensor], chunks: Chunks) -> float:
+        """The policy's log-ratio to itself in a chunk of the first update: the largest of all processes, 0 but for
+        rounding."""
+        at, _ = next(chunks(0), (torch.arange(0), 0.0))
+        gap = 0.0
+        if len(at):
+            with self.model.uncounted():
+                found = output(at)
+            some = rows[at].to(found.device)
+            if not torch.equal(found, some.output_old):
+                w = self.schedule.w[some.step].to(found)
+                gap = log_ratio(found, some.output_old, some.noise, w).abs().max().item()
+        return max(processes.exchange(gap))
 
     def checks(self) -> list[Check]:
-        assert self.first is not None
+        if self.first is None:  # the method takes no ratios
+            return []
         name, healthy = "log-ratio of the policy to itself", f"below {self.limit:.2g}"
         fix = "rollout and training disagree: is dropout on, or the network not in eval mode?"
         if self.again is None:
-            return [Check(name, self.first, healthy, not self.matters, fix)]
+            return [Check(name, self.first, healthy, True, fix)]
         said = "rounding between batches, so old outputs are computed again"
         return [
             Check(said, self.first, healthy, True, ""),
@@ -59,6 +91,6 @@ class Rounding:
         ]
 
 
-def rounding(trust: Trust, clip: float, s: Schedule, dim: int) -> Rounding:
-    """Limits for states of `dim` numbers: rounding adds up over them."""
-    return Rounding(min(1e-3 * max(1.0, dim / 512) ** 0.5, radius(trust, clip, s) / 10))
+def rounding(trust: Trust, clip: float, s: Schedule, model: Model) -> Rounding:
+    """Limits for the model's states: rounding adds up over their numbers."""
+    return Rounding(model, s, min(1e-3 * max(1.0, model.dim / 512) ** 0.5, radius(trust, clip, s) / 10))

@@ -65,12 +65,14 @@ def numbered(rows: Transitions) -> tuple[Transitions, int]:
     return replace(rows, row=torch.searchsorted(every, rows.row)), len(every)
 
 
-def here(rows: Transitions, wanted: Tensor, everyone: int) -> Tensor:
-    """Of rows (k,) by their number among `everyone`, those of this process, as places in `rows`."""
+def here(row: Tensor, wanted: Tensor, everyone: int) -> tuple[Tensor, Tensor]:
+    """Of `wanted` (k,), numbers among `everyone`, those that this process has in `row` (n,), in their order: places in
+    `wanted` and places in `row`."""
     places = torch.full((everyone,), -1)
-    places[rows.row] = torch.arange(len(rows))
+    places[row] = torch.arange(len(row))
     found = places[wanted]
-    return found[found >= 0]
+    own = (found >= 0).nonzero().squeeze(1)
+    return own, found[own]
 
 
 @dataclass(frozen=True)
