@@ -8,18 +8,21 @@ import types
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from experiments.tiny import flux_pipeline
-from fieldsmith import optimizers
+from fieldsmith import optimizers, preflight, verb
 from fieldsmith.cli import main
 from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
-from fieldsmith.models.memory import checkpoint_activations, offload
+from fieldsmith.models.flux import Flux
+from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.training import Optimisation, fit
 
 PAIR = ["--targets", "red circle", "--anchors", "blue circle"]
@@ -61,6 +64,30 @@ def saved_bytes(model, x, t, condition):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model.predict(x, t, condition).value.square().mean()
     return loss, sum(size for size, _ in seen.values())
+
+
+# what the preflight reckons with
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_preflight_bounds_what_a_graph_keeps(checkpointing, flux_folder):
+    model = load(flux_folder)
+    model.unfreeze("all")
+    if checkpointing:
+        checkpoint_activations(model)
+    x, t, condition = asked(model, 8)
+    _, kept = saved_bytes(model, x, t, condition)
+    reckoned = preflight.memory(model, 8).value * 1e9 - 12 * sum(p.numel() for p in model.trainable().values())
+    assert kept < reckoned < 6 * kept
+
+
+def test_a_full_flux_fits_with_checkpointing_and_without_it_not():
+    """It was refused on any GPU: every layer was taken to be as wide as the widest, and the weights counted twice."""
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(guidance_embeds=True)
+    assert preflight.kept_by_token(network) * 4096 * 2 > 40e9  # of 1,024 pixels, in bf16
+    network.enable_gradient_checkpointing()
+    assert preflight.kept_by_token(network) * 4096 * 2 < 3e9
 
 
 # activations computed again
@@ -295,3 +322,57 @@ def test_a_mixed_network_saves_what_it_loads(tmp_path):
     assert json.loads((tmp_path / "merged" / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
     weights = load_file(tmp_path / "merged" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+
+
+# how the network computes, and who is told of it
+
+
+def losses(folder, flux_folder, *words):
+    """Of a short run with these words: its losses, and the adapter's weights."""
+    assert main(["erase", "--model", str(flux_folder), *SHORT, "--budget", "6", *words, "--out", str(folder)]) == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows], load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_network_that_computes_in_bf16_learns_nearly_the_same(flux_folder, tmp_path, monkeypatch):
+    exact, _ = losses(tmp_path / "exact", flux_folder)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as the launcher says it
+    half, weights = losses(tmp_path / "half", flux_folder)
+    assert len(exact) == 3 and half == pytest.approx(exact, rel=0.05) and half != pytest.approx(exact, rel=1e-6)
+    assert {w.dtype for w in weights.values()} == {torch.float32} and any(w.abs().max() > 0 for w in weights.values())
+
+
+def test_compiled_blocks_give_the_same_once_for_all_sizes_of_batch():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Flux(flux_pipeline(["red", "circle"], layers=0, single_layers=2, heads=1), "tiny")
+    model.adapt(LoraSpec(rank=2))
+    nudge(model)
+    plain = [model.predict(*asked(model, n)).value for n in (2, 3)]
+    compile_blocks(model, backend="eager")  # all but the kernels, which a CPU makes for minutes
+    for n, before in zip((2, 3), plain, strict=True):
+        torch.testing.assert_close(model.predict(*asked(model, n)).value, before)
+    # one kind of block, of any batch, whose input has a gradient or, as the first one, none
+    assert torch._dynamo.utils.counters["frames"] == {"total": 2, "ok": 2}
+
+
+def test_compile_reaches_what_trains(flux_folder, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(verb, "compile_blocks", lambda model: compiled.append(model.trains))
+    losses(tmp_path / "run", flux_folder, "--compile")
+    assert compiled == [True]
+
+
+def test_a_tracker_gets_every_step_beside_the_log(flux_folder, tmp_path):
+    wanted, _ = losses(tmp_path / "run", flux_folder, "--log-with", "tensorboard")
+    (events,) = (tmp_path / "run" / "fieldsmith-erase").glob("events.out.tfevents.*")
+    found = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in found.Scalars("loss")] == [0, 1, 2]
+    assert [event.value for event in found.Scalars("loss")] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_tracker_that_is_not_there_is_refused(flux_folder, tmp_path, capsys):
+    words = ["erase", "--model", str(flux_folder), *SHORT, "--log-with", "wandb", "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "log_with 'wandb' is not installed; pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

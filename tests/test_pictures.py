@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import tracemalloc
 import warnings
@@ -251,10 +252,12 @@ def test_animated_files_are_told_from_others_and_give_their_first_frame(tmp_path
 
 def test_a_file_that_was_looked_at_is_closed(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ResourceWarning)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ResourceWarning)
         look(tmp_path / "a.png")
         read(tmp_path / "a.png", Frame(8))
+        gc.collect()
+    assert not said
 
 
 # many

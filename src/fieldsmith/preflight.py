@@ -5,7 +5,9 @@ In: measured numbers. Out: a printed table; RunError or InputError before anythi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -75,13 +77,27 @@ def gradients(model: Model, loss: Tensor) -> list[Check]:
 
 
 def memory(model: Model, states: int) -> Check:
-    """Weights, gradients, moments and a coarse bound on activations against the free memory of the device, in GB."""
-    weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    """Gradients, moments and a coarse bound on activations against the device's memory that is left, in GB."""
     training = sum(12 * p.numel() for p in model.trainable().values())
     x = model.noise(1, torch.Generator().manual_seed(0))
-    layers = sum(1 for m in model.network.modules() if isinstance(m, torch.nn.Linear))
-    widest = max(m.out_features for m in model.network.modules() if isinstance(m, torch.nn.Linear))
-    activations = states * x.shape[1] * layers * widest * 4
-    need = (training + activations + (0 if model.device.type == "cpu" else weights)) / 1e9
-    free = model.free_memory() / 1e9
+    precision = model.precision or model.dtype
+    activations = states * x.shape[1] * kept_by_token(model.network) * precision.itemsize
+    need, free = (training + activations) / 1e9, model.free_memory() / 1e9
     return Check("memory needed, GB", need, f"below {free:.1f}", need < free, "lower `chunk` or `batch`")
+
+
+def kept_by_token(network: Any) -> int:
+    """Numbers that go into linear layers and come out, by token, which bounds what is kept for a backward pass: of all
+    blocks, or under checkpointing of the widest one, and what goes into each."""
+
+    def linears(module: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+        return (part for part in module.modules() if isinstance(part, torch.nn.Linear))
+
+    def widths(module: torch.nn.Module) -> int:
+        return sum(layer.in_features + layer.out_features for layer in linears(module))
+
+    blocks = [block for part in network.children() if isinstance(part, torch.nn.ModuleList) for block in part]
+    if not (blocks and network.is_gradient_checkpointing):
+        return widths(network)
+    taken = (min((layer.in_features for layer in linears(block)), default=0) for block in blocks)
+    return max(widths(block) for block in blocks) + sum(taken)

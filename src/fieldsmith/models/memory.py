@@ -39,13 +39,13 @@ def checkpoint_activations(model: Model) -> None:
     network.enable_gradient_checkpointing(again)
 
 
-def compile_blocks(model: Model) -> None:
+def compile_blocks(model: Model, backend: str = "inductor") -> None:
     """Compile each kind of block once, by torch.compile; what comes out stays the same to rounding."""
     network = model.network
     if getattr(network, "_repeated_blocks", None):
-        network.compile_repeated_blocks(dynamic=True)
+        network.compile_repeated_blocks(dynamic=True, backend=backend)
     else:
-        network.compile(dynamic=True)
+        network.compile(dynamic=True, backend=backend)
 
 
 def offload(model: Model) -> list[str]:

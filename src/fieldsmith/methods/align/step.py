@@ -134,7 +134,8 @@ class Updates:
         checks = self.rounding.checks()
         if config.estimator in ("reverse-noise", "nft", "awm"):
             checks.append(_varies(context, batch))
-        some = batch.advantage.abs().argsort(descending=True)[: config.chunk]
+        most = min(config.chunk, max(1, len(self._rows(batch, 0, 0))))  # an update has no more
+        some = batch.advantage.abs().argsort(descending=True)[:most]
         loss = transition_losses(context, batch[some], Log()).mean()
         checks += preflight.gradients(context.model, loss)
         for p in context.helper.parameters() if context.helper else ():

@@ -149,8 +149,9 @@ def _check_batch(context: EditContext, batch: Batch, noise: Rounding) -> list[Ch
             return checks  # there is no gradient to look at
     checks += noise.checks()
     if len(rows):
-        most = batch.advantage[rows.prompt].abs().argsort(descending=True)[: config.chunk]
-        loss = row_losses(context, batch, rows[most]).mean()
+        most = min(config.chunk, max(1, len(_rows(batch, config, 0, 0))))  # an update has no more
+        some = batch.advantage[rows.prompt].abs().argsort(descending=True)[:most]
+        loss = row_losses(context, batch, rows[some]).mean()
     elif batch.everyone:
         loss = torch.zeros(())  # others have rows
     else:
