@@ -10,7 +10,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def generator(*shape: int, seed: int = 0) -> Tensor:
+def normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal, of that shape."""
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 

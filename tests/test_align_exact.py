@@ -33,7 +33,7 @@ from fieldsmith.methods.policy.schedule import (
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.samplers import ddim_grid, flow_grid, gaussian_step, rollout
 from fieldsmith.worlds.mixtures import Mixture, isotropic, triangle
-from tests.drawn import f64, generator, seeded
+from tests.drawn import f64, normal, seeded
 
 FLOW = RectifiedFlow()
 SD15 = VariancePreserving((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -188,7 +188,7 @@ def test_the_influence_of_vgg_flow_is_its_profile():
 def test_residual_nabla_db_is_the_released_loss():
     """C1 |s - s_ref - gamma omega g|^2 = |(mu - mu_ref) / sigma^2 - a_p g|^2 / 2 (section 4.1)."""
     s, k = sd15(), torch.tensor([0, 10, 40])
-    f, reference, g = generator(3, 5, seed=1), generator(3, 5, seed=2), generator(3, 5, seed=3)
+    f, reference, g = normal(3, 5, seed=1), normal(3, 5, seed=2), normal(3, 5, seed=3)
     given = strength("squared", s)
     kappa = L.over(s.kappa[k], f)
     ours = rsm_loss(kappa * f, kappa * reference, kappa * f, L.over(s.omega[k], g) * g, given.C1[k], given.gamma[k])
@@ -224,7 +224,7 @@ def test_scalars_are_derivatives_of_the_sampler_and_the_prediction(path):
     """Finite differences of an affine map are exact, at any state."""
     s = any_schedule(path)
     sde, level = ("flow-sde", 0.7) if path is FLOW else ("ddim", 1.0)
-    x, f, by = generator(1, 3, seed=4), generator(1, 3, seed=5), generator(1, 3, seed=6)
+    x, f, by = normal(1, 3, seed=4), normal(1, 3, seed=5), normal(1, 3, seed=6)
     for k in range(len(s)):
         low, high = (Prediction(s.kind, v, x, s.times[k], path) for v in (f, f + by))
         steps = [gaussian_step(sde, output, s.times[k + 1], level, s.times[1]) for output in (low, high)]
@@ -237,7 +237,7 @@ def test_scalars_are_derivatives_of_the_sampler_and_the_prediction(path):
 
 @PATHS
 def test_denoising_targets_are_what_the_network_should_have_said(path):
-    x_0, eps, step = generator(4, 3, seed=7), generator(4, 3, seed=8), torch.tensor([1, 3, 6, 9])
+    x_0, eps, step = normal(4, 3, seed=7), normal(4, 3, seed=8), torch.tensor([1, 3, 6, 9])
     for kind in ("velocity", "eps", "x_0", "v_prediction"):
         grid = (ddim_grid(path, 12) if path is SD15 else flow_grid(13)[1:]).double()
         s = schedule(path, grid, kind, "ddim", 1.0)
@@ -311,7 +311,7 @@ def oracles() -> dict[str, tuple[Mixture, Tensor, Tensor | None]]:
 def test_t1_the_optimal_guidance_three_ways(name, path, t):
     reference, b, A = oracles()[name]
     t, tilted = at(t), reference.tilted(b, A).mixture
-    x = 1.5 * generator(5, len(b), seed=9)
+    x = 1.5 * normal(5, len(b), seed=9)
     scores = psi(x, t, path, reference, tilted)
     means = path.alpha(t) / path.sigma(t) ** 2 * (tilted.x_0(x, t, path) - reference.x_0(x, t, path))
     values = []
@@ -326,7 +326,7 @@ def test_t1_the_optimal_guidance_three_ways(name, path, t):
 @TIMES
 def test_o2_is_the_closed_form_of_the_notes(path, t):
     """Section 8.3: Psi* = -lam (mu - c) J / (1 + lam v), p* of precision 1 / s_0^2 + lam."""
-    t, x = at(t), generator(6, 3, seed=10)
+    t, x = at(t), normal(6, 3, seed=10)
     mu = gaussian().x_0(x, t, path)
     truth = -LAM * (mu - CENTRE) * jacobian(t, path) / (1 + LAM * left(t, path))
     torch.testing.assert_close(psi(x, t, path, gaussian(), optimum()), truth)
@@ -336,7 +336,7 @@ def test_o2_is_the_closed_form_of_the_notes(path, t):
 @PATHS
 @TIMES
 def test_o1_is_a_constant_and_no_estimator_of_it_is_biased(path, t):
-    world, b, t, x = gaussian(), f64(0.6, -0.4, 1.0), at(t), generator(6, 3, seed=11)
+    world, b, t, x = gaussian(), f64(0.6, -0.4, 1.0), at(t), normal(6, 3, seed=11)
     tilted = world.tilted(b).mixture
     truth = (jacobian(t, path) * b).expand(6, 3)
     torch.testing.assert_close(psi(x, t, path, world, tilted), truth)
@@ -355,7 +355,7 @@ def test_o1_is_a_constant_and_no_estimator_of_it_is_biased(path, t):
 @PATHS
 @TIMES
 def test_t2_one_step_guidance_overshoots_at_the_reference_and_falls_short_at_the_optimum(path, t):
-    t, x = at(t), generator(6, 3, seed=12)
+    t, x = at(t), normal(6, 3, seed=12)
     truth, factor = psi(x, t, path, gaussian(), optimum()), 1 + LAM * left(t, path)
     torch.testing.assert_close(G.tweedie(quadratic, gaussian().field(path), x, t, "full"), truth * factor)
     torch.testing.assert_close(G.tweedie(quadratic, optimum().field(path), x, t, "full"), truth / factor)
@@ -364,7 +364,7 @@ def test_t2_one_step_guidance_overshoots_at_the_reference_and_falls_short_at_the
 @PATHS
 @TIMES
 def test_the_identity_jacobian_is_one_over_alpha_times_the_gradient_at_the_estimate(path, t):
-    t, x = at(t), generator(6, 3, seed=13)
+    t, x = at(t), normal(6, 3, seed=13)
 
     def place(x: Tensor, t: Tensor) -> Prediction:
         kind = "velocity" if path is FLOW else "eps"
@@ -378,7 +378,7 @@ def test_the_identity_jacobian_is_one_over_alpha_times_the_gradient_at_the_estim
 @PATHS
 def test_lookahead_is_the_gradient_through_the_odes_own_steps(path):
     grid = any_schedule(path).times
-    x = generator(4, 3, seed=14)
+    x = normal(4, 3, seed=14)
     for ahead in (1, 3, len(grid) - 6):  # the last one arrives at clean data
         ours = G.tweedie(quadratic, gaussian().field(path), x, grid[5], "full", grid[6 : 6 + ahead])
         y = x.clone().requires_grad_(True)
@@ -389,7 +389,7 @@ def test_lookahead_is_the_gradient_through_the_odes_own_steps(path):
 
 
 def test_guidance_at_clean_data_is_the_rewards_own_gradient():
-    x = generator(4, 3, seed=15)
+    x = normal(4, 3, seed=15)
     for kind in ("full", "identity"):
         torch.testing.assert_close(G.tweedie(quadratic, gaussian().field(FLOW), x, at(0.0), kind), -LAM * (x - CENTRE))
     torch.testing.assert_close(G.clean_gradient(quadratic, x), -LAM * (x - CENTRE))
@@ -400,7 +400,7 @@ def test_guidance_at_clean_data_is_the_rewards_own_gradient():
 def test_t3_the_terminal_gradient_times_j_is_exact_at_the_optimum(path, k):
     """From p*(x_0 | x_t) it is Psi*, from p_ref(x_0 | x_t) too much by 1 + lam v (section 8.2)."""
     s = any_schedule(path)
-    t, x = s.times[k], generator(1, 3, seed=16)
+    t, x = s.times[k], normal(1, 3, seed=16)
     truth, pull = psi(x, t, path, gaussian(), optimum())[0], strength("jacobian", s, PRIOR).gamma[k]
     for law, factor in ((optimum(), 1.0), (gaussian(), 1 + LAM * left(t, path))):
         drawn = G.clean_gradient(quadratic, law.given(x[0], t, path).sample(20_000, seeded(17))) * pull
@@ -417,7 +417,7 @@ def test_t3_with_an_anisotropic_prior_each_axis_is_off_by_its_own_factor(path, t
     """O4: one scalar J cannot be right on two axes; the error is J(prior) / J(axis)."""
     variances, b, t = f64(3.0, 0.2), f64(0.7, -0.3), at(t)
     world = Mixture(f64([0.5, -1.0]), variances.diag()[None], f64(1.0))
-    truth = psi(generator(4, 2, seed=18), t, path, world, world.tilted(b).mixture)
+    truth = psi(normal(4, 2, seed=18), t, path, world, world.tilted(b).mixture)
     factor = jacobian(t, path, float(variances.mean())) / jacobian(t, path, variances)
     torch.testing.assert_close((jacobian(t, path, float(variances.mean())) * b).expand(4, 2), truth * factor)
     assert float(factor[0]) < 1 < float(factor[1])
@@ -456,7 +456,7 @@ def test_t3_on_a_double_well_it_misses_the_move_between_the_wells(t, error):
 def estimates(K: int, kind: str, offset: float = 0.0, groups: int = 40_000) -> Tensor:
     """Group means of the estimate for the reward offset + e_1 of noise e; the truth is (1, 0) times omega / sigma."""
     s = sd35()
-    noise = generator(groups * K, 2, seed=K)
+    noise = normal(groups * K, 2, seed=K)
     group = torch.arange(groups).repeat_interleave(K)
     step = torch.full((groups * K,), 4)
     advantage = advantages(offset + noise[:, 0], group, kind)
@@ -492,7 +492,7 @@ def test_t4_without_a_baseline_the_rewards_level_is_noise():
 )
 def test_advantages_are_centred_by_group_and_blind_to_the_rewards_level(groups, level, kind):
     group = torch.tensor(groups)
-    returns = generator(len(groups), seed=len(groups))
+    returns = normal(len(groups), seed=len(groups))
     found = advantages(returns, group, kind)
     torch.testing.assert_close(advantages(returns + level, group, kind), found, atol=1e-7, rtol=1e-7)
     for one in group.unique():
@@ -540,7 +540,7 @@ def linear(x: Tensor) -> Tensor:
 def noised_points(n: int, index: int = 389, seed: int = 3) -> Tensor:
     """Noised draws of the tilted triangle."""
     x_0 = triangle().tilted(f64(-0.5, 0.0)).mixture.sample(n, seeded(seed))
-    return noised(TOY, x_0, generator(n, 2, seed=seed + 1), TOY.time(torch.tensor(index).double()))
+    return noised(TOY, x_0, normal(n, 2, seed=seed + 1), TOY.time(torch.tensor(index).double()))
 
 
 def test_t5_soft_returns_are_the_value_of_the_next_state_at_the_optimum():
@@ -588,7 +588,7 @@ def gaussian_chain(b: Tensor) -> dict:
         return Prediction("eps", world.eps(x, t, TOY) + s.sigma[k] ** 2 / s.push[k] * g[k + 1], x, t, TOY)
 
     plan = Plan("sde", torch.ones(8, dtype=torch.long), s.noisy)
-    found = roll(predict, generator(20, 3, seed=6), torch.zeros(20).long(), s, plan, "ddim", 1.0, seeded(7))
+    found = roll(predict, normal(20, 3, seed=6), torch.zeros(20).long(), s, plan, "ddim", 1.0, seeded(7))
     rows = found.transitions
     reference = world.eps(rows.x, s.times[rows.step], TOY)
     log_rho = -L.log_ratio(reference, rows.output_old, rows.noise, s.w[rows.step])
@@ -640,7 +640,7 @@ ROWS = 7
 def policy_rows(s: Schedule, seed: int = 20) -> dict[str, Tensor]:
     """Transitions drawn by an old policy at random steps: f, f_old, f_ref, noise, x and step."""
     names = ("f", "old", "reference", "noise", "x")
-    rows = {name: generator(ROWS, 4, seed=seed + i) for i, name in enumerate(names)}
+    rows = {name: normal(ROWS, 4, seed=seed + i) for i, name in enumerate(names)}
     steps = s.noisy.nonzero().squeeze(1)
     return {**rows, "step": steps[torch.randint(len(steps), (ROWS,), generator=seeded(seed))]}
 
@@ -700,7 +700,7 @@ def test_log_ratio_and_kl_are_the_samplers_own(path):
 
 def test_the_ratio_has_no_quadratic_term_on_average_and_its_logarithm_has():
     """Why C2 = 0 for PPO (section 1.4): E[rho] is 1 at any weights, while E[log rho] = -KL."""
-    noise, difference = generator(200_000, 2, seed=40), 0.05 * f64(1.0, -2.0)
+    noise, difference = normal(200_000, 2, seed=40), 0.05 * f64(1.0, -2.0)
     log_rho = L.log_ratio(difference.expand_as(noise), torch.zeros_like(noise), noise, torch.ones(len(noise)))
     kl = float(difference.square().sum() / 2)
     error = float(log_rho.std()) / math.sqrt(len(noise))
@@ -762,8 +762,8 @@ def test_hinges_are_zero_where_they_hold():
 
 def test_t13_the_fair_threshold_is_one_displacement_at_every_step():
     """sigma^2 log rho of a shift of the mean and a drawn displacement does not see sigma; log rho does."""
-    shift, displacement = 0.3 * generator(500, 4, seed=60), generator(500, 4, seed=61)
-    advantage = generator(500, seed=62)
+    shift, displacement = 0.3 * normal(500, 4, seed=60), normal(500, 4, seed=61)
+    advantage = normal(500, seed=62)
     held = {trust: [] for trust in ("fair-hinge", "hinge")}
     for sigma in (0.05, 0.3, 1.4):
         each = torch.full((500,), sigma, dtype=torch.float64)
@@ -777,7 +777,7 @@ def test_t13_the_fair_threshold_is_one_displacement_at_every_step():
 
 def test_thresholds_are_in_nats_and_doubling_the_resolution_doubles_the_log_ratio():
     """Defect 8 of section 7: a mean over dimensions would hide it."""
-    f, old, noise = (generator(5, 4, 6, 6, seed=70 + i) for i in range(3))
+    f, old, noise = (normal(5, 4, 6, 6, seed=70 + i) for i in range(3))
     w = f64(0.3, 0.1, 0.7, 0.2, 1.0)
     small = L.log_ratio(f, old, noise, w)
     big = L.log_ratio(*(part.repeat(1, 1, 1, 2) for part in (f, old, noise)), w)
@@ -814,7 +814,7 @@ def test_t14_no_scalar_depends_on_the_batch_that_it_is_used_in(order, many):
     """Defect 1 of section 7: scalars follow the step's id, whatever rows are shuffled, repeated or left out."""
     s, chosen = sd15(), torch.tensor(order[:many])
     step = torch.tensor([0, 49, 3, 3, 17, 48, 25, 1, 0, 40, 9, 33])
-    noise, advantage, x_0 = generator(12, 3, seed=90), generator(12, seed=91), generator(12, 3, seed=92)
+    noise, advantage, x_0 = normal(12, 3, seed=90), normal(12, seed=91), normal(12, 3, seed=92)
     whole = G.reverse_noise(advantage, noise, step, s)
     assert torch.equal(G.reverse_noise(advantage[chosen], noise[chosen], step[chosen], s), whole[chosen])
     t = s.times[step]
@@ -844,7 +844,7 @@ def test_t9_nft_follows_the_forward_noise_estimate(path, kind):
     grid = (ddim_grid(path, 10) if path is SD15 else flow_grid(11)[1:]).double()
     s, beta = schedule(path, grid, kind, "ddim", 1.0), 0.4
     step, r = torch.tensor([0, 2, 5, 7, 9]), f64(0.0, 0.3, 0.5, 0.9, 1.0)
-    x_0, eps, old, f = (generator(5, 3, seed=100 + i) for i in range(4))
+    x_0, eps, old, f = (normal(5, 3, seed=100 + i) for i in range(4))
     t = s.times[step]
     x_t = noised(path, x_0, eps, t)
     target = s.target(x_0, eps, step)
@@ -861,7 +861,7 @@ def test_t9_nft_follows_the_forward_noise_estimate(path, kind):
 def test_t9_awm_follows_the_forward_noise_estimate_with_the_advantage(path):
     s = schedule(path, (ddim_grid(path, 10) if path is SD15 else flow_grid(11)[1:]).double(), "velocity", "ddim", 1.0)
     step, A = torch.tensor([0, 2, 5, 9]), f64(1.3, -0.8, 0.2, -2.0)
-    x_0, eps, old = (generator(4, 3, seed=110 + i) for i in range(3))
+    x_0, eps, old = (normal(4, 3, seed=110 + i) for i in range(3))
     t = s.times[step]
     x_t = noised(path, x_0, eps, t)
     push = -gradient(lambda f: L.awm_loss(f, old, s.target(x_0, eps, step), A, 0.1), old)  # 2 A (v* - v_old), a mean
@@ -871,7 +871,7 @@ def test_t9_awm_follows_the_forward_noise_estimate_with_the_advantage(path):
 
 def test_the_forward_estimate_is_the_gradient_of_the_expected_reward():
     """alpha / sigma^2 Cov(2 r - 1, x_0 | x_t) = grad E[2 r - 1 | x_t], on O1 with r linear in x_0."""
-    s, x, t, b = sd35(), generator(1, 3, seed=120), at(0.6), f64(0.3, -0.2, 0.1)
+    s, x, t, b = sd35(), normal(1, 3, seed=120), at(0.6), f64(0.3, -0.2, 0.1)
     x_0 = gaussian().given(x[0], t, FLOW).sample(200_000, seeded(121))
     drawn = forward_noise((x_0 @ b + 1) / 2, x_0, x.expand_as(x_0), t.expand(len(x_0)), gaussian().x_0(x, t, FLOW), s)
     error = drawn.std(0) / math.sqrt(len(drawn))

@@ -26,7 +26,7 @@ from fieldsmith.rewards import Reward
 from fieldsmith.samplers import ddim_grid, euler, flow_grid, gaussian_step
 from fieldsmith.training import Log
 from fieldsmith.worlds.mixtures import triangle
-from tests.drawn import generator, seeded
+from tests.drawn import normal, seeded
 
 FLOW = RectifiedFlow()
 TOY = VariancePreserving((1 - torch.linspace(1e-4, 0.03, 500, dtype=torch.float64)).cumprod(0))
@@ -68,7 +68,7 @@ def go(path, kind: str, children: tuple[int, ...] = (), roots: int = 3, field=No
     s = steps_of(path)
     sde, level = ("flow-sde", 0.7) if path is FLOW else ("ddim", 1.0)
     store, drawn = kw.get("store"), kw.get("drawn")
-    x, prompt = generator(roots, 2, seed=2), torch.arange(roots) % 2
+    x, prompt = normal(roots, 2, seed=2), torch.arange(roots) % 2
     given_ = plan(kind, s, children, drawn)
     return roll(field or Counting(path), x, prompt, s, given_, sde, level, seeded(seed), store)
 
@@ -206,7 +206,7 @@ def test_steps_that_are_not_drawn_follow_the_ode():
     s, found = steps_of(FLOW), go(FLOW, "sde", drawn=drawn)
     rows = found.transitions
     assert rows.step.tolist() == [1, 1, 1, 2, 2, 2]
-    x, prompt = generator(3, 2, seed=2), torch.arange(3) % 2
+    x, prompt = normal(3, 2, seed=2), torch.arange(3) % 2
     torch.testing.assert_close(rows.x[:3], euler(Counting(FLOW)(x, s.times[0], prompt), s.times[1]))
     x = rows.x_next[3:]
     for k in (3, 4, 5):
@@ -257,7 +257,7 @@ def test_rows_can_be_picked():
 @SHAPED
 def test_values_of_endpoints_are_averaged_over_those_that_a_row_leads_to(path, kind, children):
     found = go(path, kind, children)
-    values = generator(len(found.x_0), 3, seed=8)
+    values = normal(len(found.x_0), 3, seed=8)
     for given_ in (values, values[:, 0]):
         ours = found.mean_over_endpoints(given_)
         for row in range(len(found.transitions)):
@@ -276,7 +276,7 @@ def test_the_first_rows_of_a_tree_are_means_over_their_leaves():
 @pytest.mark.parametrize("kind, children", [("sde", ()), ("tree", (2, 1, 3))])
 def test_soft_returns_take_off_the_later_log_ratios_and_not_the_rows_own(path, kind, children):
     found = go(path, kind, children)
-    rewards, log_rho = generator(len(found.x_0), seed=9), generator(len(found.transitions), seed=10)
+    rewards, log_rho = normal(len(found.x_0), seed=9), normal(len(found.transitions), seed=10)
     ours = soft_returns(found, rewards, log_rho)
     for row in range(len(found.transitions)):
         truth = []

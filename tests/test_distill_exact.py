@@ -48,7 +48,7 @@ from fieldsmith.paths import (
 )  # fmt: skip
 from fieldsmith.samplers import ddim_grid, rollout
 from fieldsmith.worlds.mixtures import Mixture, isotropic
-from tests.drawn import f64, generator, seeded
+from tests.drawn import f64, normal, seeded
 
 FLOW = RectifiedFlow()
 COSINE = VariancePreserving(DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
@@ -199,7 +199,7 @@ def scales_of(objective: Objective) -> Tensor:
     ],
 )  # fmt: skip
 def test_the_pair_loss_is_its_quadratic_form(objective):
-    e_c, e_u, t_c, t_u, noise = generator(5, 3, 2, 4, 4)
+    e_c, e_u, t_c, t_u, noise = normal(5, 3, 2, 4, 4)
     w = scales_of(objective)
     found = torch.stack(
         [
@@ -215,7 +215,7 @@ def test_the_pair_loss_is_its_quadratic_form(objective):
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9])
 def test_rows_of_one_branch_have_the_pairs_expectation_whatever_their_share(share):
-    s_c, s_u, t_c, t_u, noise = generator(5, 6, 3)
+    s_c, s_u, t_c, t_u, noise = normal(5, 6, 3)
     weights = {"imitation": 0.8, "unconditional": 1.7, "anchor": 0.3}
     no, yes = torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
     kept = row_loss(s_c, t_c, noise, no, **weights, share=share)
@@ -232,13 +232,13 @@ def anchored_target(teacher: Tensor, noise: Tensor, imitation: float, anchor: fl
 
 def test_imitation_and_anchor_are_one_target():
     """im |s - tau|^2 + an |s - eps|^2 = (im + an) |s - target|^2 + what no network changes (3.1)."""
-    tau, noise = generator(2, 4, 5)
+    tau, noise = normal(2, 4, 5)
     im, an = 1.0, 0.1
     target = anchored_target(tau, noise, im, an)
     torch.testing.assert_close(target, (tau + 0.1 * noise) / 1.1)
     slopes, gaps = [], []
     for seed in (1, 2):
-        s = generator(4, 5, seed=seed).requires_grad_(True)
+        s = normal(4, 5, seed=seed).requires_grad_(True)
         both = pair_loss((s, s), (tau, tau), noise, imitation=im, unconditional=0, anchor=an)
         one = (im + an) * square(s, target)
         gaps.append((both - one).detach())
@@ -251,8 +251,8 @@ def test_imitation_and_anchor_are_one_target():
 
 def test_features_are_summed_over_places():
     a, b = (
-        [generator(2, 3, 4, 4), generator(2, 5, 2, 2, seed=1)],
-        [generator(2, 3, 4, 4, seed=2), generator(2, 5, 2, 2, seed=3)],
+        [normal(2, 3, 4, 4), normal(2, 5, 2, 2, seed=1)],
+        [normal(2, 3, 4, 4, seed=2), normal(2, 5, 2, 2, seed=3)],
     )
     torch.testing.assert_close(feature_loss(a, b), (a[0] - b[0]).square().mean() + (a[1] - b[1]).square().mean())
 
@@ -329,7 +329,7 @@ class Sample:
         return theta.detach()
 
 
-START, OTHER = generator(K + 4, 2, seed=7), generator(K + 4, 2, seed=8)
+START, OTHER = normal(K + 4, 2, seed=7), normal(K + 4, 2, seed=8)
 
 
 @PATHS
@@ -408,7 +408,7 @@ def test_conditional_alone_never_moves_the_null_offset(path):
 @PATHS
 @pytest.mark.parametrize("t", [0.05, 0.45, 0.9])
 def test_the_posterior_mean_of_conditional_branches_is_the_marginal_branch(path, t):
-    t, x_t = f64(t)[0], 2 * generator(50, 2, seed=4)
+    t, x_t = f64(t)[0], 2 * normal(50, 2, seed=4)
     of_class = WORLD.posterior(x_t, t, path).reshape(50, K, 2).sum(2)
     conditional = torch.stack([one_class(k).eps(x_t, t, path) for k in range(K)], 1)
     mean = torch.einsum("nk,nkd->nd", of_class, conditional)
@@ -420,7 +420,7 @@ def test_the_posterior_mean_of_conditional_branches_is_the_marginal_branch(path,
 @PATHS
 def test_dropping_the_students_label_alone_has_its_optimum_at_the_marginal(path):
     """Free values at some states, conditional targets of classes drawn from their posterior there."""
-    x_t = 2 * generator(12, 2, seed=5)
+    x_t = 2 * normal(12, 2, seed=5)
     of_class = WORLD.posterior(x_t, T, path).reshape(12, K, 2).sum(2)
     target = torch.stack([one_class(k).eps(x_t, T, path) for k in range(K)], 1).flatten(0, 1)
     null, noise = torch.ones(12 * K, dtype=torch.bool), torch.zeros(12 * K, 2).double()
@@ -485,7 +485,7 @@ def test_tirts_shape_starves_high_noise_by_the_notes_numbers():
 
 @pytest.mark.parametrize("name", ["uniform", "tirt", "sigmoid", "min-snr", "min-snr-x0", "p2", "edm2"])
 def test_weights_have_mean_one_over_all_times(name):
-    numbers = generator(1000, seed=2) if name in ("tirt", "sigmoid", "edm2") else None
+    numbers = normal(1000, seed=2) if name in ("tirt", "sigmoid", "edm2") else None
     weights = Curriculum(name, COSINE, numbers=numbers)
     t = times_of(COSINE).float()
     assert float(weights(t).mean()) == pytest.approx(1, abs=1e-5)
@@ -509,7 +509,7 @@ def test_the_batch_normaliser_is_the_weighted_mean_of_losses():
 
 def test_tirts_own_gradient_raises_the_weight_of_easy_times():
     """d loss / d lambda_i = omega_i (1 - sigmoid(lambda_i)) (l_i - mean) / sum(omega): descent moves away from hard."""
-    importance, losses = generator(40, seed=6), generator(40, seed=7).square().float()
+    importance, losses = normal(40, seed=6), normal(40, seed=7).square().float()
     weights = Curriculum("tirt", SHORT, numbers=importance, learned=True)
     omega = weights(times_of(SHORT).float(), True)
     mean = weighted(losses, omega, omega)
@@ -545,7 +545,7 @@ def test_with_min_snrs_shape_the_weights_pile_up_in_the_middle():
 
 def test_at_edm2s_optimum_every_time_counts_alike():
     """loss / e^u + u is least at e^u = loss, so that weighted losses are 1 at every time."""
-    losses = 0.1 + generator(40, seed=9).square().float()
+    losses = 0.1 + normal(40, seed=9).square().float()
     weights, t = Curriculum("edm2", SHORT, learned=True), times_of(SHORT).float()
     optimiser = torch.optim.LBFGS([weights.numbers], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=0)
 
@@ -567,7 +567,7 @@ def test_a_smooth_profile_is_recovered_from_noisy_losses(path):
     def profile(t: Tensor) -> Tensor:
         return -3 + 2.5 * torch.sigmoid(8 * (0.4 - t)) + 0.3 * t
 
-    noisy = profile(t.double()).exp() * generator(20_000, 6, seed=1).square().mean(1)
+    noisy = profile(t.double()).exp() * normal(20_000, 6, seed=1).square().mean(1)
     found = log_losses(t, noisy, path)
     assert found.shape == (1000,)
     torch.testing.assert_close(found, profile(times_of(path)), atol=0.08, rtol=0)
@@ -590,7 +590,7 @@ def test_branch_errors_reach_the_sample_by_the_notes_formula():
 
         return outputs
 
-    start, none = generator(3, 2), f64(0.0, 0.0)
+    start, none = normal(3, 2), f64(0.0, 0.0)
     wrong, right = rollout(field(e_c, e_u), start, grid), rollout(field(none, none), start, grid)
     ratio = SHORT.sigma(grid) / SHORT.alpha(grid)
     steps = ratio.diff()
@@ -615,7 +615,7 @@ def test_high_noise_steps_carry_nearly_all_of_ddims_length():
 
 
 def test_the_error_of_guidance_is_a_parabola_of_three_moments():
-    e_c, e_u = generator(2, 500, 3)
+    e_c, e_u = normal(2, 500, 3)
     e_c = e_c + 0.8 * e_u
     gap = e_c - e_u
     for w in (0.0, 1.0, 2.5, 4.0):
@@ -646,7 +646,7 @@ def test_recalibrated_guidance_takes_the_bin_of_the_time():
 @PATHS
 @pytest.mark.parametrize("kind", ["eps", "x_0", "velocity", "v_prediction"])
 def test_the_truth_converts_to_what_it_was_made_of(path, kind):
-    x_0, eps = generator(2, 4, 3, 2)
+    x_0, eps = normal(2, 4, 3, 2)
     t = f64(0.1, 0.4, 0.7, 0.95)
     x_t = noised(path, x_0, eps, t)
     output = Prediction(kind, truth(kind, path, x_0, eps, t), x_t, t, path)

@@ -12,7 +12,7 @@ from fieldsmith.methods.erase import losses as L
 from fieldsmith.paths import Prediction, RectifiedFlow
 from fieldsmith.samplers import flow_grid, flow_sde_step, rollout
 from fieldsmith.worlds.mixtures import square
-from tests.drawn import generator
+from tests.drawn import normal
 
 FLOW = RectifiedFlow()
 ETAS = pytest.mark.parametrize("eta", [0.5, 1.0, 2.0])
@@ -29,7 +29,7 @@ def gradient(loss, v: Tensor) -> Tensor:
 
 def stopping_place(eta: float, margin: float = 0.0) -> float:
     """lambda of n + lambda (p - n) where descent from v = n comes to rest; asserts that it is on that line."""
-    p, n = generator(1, 8, seed=1), generator(1, 8, seed=2)
+    p, n = normal(1, 8, seed=1), normal(1, 8, seed=2)
     v, way = n.clone(), p - n
     step = 2e-3 * float(way.norm())
     for _ in range(800):
@@ -52,8 +52,8 @@ def test_a_margin_moves_the_stop_towards_the_anchor(eta, margin):
 
 @ETAS
 def test_the_loss_is_zero_exactly_in_the_apollonius_region(eta):
-    p, n = generator(1, 3, seed=3), generator(1, 3, seed=4)
-    D, v = float((p - n).norm()), n + 3 * generator(5000, 3, seed=5)
+    p, n = normal(1, 3, seed=3), normal(1, 3, seed=4)
+    D, v = float((p - n).norm()), n + 3 * normal(5000, 3, seed=5)
     if eta == 1:
         inside = ((v - (n + p) / 2) * (p - n)).sum(1) > 0  # the anchor's side of the perpendicular bisector
     else:
@@ -69,7 +69,7 @@ def test_the_loss_is_zero_exactly_in_the_apollonius_region(eta):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 2.0])
 def test_the_active_gradient_is_a_unit_pull_and_eta_times_a_unit_push(eta):
-    p, n, v = generator(1, 6, seed=6), generator(1, 6, seed=7), generator(500, 6, seed=8)
+    p, n, v = normal(1, 6, seed=6), normal(1, 6, seed=7), normal(500, 6, seed=8)
     g = gradient(lambda v: L.erase_loss(v, p, n, eta), v)
     active = L.erase_loss(v, p, n, eta) > 0
     unit = torch.nn.functional.normalize
@@ -82,14 +82,14 @@ def test_the_active_gradient_is_a_unit_pull_and_eta_times_a_unit_push(eta):
 
 @ETAS
 def test_on_the_way_from_target_to_anchor_the_speed_is_one_plus_eta(eta):
-    p, n = generator(1, 6, seed=9), generator(1, 6, seed=10)
+    p, n = normal(1, 6, seed=9), normal(1, 6, seed=10)
     v = n + 0.5 / (1 + eta) * (p - n)
     g = gradient(lambda v: L.erase_loss(v, p, n, eta), v)
     torch.testing.assert_close(g, (1 + eta) * (n - p) / (n - p).norm(), atol=1e-6, rtol=0)
 
 
 def test_at_the_start_only_the_unit_pull_remains():
-    p, n = generator(1, 6, seed=11), generator(1, 6, seed=12)
+    p, n = normal(1, 6, seed=11), normal(1, 6, seed=12)
     g = gradient(lambda v: L.erase_loss(v, p, n, eta=1.0), n)  # v = n: the push has no direction
     torch.testing.assert_close(g, (n - p) / (n - p).norm(), atol=1e-6, rtol=0)
 
@@ -99,21 +99,21 @@ def test_the_norm_has_no_gradient_at_zero():
 
 
 def test_each_state_counts_with_its_own_norm_over_all_dimensions():
-    v, p, n = generator(3, 2, 4, seed=13), generator(3, 2, 4, seed=14), generator(3, 2, 4, seed=15)
+    v, p, n = normal(3, 2, 4, seed=13), normal(3, 2, 4, seed=14), normal(3, 2, 4, seed=15)
     truth = [max(0.0, float((v[i] - p[i]).norm() - 0.5 * (v[i] - n[i]).norm())) for i in range(3)]
     torch.testing.assert_close(L.erase_loss(v, p, n, eta=0.5), torch.tensor(truth, dtype=torch.float64))
 
 
 def test_without_a_push_the_direction_is_concept_ablations():
-    p, n, v = generator(1, 6, seed=16), generator(1, 6, seed=17), generator(1, 6, seed=18)
+    p, n, v = normal(1, 6, seed=16), normal(1, 6, seed=17), normal(1, 6, seed=18)
     ours = gradient(lambda v: L.erase_loss(v, p, n, eta=0.0), v)
     theirs = gradient(lambda v: L.square_loss(v, p), v)
     torch.testing.assert_close(ours / ours.norm(), theirs / theirs.norm())
 
 
 def test_square_loss_teaches_the_student_alone():
-    goal = generator(2, 3).requires_grad_(True)
-    L.square_loss(generator(2, 3, seed=1).requires_grad_(True), goal).backward()
+    goal = normal(2, 3).requires_grad_(True)
+    L.square_loss(normal(2, 3, seed=1).requires_grad_(True), goal).backward()
     assert goal.grad is None
 
 
@@ -128,7 +128,7 @@ def test_progress_is_the_place_on_the_line_and_ignores_what_leaves_it():
 
 def test_expected_log_likelihood_ratio_is_the_weighted_velocity_distance():
     a, s, s_next = 0.7, torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.75, dtype=torch.float64)
-    x, anchor = generator(1, 2, seed=19), generator(1, 2, seed=20)
+    x, anchor = normal(1, 2, seed=19), normal(1, 2, seed=20)
     student = anchor + torch.tensor([[0.7, 0.9]])  # squared distance 1.3
 
     def policy(velocity: Tensor):
@@ -148,14 +148,14 @@ def test_balance_weight_gives_the_notes_number():
 
 
 def test_flow_balance_vanishes_where_the_policies_agree_and_log_z_is_the_reward():
-    log_p = generator(5, 3, seed=22)
+    log_p = normal(5, 3, seed=22)
     torch.testing.assert_close(
         L.flow_balance(log_p, log_p, torch.tensor(2.5), 2.5), torch.zeros(3, dtype=torch.float64)
     )
 
 
 def test_flow_balance_is_the_square_of_the_whole_residual():
-    forward, anchor = generator(5, 3, seed=23), generator(5, 3, seed=24)
+    forward, anchor = normal(5, 3, seed=23), normal(5, 3, seed=24)
     truth = torch.stack([(sum(forward[:, i]) - sum(anchor[:, i]) + 0.3 - 2.5) ** 2 for i in range(3)])
     torch.testing.assert_close(L.flow_balance(forward, anchor, torch.tensor(0.3), 2.5), truth)
 
@@ -164,7 +164,7 @@ def test_flow_balance_is_the_square_of_the_whole_residual():
 
 
 def test_esd_at_eta_two_is_the_classic_reflection():
-    n, u = generator(4, 3, seed=25), generator(4, 3, seed=26)
+    n, u = normal(4, 3, seed=25), normal(4, 3, seed=26)
     torch.testing.assert_close(L.esd_target(n, u, 2.0), u - (n - u))
 
 
@@ -190,10 +190,10 @@ def test_contrast_is_small_when_the_synonym_is_like_the_irrelevant_words():
 @pytest.fixture
 def edit() -> dict[str, Tensor]:
     return {
-        "weight": generator(5, 8, seed=27),
-        "erased": generator(2, 8, seed=28),
-        "replacement": generator(2, 8, seed=29),
-        "kept": generator(3, 8, seed=30),
+        "weight": normal(5, 8, seed=27),
+        "erased": normal(2, 8, seed=28),
+        "replacement": normal(2, 8, seed=29),
+        "kept": normal(3, 8, seed=30),
     }
 
 
@@ -223,7 +223,7 @@ def test_closed_form_edit_is_the_minimum_of_its_quadratic(edit):
 
 
 def test_projection_leaves_nothing_beyond_the_anchor_along_the_concept():
-    v, p, n = generator(50, 6, seed=31), generator(50, 6, seed=32), generator(50, 6, seed=33)
+    v, p, n = normal(50, 6, seed=31), normal(50, 6, seed=32), normal(50, 6, seed=33)
     d = (n - p) / (n - p).norm(dim=1, keepdim=True)
     before, after = ((v - p) * d).sum(1), ((L.project(v, p, n) - p) * d).sum(1)
     assert (before > 0).any() and (before < 0).any()
@@ -231,14 +231,14 @@ def test_projection_leaves_nothing_beyond_the_anchor_along_the_concept():
 
 
 def test_projection_moves_along_the_concept_only():
-    v, p, n = generator(50, 6, seed=34), generator(50, 6, seed=35), generator(50, 6, seed=36)
+    v, p, n = normal(50, 6, seed=34), normal(50, 6, seed=35), normal(50, 6, seed=36)
     d = (n - p) / (n - p).norm(dim=1, keepdim=True)
     moved = v - L.project(v, p, n)
     torch.testing.assert_close(moved, (moved * d).sum(1, keepdim=True) * d)
 
 
 def test_projection_leaves_the_anchor_and_its_far_side_untouched():
-    p, n = generator(5, 6, seed=37), generator(5, 6, seed=38)
+    p, n = normal(5, 6, seed=37), normal(5, 6, seed=38)
     for v in (p, p - 0.5 * (n - p)):
         assert torch.equal(L.project(v, p, n), v)
 
@@ -259,7 +259,7 @@ def test_a_student_trained_with_the_hinge_reaches_the_erased_law_of_lambda_one_h
     def draw(n: int, seed: int, stop: int | None) -> Tensor:
         with torch.no_grad():
             field = lambda x, t: Prediction("velocity", student(x, t), x, t, FLOW)  # noqa: E731
-            return rollout(field, generator(n, 2, seed=seed), grid, stop=stop).states
+            return rollout(field, normal(n, 2, seed=seed), grid, stop=stop).states
 
     optimizer = torch.optim.Rprop([lambdas], lr=5e-3, step_sizes=(1e-6, 0.02))  # no momentum: it stops with the hinge
     for step in range(60):

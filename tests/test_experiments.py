@@ -102,7 +102,7 @@ def toy(done: list[str], folder: pathlib.Path, lr: float = 0.1) -> tuple[Study, 
     def tables(config: StudyConfig, records: Records) -> Tables:
         values = [record["value"] for name, record in records.items() if name.startswith("bb")]
         claim = Claim("toy.value", "a value", mean(values), "", "not", 0)
-        return Tables([claim], {"files": list(records)}, {"steps": [], "samplers": [], "starts": []}, {})
+        return Tables([claim], {"files": list(records)}, {"steps": [], "samplers": [], "began": [], "starts": []}, {})
 
     return Study("bench", "none", StudyConfig, stages, tables), StudyConfig(folder, seeds=(0, 1))
 

@@ -303,7 +303,7 @@ def test_wrong_sizes_and_numbers_are_refused(folders: dict[str, pathlib.Path]) -
 
 def test_words_pass_through_a_condition_unchanged(folders: dict[str, pathlib.Path]) -> None:
     model: Any = load(folders["qwen-image-edit"], resolution=16)
-    model._check_words = lambda prompts: None
+    model.check_prompts = lambda prompts: None
     prompts = ["größer, 更大", "", "a"]
     assert [_words(row) for row in encode_unique(model, prompts).parts["words"]] == prompts
 

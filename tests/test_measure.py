@@ -28,7 +28,7 @@ from fieldsmith.measure.progress import track
 from fieldsmith.measure.side_effects import Row, SideEffects, compare, image_statistics
 from fieldsmith.run import plain
 from fieldsmith.worlds.shapes import COLOURS, SHAPES, Concept, ShapesWorld, caption, concepts, parse
-from tests.drawn import generator, seeded
+from tests.drawn import normal, seeded
 
 # intervals
 
@@ -64,7 +64,7 @@ def test_one_value_alone_has_no_interval(one: Interval, short: str) -> None:
 
 
 def test_mean_interval_is_students() -> None:
-    values = generator(6)
+    values = normal(6)
     low, high = stats.t.interval(0.95, 5, loc=values.mean().item(), scale=stats.sem(values.numpy()))
     ours = mean_interval(values)
     assert (ours.low, ours.high) == pytest.approx((low, high))
@@ -73,7 +73,7 @@ def test_mean_interval_is_students() -> None:
 def test_bootstrap_covers_the_mean() -> None:
     hits = 0
     for seed in range(100):
-        found = bootstrap(generator(40, seed=seed), torch.mean, seeded(seed), draws=200)
+        found = bootstrap(normal(40, seed=seed), torch.mean, seeded(seed), draws=200)
         hits += found.low <= 0 <= found.high
     assert 86 <= hits <= 99
 
@@ -133,10 +133,10 @@ def whitened(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
 
 def test_frechet_of_gaussians_is_the_closed_form() -> None:
     d = 4
-    factor_a, factor_b = generator(d, d, seed=1), generator(d, d, seed=2)
+    factor_a, factor_b = normal(d, d, seed=1), normal(d, d, seed=2)
     s_a, s_b = factor_a @ factor_a.T + torch.eye(d), factor_b @ factor_b.T + torch.eye(d)
-    mu_a, mu_b = generator(d, seed=3), generator(d, seed=4)
-    a, b = whitened(generator(50, d, seed=5), mu_a, s_a), whitened(generator(70, d, seed=6), mu_b, s_b)
+    mu_a, mu_b = normal(d, seed=3), normal(d, seed=4)
+    a, b = whitened(normal(50, d, seed=5), mu_a, s_a), whitened(normal(70, d, seed=6), mu_b, s_b)
     values, vectors = torch.linalg.eigh(s_a)
     root = vectors @ values.sqrt().diag() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s_b @ root).sqrt().sum()
@@ -144,7 +144,7 @@ def test_frechet_of_gaussians_is_the_closed_form() -> None:
     assert frechet_distance(a, b) == pytest.approx(float(closed), rel=1e-10)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(a, a + mu_b) == pytest.approx(float(mu_b.square().sum()), rel=1e-10)
-    few, wide = generator(5, 40, seed=7), generator(6, 40, seed=8)  # fewer rows than columns
+    few, wide = normal(5, 40, seed=7), normal(6, 40, seed=8)  # fewer rows than columns
     assert frechet_distance(few, few) == pytest.approx(0, abs=1e-10)
     assert frechet_distance(few, wide) == pytest.approx(frechet_distance(wide, few), rel=1e-10)
 
@@ -162,7 +162,7 @@ def test_frechet_and_kernel_are_torchmetrics() -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    a, b = generator(60, 12, seed=1), generator(60, 12, seed=2) * 1.3 + 0.2
+    a, b = normal(60, 12, seed=1), normal(60, 12, seed=2) * 1.3 + 0.2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fid = FrechetInceptionDistance(feature=Flat())
@@ -175,7 +175,7 @@ def test_frechet_and_kernel_are_torchmetrics() -> None:
 
 
 def test_kernel_distance_is_the_naive_loop() -> None:
-    a, b = generator(5, 3, seed=1), generator(7, 3, seed=2) + 1
+    a, b = normal(5, 3, seed=1), normal(7, 3, seed=2) + 1
 
     def k(x: Tensor, y: Tensor) -> Tensor:
         return (x.dot(y) / 3 + 1) ** 3
@@ -187,12 +187,10 @@ def test_kernel_distance_is_the_naive_loop() -> None:
 
 
 def test_kernel_distance_is_unbiased() -> None:
-    drawn = torch.tensor(
-        [kernel_distance(generator(20, 4, seed=i), generator(30, 4, seed=10_000 + i)) for i in range(400)]
-    )
+    drawn = torch.tensor([kernel_distance(normal(20, 4, seed=i), normal(30, 4, seed=10_000 + i)) for i in range(400)])
     mean = mean_interval(drawn, level=0.999)
     assert mean.low < 0 < mean.high
-    assert mean_interval(torch.tensor([kernel_distance(generator(20, 4, seed=i), generator(30, 4, seed=10_000 + i) + 1)
+    assert mean_interval(torch.tensor([kernel_distance(normal(20, 4, seed=i), normal(30, 4, seed=10_000 + i) + 1)
                                        for i in range(20)])).low > 0  # fmt: skip
 
 
@@ -211,7 +209,7 @@ def test_precision_and_recall_of_nested_and_distant_clouds() -> None:
 
 
 def test_sliced_wasserstein_of_a_shift_is_the_closed_form() -> None:
-    a, shift = generator(50, 5, seed=1), torch.tensor([3.0, 0, -1, 0.5, 2])
+    a, shift = normal(50, 5, seed=1), torch.tensor([3.0, 0, -1, 0.5, 2])
     found = sliced_wasserstein(a, a + shift, 10_000, seeded(2))
     assert found == pytest.approx(float(shift.norm()) / 5**0.5, rel=0.02)
     assert sliced_wasserstein(a, a, 10, seeded()) == 0
@@ -219,7 +217,7 @@ def test_sliced_wasserstein_of_a_shift_is_the_closed_form() -> None:
 
 
 def test_sliced_wasserstein_of_unequal_sizes_is_exact() -> None:
-    one, other = generator(4, 1, seed=1), generator(6, 1, seed=2)
+    one, other = normal(4, 1, seed=1), normal(6, 1, seed=2)
     assigned = (one.repeat_interleave(3, 0).sort(0).values - other.repeat_interleave(2, 0).sort(0).values).square()
     assert sliced_wasserstein(one, other, 3, seeded()) == pytest.approx(float(assigned.mean().sqrt()), rel=1e-12)
 

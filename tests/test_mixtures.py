@@ -10,7 +10,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.paths import Prediction, RectifiedFlow, VariancePreserving, noised
 from fieldsmith.samplers import ddim_grid, flow_grid, rollout
 from fieldsmith.worlds.mixtures import NOWHERE, Mixture, isotropic, lattice, line, square, triangle
-from tests.drawn import f64, generator
+from tests.drawn import f64, normal
 
 FLOW = RectifiedFlow()
 DDPM = VariancePreserving((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
@@ -28,7 +28,7 @@ def crooked() -> Mixture:
 
 
 def test_log_prob_is_torch_distributions(crooked):
-    x = generator(50, 2) * 2
+    x = normal(50, 2) * 2
     modes = torch.distributions.MultivariateNormal(crooked.means, crooked.covariances)
     truth = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(crooked.weights), modes)
     torch.testing.assert_close(crooked.log_prob(x), truth.log_prob(x))
@@ -46,7 +46,7 @@ def test_samples_have_the_mixtures_moments_and_repeat_with_the_seed(crooked):
 @PATHS
 def test_marginal_is_the_law_of_noised_samples(crooked, path):
     t = torch.tensor(0.4, dtype=torch.float64)
-    x_t = noised(path, crooked.sample(40_000, torch.Generator().manual_seed(2)), generator(40_000, 2, 3), t)
+    x_t = noised(path, crooked.sample(40_000, torch.Generator().manual_seed(2)), normal(40_000, 2, seed=3), t)
     law = crooked.marginal(t, path)
     torch.testing.assert_close(x_t.mean(0), law.mean, atol=0.04, rtol=0)
     torch.testing.assert_close(x_t.T.cov(), law.covariance, atol=0.08, rtol=0)
@@ -55,7 +55,7 @@ def test_marginal_is_the_law_of_noised_samples(crooked, path):
 @PATHS
 def test_score_and_jacobian_are_autograd_of_log_prob(crooked, path):
     for t in f64(0.05, 0.5, 1.0):
-        x = (generator(20, 2) * 2).requires_grad_()
+        x = (normal(20, 2) * 2).requires_grad_()
         law = crooked.marginal(t, path)
         (score,) = torch.autograd.grad(law.log_prob(x).sum(), x)
         torch.testing.assert_close(crooked.score(x.detach(), t, path), score)
@@ -65,7 +65,7 @@ def test_score_and_jacobian_are_autograd_of_log_prob(crooked, path):
 
 @PATHS
 def test_one_time_a_sample_is_that_time_for_each(crooked, path):
-    t, x = f64(0.1, 0.5, 0.9), generator(3, 2)
+    t, x = f64(0.1, 0.5, 0.9), normal(3, 2)
     for quantity in (
         crooked.score,
         crooked.x_0,
@@ -79,7 +79,7 @@ def test_one_time_a_sample_is_that_time_for_each(crooked, path):
 
 
 def test_the_noised_score_at_zero_noise_is_the_data_score(crooked):
-    x = generator(5, 2).requires_grad_()
+    x = normal(5, 2).requires_grad_()
     (score,) = torch.autograd.grad(crooked.log_prob(x).sum(), x)
     torch.testing.assert_close(crooked.score(x.detach(), f64(0.0)[0], FLOW), score)
 
@@ -103,7 +103,7 @@ def test_velocity_is_the_formula_of_the_notes():
     """v = sum_j g_j [ -mu_j + ((t - a s^2) / S) (x - a mu_j) ], GEM notes, 5.2."""
     world, s = square(16, 1.5).soft(1), 1.5
     for t in (0.0, 0.3, 0.744, 1.0):
-        x, a = generator(30, 2) * 6, 1 - t
+        x, a = normal(30, 2) * 6, 1 - t
         S = a**2 * s**2 + t**2
         away = x[:, None] - a * world.means
         g = (world.weights.log() - away.square().sum(2) / (2 * S)).softmax(1)
@@ -131,7 +131,7 @@ def test_posteriors_are_conditional_expectations_of_samples(crooked):
 
 @PATHS
 def test_posterior_sums_to_one_and_is_bayes(crooked, path):
-    t, x = f64(0.3)[0], generator(40, 2)
+    t, x = f64(0.3)[0], normal(40, 2)
     posterior = crooked.posterior(x, t, path)
     torch.testing.assert_close(posterior.sum(1), torch.ones(40).double())
     law = crooked.marginal(t, path)
@@ -143,7 +143,7 @@ def test_posterior_sums_to_one_and_is_bayes(crooked, path):
 @PATHS
 def test_field_converts_into_every_form(crooked, path):
     for t in f64(0.01, 0.5, 1.0):
-        x = generator(10, 2)
+        x = normal(10, 2)
         output = crooked.field(path)(x, t)
         assert output.kind == "velocity"
         torch.testing.assert_close(output.x_0, crooked.x_0(x, t, path))
@@ -153,14 +153,14 @@ def test_field_converts_into_every_form(crooked, path):
 
 def test_velocity_is_refused_where_the_path_has_none(crooked):
     with pytest.raises(ValueError, match="t > 0"):
-        crooked.velocity(generator(1, 2), f64(0.0)[0], DDPM)
+        crooked.velocity(normal(1, 2), f64(0.0)[0], DDPM)
 
 
 @pytest.mark.parametrize("kind", ["flow heun", "flow shifted", "ddim"])
 def test_the_exact_field_transports_noise_to_data(crooked, kind):
     path, grid = (DDPM, ddim_grid(DDPM, 200, trailing=True)) if kind == "ddim" else (FLOW, flow_grid(200, 1.88))
     out = rollout(
-        crooked.field(path), generator(4000, 2, 5), grid, solver="heun" if kind == "flow heun" else "euler"
+        crooked.field(path), normal(4000, 2, seed=5), grid, solver="heun" if kind == "flow heun" else "euler"
     ).last
     torch.testing.assert_close(out.mean(0), crooked.mean, atol=0.1, rtol=0)
     torch.testing.assert_close(out.T.cov(), crooked.covariance, atol=0.2, rtol=0)
@@ -177,13 +177,13 @@ def test_soft_prompts_keep_the_modes_and_move_the_weights():
     torch.testing.assert_close(prompt.weights, f64(0.02 / 3, 0.02 / 3, 0.98, 0.02 / 3))
     assert prompt.means is world.means and prompt.covariances is world.covariances
     torch.testing.assert_close(world.soft(1, 0.0).weights, f64(0.0, 1.0, 0.0, 0.0))
-    assert torch.isfinite(world.soft(1, 0.0).velocity(generator(5, 2), f64(0.5)[0], FLOW)).all()
+    assert torch.isfinite(world.soft(1, 0.0).velocity(normal(5, 2), f64(0.5)[0], FLOW)).all()
     assert isotropic(f64([0.0]), 1.0).soft(0).weights.item() == 1
 
 
 def test_guidance_at_noise_moves_the_mean_of_the_prompt():
     """At t = 1 the state says nothing, so the velocity is x_t minus the prompt's mean."""
-    prompt, x = square(16).soft(0), generator(5, 2)
+    prompt, x = square(16).soft(0), normal(5, 2)
     torch.testing.assert_close(prompt.velocity(x, f64(1.0)[0], FLOW), x - prompt.mean)
 
 
@@ -224,7 +224,7 @@ def test_the_tilted_triangle_is_the_notes():
 @PATHS
 def test_value_guidance_three_ways(crooked, path):
     """RSM notes, T1: V_t from the conditional law; grad V_t as a score difference and from the two means (Tweedie)."""
-    b, A, t, x = f64(0.6, -0.4), f64([0.5, 0.2], [0.2, 0.3]), f64(0.6)[0], generator(4, 2)
+    b, A, t, x = f64(0.6, -0.4), f64([0.5, 0.2], [0.2, 0.3]), f64(0.6)[0], normal(4, 2)
     tilt = crooked.tilted(b, A)
     value = tilt.mixture.marginal(t, path).log_prob(x) - crooked.marginal(t, path).log_prob(x) + tilt.log_normaliser
     direct = torch.stack([crooked.given(y, t, path).tilted(b, A).log_normaliser for y in x])
@@ -307,7 +307,7 @@ def erased(separation: float, steps_held: int, lam: float = 1.0, esd: bool = Fal
                 v = (1 - lam) * v + lam * anchor.velocity(x_t, t, FLOW)
         return Prediction("velocity", v, x_t, t, FLOW)
 
-    return world.fractions(rollout(student, generator(n, 2, 7), grid).last)
+    return world.fractions(rollout(student, normal(n, 2, seed=7), grid).last)
 
 
 def assert_fractions(ours: Tensor, theirs: dict[int, float], n: int = 2000, n_theirs: int = 600) -> None:

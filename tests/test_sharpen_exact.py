@@ -33,7 +33,7 @@ from fieldsmith.models.jacobians import double_backward, jvp, least_eigenvalue, 
 from fieldsmith.paths import Prediction, VariancePreserving, noised
 from fieldsmith.samplers import ancestral, ancestral_step, ddim_grid, variance_bounds
 from fieldsmith.worlds.mixtures import Mixture, isotropic, lattice, line
-from tests.drawn import generator, seeded
+from tests.drawn import normal, seeded
 
 WIDE = wide_linear()
 AXIS = [torch.linspace(-5, 5.5, 841, dtype=torch.float64)]
@@ -63,8 +63,8 @@ def test_products_with_the_scores_jacobian_are_the_closed_form(mixture):
     d = mixture.means.shape[1]
     for index in (5, 20, 100):
         t = time(index)
-        x = noised(WIDE, mixture.sample(60, seeded()), generator(60, d), t)
-        J, v = mixture.score_jacobian(x, t, WIDE), generator(60, d, seed=1)
+        x = noised(WIDE, mixture.sample(60, seeded()), normal(60, d), t)
+        J, v = mixture.score_jacobian(x, t, WIDE), normal(60, d, seed=1)
         product = jvp(lambda y, t=t: mixture.score(y, t, WIDE), x, v)
         torch.testing.assert_close(product.value, mixture.score(x, t, WIDE))
         torch.testing.assert_close(product.along, torch.einsum("nab,nb->na", J, v), rtol=1e-10, atol=1e-10)
@@ -81,7 +81,7 @@ def test_products_with_the_scores_jacobian_are_the_closed_form(mixture):
 def test_the_normalised_jacobian_is_the_posterior_covariance():
     for mixture, index in ((line(), 5), (line(), 20), (lattice(), 10)):
         t, d = time(index), mixture.means.shape[1]
-        x_t = noised(WIDE, mixture.sample(12, seeded()), generator(12, d), t)
+        x_t = noised(WIDE, mixture.sample(12, seeded()), normal(12, d), t)
         x_0 = mixture.sample(400_000, seeded(1))
         log_w = -((x_t[:, None] - WIDE.alpha(t) * x_0) / WIDE.sigma(t)).square().sum(2) / 2
         w = log_w.softmax(1)
@@ -157,12 +157,12 @@ def test_a_density_falls_no_faster_than_its_scores_slope_allows():
 
 
 def test_power_iteration_is_exact_on_linear_maps():
-    U, V = torch.linalg.qr(generator(6, 6)).Q, torch.linalg.qr(generator(6, 6, seed=1)).Q
+    U, V = torch.linalg.qr(normal(6, 6)).Q, torch.linalg.qr(normal(6, 6, seed=1)).Q
     A = U @ torch.diag(torch.tensor([7.0, 3.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)) @ V.T
-    x = generator(5, 6)
+    x = normal(5, 6)
     torch.testing.assert_close(spectral_norm(lambda y: y @ A.T, x, seeded()), torch.full((5,), 7.0).double())
     S = U @ torch.diag(torch.tensor([4.0, 1.0, 0.0, -0.2, -0.5, -3.0], dtype=torch.float64)) @ U.T
-    skew = generator(6, 6, seed=2)
+    skew = normal(6, 6, seed=2)
     B, above = S + skew - skew.T, torch.full((5,), 5.0, dtype=torch.float64)
     lowest = least_eigenvalue(lambda y: y @ B.T, x, seeded(), above, iterations=60)
     torch.testing.assert_close(lowest, torch.full((5,), -3.0).double(), rtol=1e-6, atol=0)
@@ -199,12 +199,12 @@ def small_networks() -> dict[str, object]:
 @pytest.mark.parametrize("which", ["unet", "dit"])
 def test_both_products_agree_through_networks_with_attention_and_reach_their_weights(which):
     network, f, shape = small_networks()[which]  # type: ignore[misc]
-    x, v = generator(*shape), generator(*shape, seed=1)
+    x, v = normal(*shape), normal(*shape, seed=1)
     forward, backward = jvp(f, x, v), double_backward(f, x, v)
     torch.testing.assert_close(forward.value, f(x))
     torch.testing.assert_close(forward.value, backward.value)
     torch.testing.assert_close(forward.along, backward.along)
-    u = generator(*shape, seed=2)
+    u = normal(*shape, seed=2)
     torch.testing.assert_close((vjp(f, x, u) * v).sum(), (u * forward.along).sum())
     weights = [p for p in network.parameters()]
     along = [torch.randn(p.shape, generator=seeded(i), dtype=p.dtype) for i, p in enumerate(weights)]
@@ -249,7 +249,7 @@ class NoForward(torch.autograd.Function):
 def test_weights_get_the_right_gradient_through_a_layer_norm(product):
     """torch's fused layer norm gets it wrong without a word, by either route."""
     net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)).double()
-    x, v = generator(5, 3), generator(5, 3, seed=1)
+    x, v = normal(5, 3), normal(5, 3, seed=1)
 
     def loss(weight: Tensor) -> Tensor:
         def f(y: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def test_weights_get_the_right_gradient_through_a_layer_norm(product):
 
 
 def test_a_layer_without_forward_mode_falls_back_to_reverse_passes():
-    x, v = generator(4, 3), generator(4, 3, seed=1)
+    x, v = normal(4, 3), normal(4, 3, seed=1)
     torch.testing.assert_close(jvp(NoForward.apply, x, v).along, 2 * x * v)
     with pytest.raises(RuntimeError, match="mat1"):
         jvp(lambda y: y @ torch.zeros(2, 2, dtype=y.dtype), x, v)  # f's own fault is not hidden
@@ -292,7 +292,7 @@ def test_the_push_forward_agrees_with_thirty_thousand_chains():
     n, field = 30_000, smoothed_score_field(line(), WIDE, 0.12)
     exactly = gap_mass(push_forward(field, GRID, AXIS), line())
     with torch.no_grad():
-        made = ancestral(field, generator(n, 1, seed=3), GRID, seeded(4))
+        made = ancestral(field, normal(n, 1, seed=3), GRID, seeded(4))
     expected = torch.cat((exactly.masses, torch.tensor([exactly.beyond])))
     found = line().fractions(made, 6.0)
     error = (expected * (1 - expected) / n).sqrt()
@@ -397,7 +397,7 @@ def test_detectors_find_the_chains_that_end_between_modes():
             detector(pred, t_next)
 
     with torch.no_grad():
-        made = ancestral(field, generator(n, 1, seed=5), GRID, seeded(6), watch=watch)
+        made = ancestral(field, normal(n, 1, seed=5), GRID, seeded(6), watch=watch)
     gone = line().membership(made, 6.0) < 0
     assert float(gone.double().mean()) == pytest.approx(0.0023, abs=4 * math.sqrt(0.0023 / n))
     assert auroc(variance.scores, gone) > 0.95
@@ -417,7 +417,7 @@ def test_the_streaming_variance_is_the_variance_of_the_kept_predictions():
         detector(pred, t_next)
         kept.append(pred.x_0)
 
-    ancestral(field, generator(7, 2), last_steps(WIDE, 20), seeded(), watch=watch)
+    ancestral(field, normal(7, 2), last_steps(WIDE, 20), seeded(), watch=watch)
     assert window(20, 0.5, 0.8) == range(10, 16)
     expected = torch.stack(kept[10:16]).var(0, correction=0).mean(1)
     torch.testing.assert_close(detector.scores, expected)
@@ -429,7 +429,7 @@ def test_the_streaming_variance_is_the_variance_of_the_kept_predictions():
 
 def test_both_sides_of_the_identity_agree_for_an_exact_field_and_not_for_a_smooth_one():
     n, t = 100_000, time(12)
-    x_0, eps = line().sample(n, seeded()), generator(n, 1, seed=1)
+    x_0, eps = line().sample(n, seeded()), normal(n, 1, seed=1)
     x_t = noised(WIDE, x_0, eps, t)
     between = (x_t / WIDE.alpha(t) - line().means[:, 0]).abs().min(1).values > 0.4  # chosen by x_t alone
 
@@ -444,14 +444,14 @@ def test_both_sides_of_the_identity_agree_for_an_exact_field_and_not_for_a_smoot
             assert in_errors(gap) < -8 and in_errors(gap[between]) > 8
     # any direction will do, in the plane too
     points = lattice()
-    y = noised(WIDE, points.sample(n, seeded()), generator(n, 2, seed=1), t)
-    gap = consistency_gap(exact(points), y, t, generator(n, 2, seed=1), seeded(3)).gap
+    y = noised(WIDE, points.sample(n, seeded()), normal(n, 2, seed=1), t)
+    gap = consistency_gap(exact(points), y, t, normal(n, 2, seed=1), seeded(3)).gap
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / math.sqrt(n)
 
 
 def test_a_profile_reads_an_exact_field_as_physical():
     data = line().sample(4000, seeded())
-    found = profile(exact(line()), generator(500, 1), GRID, seeded(), every=50, data=data)
+    found = profile(exact(line()), normal(500, 1), GRID, seeded(), every=50, data=data)
     assert len(found.moments) == 6 and found.n == 500
     times = [moment.t for moment in found.moments]
     assert times == sorted(times, reverse=True) and times[-1] == pytest.approx(1e-3)
@@ -467,7 +467,7 @@ def test_a_profile_sees_a_field_that_no_data_explain():
     def field(x: Tensor, t: Tensor) -> Prediction:
         return Prediction("eps", 3 * x / WIDE.sigma(t), x, t, WIDE)  # Jn = -3 everywhere
 
-    found = profile(field, generator(20, 2), last_steps(WIDE, 3), seeded())
+    found = profile(field, normal(20, 2), last_steps(WIDE, 3), seeded())
     assert [moment.unphysical for moment in found.moments] == [1.0] * 3
     assert found.moments[0].norms == pytest.approx((3.0,) * 4)
     assert found.moments[0].gap is None
