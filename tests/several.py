@@ -145,7 +145,7 @@ VERBS: dict[str, Callable[[Run], tuple[Model, int]]] = {
     "sharpen, jacobian": lambda run: sharpen(run, method="jacobian-match"),
 }
 # what FSDP is tried on, which wants groups that its processes can share evenly
-EVEN = {"prompts_per_epoch": 2, "epochs": 1, "updates": 2}
+EVEN = {"prompts_per_epoch": 2}
 SHARDED: dict[str, Callable[[Run], tuple[Model, int]]] = {
     "erase, lora": lambda run: erase(run, batch=4, budget=24),
     "align, lora": lambda run: align(run, estimator="nft", rollout="ode", **EVEN),

@@ -292,7 +292,7 @@ def test_sample_configs_are_launched(name: str, tmp_path: pathlib.Path) -> None:
     assert f"{name}.yaml`" in (HERE.parent / "docs" / "scale.md").read_text()
     told = tmp_path / "told.py"
     told.write_text(
-        "import os; print(*(os.environ.get(n, '') for n in ('WORLD_SIZE', 'ACCELERATE_USE_FSDP', 'FSDP_VERSION')))"
+        "from os import environ as e; print(e.get('WORLD_SIZE', 1), *map(e.get, ('ACCELERATE_USE_FSDP', 'FSDP_VERSION')))"
     )
     count = 2 if config["num_processes"] > 1 else 1
     done = run([*accelerated([], name, count), "--num_machines", "1", "--machine_rank", "0", str(told)], tmp_path)
@@ -300,7 +300,7 @@ def test_sample_configs_are_launched(name: str, tmp_path: pathlib.Path) -> None:
     fsdp = config["distributed_type"] == "FSDP"
     for line in done.stdout.splitlines():
         world, *rest = line.split()
-        assert int(world) == count and rest == (["true", "2"] if fsdp else rest)
+        assert int(world) == count and (rest == ["true", "2"]) == fsdp
 
 
 def test_a_reader_of_one_process_hears_itself() -> None:

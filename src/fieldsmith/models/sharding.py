@@ -6,6 +6,7 @@ the files straight to their places, so that a process needs memory for its part 
 
 from __future__ import annotations
 
+import json
 import pathlib
 import warnings
 from typing import Any
@@ -56,6 +57,11 @@ def shard(network: nn.Module) -> None:
 
 
 def _files(folder: pathlib.Path, variant: str | None) -> list[pathlib.Path]:
+    """Those that an index names, where there is one, as diffusers reads them; else all of the variant."""
+    ending = f".safetensors.index.{variant}.json" if variant else ".safetensors.index.json"
+    for index in folder.glob(f"*{ending}"):
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({folder / name for name in names})
     files = sorted(folder.glob("*.safetensors"))
     chosen = [file for file in files if (f".{variant}" in file.name if variant else file.name.count(".") == 1)]
     return chosen or files
