@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from fieldsmith.errors import InputError
-from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.config import DistillConfig, objective_of
 from fieldsmith.methods.distill.curriculum import (
     Curriculum,
     base,
@@ -34,7 +34,7 @@ from fieldsmith.methods.distill.identifiability import (
     unseen_error,
 )  # fmt: skip
 from fieldsmith.methods.distill.losses import feature_loss, pair_loss, row_loss, square, weighted
-from fieldsmith.methods.distill.objectives import OBJECTIVES, Objective, objective_of
+from fieldsmith.methods.distill.objectives import OBJECTIVES, Objective
 from fieldsmith.paths import (
     Prediction,
     RectifiedFlow,

@@ -20,10 +20,9 @@ from fieldsmith.methods.distill import curriculum as weights_of
 from fieldsmith.methods.distill import step as steps
 from fieldsmith.methods.distill import teacher as asked_of
 from fieldsmith.methods.distill.bank import SHARD, Bank, Source, draw, fingerprint, place, states_at
-from fieldsmith.methods.distill.config import PRESETS, DistillConfig
+from fieldsmith.methods.distill.config import PRESETS, DistillConfig, objective_of
 from fieldsmith.methods.distill.curriculum import times_of
 from fieldsmith.methods.distill.features import blocks, places
-from fieldsmith.methods.distill.objectives import objective_of
 from fieldsmith.methods.distill.step import Step, check_pair
 from fieldsmith.methods.distill.teacher import Feed, curriculum_for
 from fieldsmith.models import load

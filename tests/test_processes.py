@@ -292,7 +292,8 @@ def test_sample_configs_are_launched(name: str, tmp_path: pathlib.Path) -> None:
     assert f"{name}.yaml`" in (HERE.parent / "docs" / "scale.md").read_text()
     told = tmp_path / "told.py"
     told.write_text(
-        "from os import environ as e; print(e.get('WORLD_SIZE', 1), *map(e.get, ('ACCELERATE_USE_FSDP', 'FSDP_VERSION')))"
+        "from os import environ\n"
+        "print(environ.get('WORLD_SIZE', 1), environ.get('ACCELERATE_USE_FSDP'), environ.get('FSDP_VERSION'))"
     )
     count = 2 if config["num_processes"] > 1 else 1
     done = run([*accelerated([], name, count), "--num_machines", "1", "--machine_rank", "0", str(told)], tmp_path)

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fieldsmith.commands import arguments
-from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.config import DistillConfig, objective_of
 from fieldsmith.methods.distill.identifiability import identifiability, unseen_error
-from fieldsmith.methods.distill.objectives import OBJECTIVES, objective_of
+from fieldsmith.methods.distill.objectives import OBJECTIVES
 
 HEADERS = ("objective", "rank", "costs nothing", "so at w=3 the guided error is", "condition number")
 

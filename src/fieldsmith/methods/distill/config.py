@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 
 from fieldsmith.config import GIVEN, Count, DataConfig, FitConfig, MemoryConfig, Natural, NonNegative, Positive, config
 from fieldsmith.errors import InputError, check_word
-from fieldsmith.methods.distill.objectives import BY_ROW, FEATURES, OBJECTIVES, WEIGHTS, Name, objective_of
+from fieldsmith.methods.distill.objectives import BY_ROW, FEATURES, OBJECTIVES, WEIGHTS, Name, Objective
 from fieldsmith.read import read_json
 
 Curriculum = Literal["uniform", "tirt", "sigmoid", "min-snr", "min-snr-x0", "p2", "edm2"]
@@ -178,3 +179,17 @@ SCALES: dict[str, dict[str, Any]] = {
     "laptop": {},
     "paper": {"steps": 234_000, "lr": 1e-4, "weight_decay": 1e-3, "ema": 0.999, "warmup": 0},
 }
+
+
+def objective_of(config: DistillConfig) -> Objective:
+    """The objective that the settings name, with their own weights. Raises InputError where nothing is left of it."""
+    objective = OBJECTIVES[config.objective]
+    if objective.composite and not isinstance(objective.scales, str):
+        scales = config.guidance_scales if objective.guided_input else config.composite_scales
+        objective = replace(objective, scales=scales)
+    own = {name: value for name in WEIGHTS if (value := getattr(config, name)) is not None}
+    dropped = config.null_share if config.layout == "split" and config.natural else None
+    objective = replace(objective, **own, null_share=dropped)
+    if not any((objective.composite, *(getattr(objective, name) for name in WEIGHTS))):
+        raise InputError("every weight of the objective is 0; set imitation or another one above 0")
+    return objective

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fieldsmith.measure.guidance import ask, noised_tuples, path_tuples
 from fieldsmith.measure.sweep import Sweep
-from fieldsmith.methods.distill.config import DistillConfig
-from fieldsmith.methods.distill.objectives import objective_of
+from fieldsmith.methods.distill.config import DistillConfig, objective_of
 from fieldsmith.models.branches import Branches
 from fieldsmith.training import step_generator
 from fieldsmith.verb import Job, Side

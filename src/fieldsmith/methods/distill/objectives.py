@@ -1,17 +1,13 @@
 """What each objective weighs: terms in the branch errors (e_c, e_u) at one input (DASH notes, 2.1 and 3).
 
-In: a DistillConfig. Out: an `Objective`. identifiability.py says what each leaves open; importing this costs no torch.
+config.py has the objective of a DistillConfig; identifiability.py says what each leaves open. Importing this costs no
+torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
-
-from fieldsmith.errors import InputError
-
-if TYPE_CHECKING:
-    from fieldsmith.methods.distill.config import DistillConfig
+from dataclasses import dataclass
+from typing import Literal
 
 Name = Literal[
     "dash", "conditional", "composite", "tag", "gap", "cond+gap", "matched-dropout", "student-dropout", "w-conditioned",
@@ -61,17 +57,3 @@ OBJECTIVES: dict[str, Objective] = {
     "scratch": Objective(anchor=1, unconditional=1, null_target="noise"),
 }
 WEIGHTS = ("imitation", "unconditional", "anchor", "gap")  # those that the settings may give
-
-
-def objective_of(config: DistillConfig) -> Objective:
-    """The objective that the settings name, with their own weights. Raises InputError where nothing is left of it."""
-    objective = OBJECTIVES[config.objective]
-    if objective.composite and not isinstance(objective.scales, str):
-        scales = config.guidance_scales if objective.guided_input else config.composite_scales
-        objective = replace(objective, scales=scales)
-    own = {name: value for name in WEIGHTS if (value := getattr(config, name)) is not None}
-    dropped = config.null_share if config.layout == "split" and config.natural else None
-    objective = replace(objective, **own, null_share=dropped)
-    if not any((objective.composite, *(getattr(objective, name) for name in WEIGHTS))):
-        raise InputError("every weight of the objective is 0; set imitation or another one above 0")
-    return objective

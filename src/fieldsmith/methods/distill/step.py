@@ -16,12 +16,12 @@ from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.distill import curriculum as weights_of
 from fieldsmith.methods.distill.bank import Bank, Rows, Source
-from fieldsmith.methods.distill.config import DistillConfig
+from fieldsmith.methods.distill.config import DistillConfig, objective_of
 from fieldsmith.methods.distill.curriculum import Curriculum
 from fieldsmith.methods.distill.features import Regressors, places, recorded
 from fieldsmith.methods.distill.identifiability import identifiability
 from fieldsmith.methods.distill.losses import feature_loss, pair_loss, row_loss, square, weighted
-from fieldsmith.methods.distill.objectives import FEATURES, Objective, objective_of
+from fieldsmith.methods.distill.objectives import FEATURES, Objective
 from fieldsmith.methods.distill.teacher import PROFILE, Feed, curriculum_for, fitted, operations
 from fieldsmith.models.branches import branches
 from fieldsmith.models.core import Condition, Model
