@@ -22,7 +22,8 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
+from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload, wait_on_cpu
+from fieldsmith.rewards.reward import Reward, weighted
 from fieldsmith.training import Optimisation, fit
 
 PAIR = ["--targets", "red circle", "--anchors", "blue circle"]
@@ -212,6 +213,18 @@ def test_parts_wait_on_the_cpu_and_come_when_they_are_called():
         assert model.went == [("text_encoder", "meta")]
         model.network(torch.zeros(1, 2))
     assert model.went == [("text_encoder", "meta"), ("text_encoder", "cpu")]
+
+
+def test_a_rewards_network_waits_between_two_judgements():
+    model, judge = Elsewhere(), nn.Linear(2, 2).to("meta")
+    judge.to = lambda device: model.move("judge", judge, device)
+    model.parts["judge"] = judge
+    wait_on_cpu(model, weighted([(1.0, Reward("a", True, judge, (judge,)))]).networks)
+    assert model.went == []
+    with torch.no_grad():
+        model.network(torch.zeros(1, 2))
+        model.network(torch.zeros(1, 2))
+    assert model.went == [("judge", "cpu")]
 
 
 # moments of 8 bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -221,6 +222,7 @@ def test_a_plan_as_json_and_as_tables(small_folder, capsys):
     capsys.readouterr()
     plan._print(planning.Plan(**{**found, "components": [Component(**part) for part in found["components"]]}))
     text = capsys.readouterr().out
+    assert found["seconds"] > 0 and "ms each, measured here" in text.replace("\n", " ")
     assert "network evaluations" in text and "text_encoder_2" in text and f"{found['trainable']:,}" in text
 
 
@@ -285,3 +287,15 @@ def test_a_hub_id_without_a_network_is_refused(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match="configs of 'org/name' could not be fetched from the hub"):
         meta_model("org/name")
+
+
+def test_time_is_that_of_one_evaluation_that_is_measured_here(small_folder, flux_folder, tmp_path, monkeypatch):
+    ticks = itertools.count(0, 2)  # each evaluation takes 2 seconds
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: next(ticks))
+    config = plan_error.ERASE.replace(model=str(small_folder))
+    assert planning.evaluation_seconds(str(small_folder), config, None, 4) == 2 / 4
+    bare = tmp_path / "bare"
+    shutil.copytree(flux_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert planning.evaluation_seconds(str(bare), config, None, 4) is None  # no weights
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1e3)
+    assert planning.evaluation_seconds(str(small_folder), config, None, 4) is None  # no room

@@ -7,6 +7,8 @@ is downloaded but JSON, and nothing is trained or written.
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fieldsmith import api, rewards, training, verb
+from fieldsmith import api, processes, rewards, training, verb
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill.verb import DISTILL
 from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.methods.sharpen.verb import SHARPEN
+from fieldsmith.models import load, pipeline_folder
+from fieldsmith.models.core import free_memory
 from fieldsmith.models.estimate_memory import (
     EMA,
     MOMENTS,
@@ -42,6 +46,7 @@ from fieldsmith.training import Fit
 from fieldsmith.verb import Job, Verb
 
 ELSEWHERE = "parts that wait on the CPU"
+SOME = 32  # states that are tried at once, to see how long one takes
 EQUAL, MOST = 5, 24  # collections that are rehearsed: until so many in a row cost the same, and at most
 
 
@@ -59,6 +64,7 @@ class Plan:
     reward_calls: int
     disk: dict[str, int]
     notes: list[str]
+    seconds: float | None = None  # of the network evaluations, from one that was measured here; None: no weights here
 
 
 class Judged:
@@ -158,10 +164,39 @@ def plan(name: str, config: Any) -> Plan:
     }  # fmt: skip
     if getattr(config, "bank", 0) and "teacher forwards" in seen.cost:  # each is a state of fp16 numbers
         disk["bank/"] = 2 * learner.noise(1, torch.Generator()).numel() * seen.cost["teacher forwards"]
+    each = evaluation_seconds(source, config, dtype, min(SOME, learner.chunk))
     return Plan(
         name, source, parts, sum(p.numel() for p in trained), seen.memory, sum(seen.memory.values()), seen.nfe,
-        seen.reward_calls, disk, _notes(seen, config),
+        seen.reward_calls, disk, _notes(seen, config), each and each * seen.nfe,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def evaluation_seconds(source: str, config: Any, dtype: torch.dtype | None, states: int) -> float | None:
+    """Of one state, among so many, on this machine; None where the network's weights are not here or do not fit.
+
+    A run takes longer: it decodes, asks judges and measures, too.
+    """
+    folder = pipeline_folder(source)
+    files = list(folder.rglob("*.safetensors")) if folder else []
+    if not files or sum(file.stat().st_size for file in files) > free_memory(processes.device()):
+        return None
+    try:
+        model: Any = load(source, getattr(config, "resolution", None), dtype)
+    except InputError:  # such as files without numbers, which a plan does without
+        return None
+    model.precision = processes.mixed_precision()
+    words = (*getattr(config, "targets", ()), *getattr(config, "prompts", ()), *getattr(model, "classes", ()), "")
+    x = model.noise(states, torch.Generator().manual_seed(0))
+    condition = model.encode([words[0]] * states)
+    if hasattr(model, "with_latents"):
+        condition = model.with_latents(condition, x)
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        float(model.predict(x, torch.tensor(0.5), condition).value.sum())  # waits for a GPU
+        best = min(best, time.perf_counter() - began)
+    return best / states
 
 
 def _notes(seen: Rehearsed, config: Any) -> list[str]:

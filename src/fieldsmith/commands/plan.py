@@ -1,13 +1,14 @@
 """`fieldsmith plan VERB ...`: what a run would take, before a weight is downloaded or a step is taken.
 
-In: a verb and the words that it takes itself. Out: parameters, peak memory by part, network evaluations, reward calls
-and disk, printed as tables or as JSON. The verb's own preparation and its first updates are rehearsed on a model of
-its JSON configs alone (models/meta_model.py, models/rehearsal.py); rewards and judges are stood in for.
+In: a verb and the words that it takes itself. Out: parameters, peak memory by part, network evaluations, reward calls,
+time and disk, printed as tables or as JSON. The verb's own preparation and its first updates are rehearsed on a model
+of its JSON configs alone (models/meta_model.py, models/rehearsal.py); rewards and judges are stood in for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib
 import json
 from collections.abc import Sequence
@@ -69,6 +70,13 @@ def _print(made: Plan) -> None:
     console.print(peak)
     calls = f", {made.reward_calls:,} reward calls" if made.reward_calls else ""
     console.print(f"cost: {made.nfe:,.0f} network evaluations{calls}", highlight=False)
+    if made.seconds is not None:
+        each = f"{1000 * made.seconds / made.nfe:.3g} ms each, measured here" if made.nfe else ""
+        console.print(
+            f"time: {datetime.timedelta(seconds=round(made.seconds))} for the network evaluations ({each}); decoding, "
+            "judges and measuring come on top",
+            highlight=False,
+        )
     disk = ", ".join(f"{name} {size(bytes_)}" for name, bytes_ in made.disk.items() if bytes_)
     console.print(f"disk: {disk}", highlight=False)
     for note in made.notes:

@@ -91,6 +91,13 @@ def predict_rows(
     return Prediction(parts[0].kind, torch.cat([part.value for part in parts]), x, t, parts[0].path)
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
+
+
 @dataclass(eq=False)
 class Nfe:
     """Network function evaluations: a forward of one state is 1, its backward 2 more."""
@@ -265,9 +272,7 @@ class Model(Trainable):
 
     def free_memory(self) -> float:
         """Bytes that are free on the network's device."""
-        if self.device.type == "cuda":
-            return float(torch.cuda.mem_get_info(self.device)[0])
-        return float(psutil.virtual_memory().available)
+        return free_memory(self.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ In: a model, whose outputs stay the same. Weights in bf16 are `models.load(dtype
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,3 +74,15 @@ def offload(model: Model) -> list[str]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return list(parts)
+
+
+def wait_on_cpu(model: Model, networks: Sequence[nn.Module]) -> None:
+    """Other networks, such as a reward's, go back to the CPU when the denoiser is called; who asks them brings them."""
+
+    def leave(*_: Any) -> None:
+        for network in networks:
+            if next(network.parameters()).device.type != "cpu":
+                network.to("cpu")
+
+    if networks and model.device.type != "cpu":
+        model.network.register_forward_pre_hook(leave)

@@ -68,4 +68,4 @@ def classifier(heldout: bool = False) -> Reward:
         log_p = torch.cat(log_probabilities(net.to(images.device), images.float()), 1)
         return (weights.to(log_p) * log_p).sum(1)
 
-    return Reward(name, True, judge)
+    return Reward(name, True, judge, (net,))

@@ -109,7 +109,7 @@ def clip_score(source: str, name: str = "clip", scaled: bool = False) -> Reward:
         cosine = (clip.image_features(images) * clip.text_features(prompts, images.device)).sum(1)
         return cosine * clip.model.logit_scale.exp() if scaled else cosine
 
-    return Reward(f"{name}:{source}", True, judge)
+    return Reward(f"{name}:{source}", True, judge, (clip.model,))
 
 
 def aesthetic(source: str, head: str | None = None) -> Reward:
@@ -130,7 +130,7 @@ def aesthetic(source: str, head: str | None = None) -> Reward:
     def judge(images: Tensor, _: Sequence[str]) -> Tensor:
         return layers.to(images.device)(clip.image_features(images))[:, 0]
 
-    return Reward(f"aesthetic:{source}", True, judge)
+    return Reward(f"aesthetic:{source}", True, judge, (clip.model, layers))
 
 
 def imagereward(source: str) -> Reward:
@@ -168,7 +168,7 @@ def imagereward(source: str) -> Reward:
         score = layers.to(images.device)(text.last_hidden_state[:, 0])[:, 0]
         return (score - IMAGEREWARD_MEAN) / IMAGEREWARD_STD
 
-    return Reward(f"imagereward:{source}", True, judge)
+    return Reward(f"imagereward:{source}", True, judge, (model, layers))
 
 
 def preprocess(images: Tensor, side: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

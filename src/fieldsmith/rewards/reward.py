@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.functions import call
@@ -26,12 +26,14 @@ class Reward:
     """A function of images and prompts under a name; calling this calls it and checks what it returns.
 
     The function may return a tensor, an array or a list of n numbers. It is given a copy of the images, through which
-    gradients flow if it is `differentiable`, so that it may change them.
+    gradients flow if it is `differentiable`, so that it may change them. `networks` are what it asks, which it takes to
+    the images' device itself; with `offload` they wait on the CPU between two judgements.
     """
 
     name: str
     differentiable: bool
     function: Callable[[Tensor, list[str]], Any]
+    networks: tuple[nn.Module, ...] = ()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images (n, 3, h, w) in [0, 1], or points (n, d) of a toy model, and n prompts -> (n,) on the images' device,
@@ -165,7 +167,8 @@ def weighted(terms: Sequence[tuple[float, Reward]]) -> Reward:
         return torch.stack([weight * reward(images, prompts) for weight, reward in terms]).sum(0)
 
     name = "+".join(f"{weight:g}*{reward.name}" for weight, reward in terms)
-    return Reward(name, all(reward.differentiable for _, reward in terms), total)
+    networks = tuple(network for _, reward in terms for network in reward.networks)
+    return Reward(name, all(reward.differentiable for _, reward in terms), total, networks)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from fieldsmith.methods.policy.checks import rounding
 from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
+from fieldsmith.models.memory import wait_on_cpu
 from fieldsmith.preflight import Check
 from fieldsmith.rewards.reward import Reward, check_images
 from fieldsmith.samplers import euler
@@ -48,6 +49,8 @@ def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
             f"reward '{inputs.reward.name}' is a black box, but estimator '{config.estimator}' needs its gradient; use "
             "a zeroth-order preset such as rsm-branch-sd35 or nft, or a differentiable reward"
         )
+    if config.offload:
+        wait_on_cpu(model, [net for judge in (inputs.reward, *inputs.held_out.values()) for net in judge.networks])
     context = AlignContext.of(model, config, inputs.reward)
     x = model.noise(2, step_generator(config.seed, 0, stream=1))
     t = context.schedule.times[0].to(x)
