@@ -28,6 +28,8 @@ from fieldsmith.samplers import flow_sde_step, gaussian_step
 from fieldsmith.training import Log, Losses, Optimisation, step_generator
 from fieldsmith.verb import Job, attach
 
+WATCHED = 15  # the drift is told by every so many of the kept states
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -88,6 +90,8 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     # kept states are for the log alone unless they are trained on
     with contextlib.nullcontext() if config.retain else model.uncounted():
         kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=2))
+    watched = kept[torch.arange(0, len(kept), WATCHED)]
+    kept = kept if config.retain else watched
 
     def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         yield from method.losses(step, generator, log)
@@ -100,7 +104,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
                 log.mean("retain", distance)
                 yield config.retain * (config.gamma if config.method == "gem" else 1.0) * distance.sum() / len(states)
         if step % 5 == 0:
-            log.mean("drift", drift(model, kept, config))
+            log.mean("drift", drift(model, watched, config))
 
     def checks(resumes: bool) -> list[Check]:
         first = next(iter(method.losses(0, step_generator(config.seed, 0), Log())))
@@ -171,11 +175,10 @@ def _no_losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tens
 
 
 @torch.no_grad()
-def drift(model: Model, kept: S.Kept, config: EraseConfig, every: int = 15) -> Tensor:
-    """Relative distance of the field to the reference's at this process's part of every so many kept states, (n,);
-    not counted as cost."""
-    states = torch.arange(0, len(kept), every)
-    some = kept[states[processes.owned(len(states))]].to(model.device)
+def drift(model: Model, kept: S.Kept, config: EraseConfig) -> Tensor:
+    """Relative distance of the field to the reference's at this process's part of kept states, (n,); not counted as
+    cost."""
+    some = kept[processes.owned(len(kept))].to(model.device)
     with model.uncounted():
         change = (_field(model, some.x, some.t, some.condition, config) - some.field).flatten(1).norm(dim=1)
     return change / some.field.flatten(1).norm(dim=1)
