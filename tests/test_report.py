@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fieldsmith.report.grid import save_grid
-from fieldsmith.report.page import Caption, Page, Pair, Panel, is_numeric
+from fieldsmith.report.page import Caption, Card, Page, Pair, Panel, is_numeric
 
 
 def images(n: int, size: int = 8) -> torch.Tensor:
@@ -27,6 +27,10 @@ def full_page() -> Page:
     page.before_after("Before and after", [Pair("a triangle", images(3), images(3), captions, captions[:2])])
     page.curves("Loss", {"pull": ([0, 1, 2], [1.0, 0.5, float("nan")]), "push": ([0, 1, 2], [0, 1, 2])}, y_label="loss")
     page.curves("Panels", [Panel("A & B", {"x": ([0, 1], [1, 2])}), Panel("C", {"y": ([0], [1])}, "t", "drift")])
+    pair = Pair("a <cat>", images(9), images(9))
+    page.cards(
+        "Others", [Card("Gone & kept", "a/report.html", "It broke.", page.answer, pair, [("left", "0%", "")], "do it")]
+    )
     page.command("Repeat", ["fieldsmith erase --config a.toml", 'load("x")'])
     return page
 
@@ -63,7 +67,8 @@ def test_page_loads_nothing_and_needs_no_script():
     for tag, attributes in reader.tags:
         assert tag != "link"
         for name in ("src", "href"):
-            assert (attributes.get(name) or "#").startswith(("#", "data:image/png"))
+            where = attributes.get(name) or "#"
+            assert where.startswith(("#", "data:image/png")) or (tag == "a" and ":" not in where)  # a page beside it
         if tag == "img":
             assert attributes["alt"]
 
@@ -112,6 +117,13 @@ def test_images_are_stored_at_their_own_size_but_not_huge():
     page = Page("t")
     page.images("g", [], [("small", images(1)), ("large", [torch.full((3, 700, 1400), 0.5)])])
     assert 'width="8" height="8"' in page.html() and 'width="512" height="256"' in page.html()
+
+
+def test_a_card_leads_to_its_page_with_the_verdict_and_some_pictures():
+    text = full_page().html()
+    (card,) = re.findall(r"<article.*?</article>", text, re.DOTALL)
+    assert '<a href="a/report.html">Gone &amp; kept</a>' in card and "Gone in 98 % of images." in card
+    assert card.count("<img") == 2 * 6 and "<code>do it</code>" in card and 'class="value">0%' in card
 
 
 def test_table_alignment_highlight_and_wrong_rows():

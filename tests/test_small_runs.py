@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
+import json
 import pathlib
+from typing import Any
 
 import pytest
 
 import fieldsmith as fs
+from fieldsmith.cli import main
+from fieldsmith.commands import demo, verbs
 
 
 def test_one_prompt_and_one_image_have_no_interval(flux_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -36,3 +42,28 @@ def test_nothing_is_written_without_a_folder(
     result = fs.erase(str(flux_folder), "red circle", "blue circle", preset="tiny", steps=2, window=(0, 1), budget=1,
                       evaluate=0)  # fmt: skip
     assert result.out is None and list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_is_commands_that_are_known_and_a_card_each(
+    tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    for chapter in demo.CHAPTERS:
+        verbs.settings(chapter.verb, chapter.words.split()).check()
+    assert sum(chapter.share for chapter in demo.CHAPTERS) == pytest.approx(1)
+    words = {
+        "erase": "--targets triangle --anchors circle --budget 44 --batch 4 --window 0 10 --evaluate 1",
+        "align": "--model zoo:shapes-flux-small --reward right --held-out-rewards classifier-heldout --prompts star "
+        "--preset nft --epochs 1 --prompts-per-epoch 1 --rollouts 8 --steps 4 --evaluate 4",
+    }
+    some = [dataclasses.replace(chapter, words=words[chapter.verb]) for chapter in demo.CHAPTERS[:2]]
+    monkeypatch.setattr(demo, "CHAPTERS", some)
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "chapter 2 of 2, about 0:0" in said.err and f"open {tmp_path / 'index.html'}" in said.out
+    page = (tmp_path / "index.html").read_text()
+    for chapter in some:
+        assert (tmp_path / chapter.verb / "report.html").is_file() and f'href="{chapter.verb}/report.html"' in page
+        assert chapter.command in page
+        verdict = json.loads((tmp_path / chapter.verb / "metrics.json").read_text())["verdict"]
+        assert verdict["sentence"] in html.unescape(page)
+    assert "http" not in page

@@ -143,7 +143,8 @@ def run(
     }  # fmt: skip
     page = Page("")
     if getattr(config, verb.evaluated):
-        console.print(f"{trained.steps} steps in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
+        steps = f"{trained.steps} step{'' if trained.steps == 1 else 's'}"
+        console.print(f"{steps} in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
         with job.model.uncounted():
             with job.reference() as base:
                 before = verb.measure(base, config, job, "before")
@@ -153,6 +154,8 @@ def run(
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
         page.text("", f"{verb.evaluated} is 0: nothing was measured.")
+    if page.answer:
+        metrics["verdict"] = page.answer
     metrics = plain(metrics)  # as metrics.json has them
     result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
     if folder:

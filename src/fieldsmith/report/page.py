@@ -28,6 +28,7 @@ from fieldsmith.run import write_atomically
 # Okabe and Ito's colours, told apart with any common colour blindness; their yellow, too faint on white, is out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":")  # the second sign beside colour, for print
+PICTURES = 6  # of each side, on a card
 LARGEST = 512  # pixels; larger images are stored smaller, so that a page of FLUX images still opens
 NUMBER = re.compile(r"[\d\s.,:%±+\-−–\[\]()×x/eE→<>≤≥~]*\d[\d\s.,:%±+\-−–\[\]()×x/eE→<>≤≥~]*|[+-]?(nan|inf)")
 BLANK = ("", "—", "–", "-", "n/a")
@@ -59,6 +60,18 @@ class Panel(NamedTuple):
     series: Series
     x_label: str = "step"
     y_label: str = ""
+
+
+class Card(NamedTuple):
+    """Another page in a gallery: what it is about, what came out, and the command that made it."""
+
+    title: str
+    link: str  # relative
+    complaint: str  # what is to be mended, in a user's words
+    verdict: Mapping[str, str]  # tone, word, sentence, as `Page.answer`
+    pair: Pair  # whose first images are shown
+    numbers: list[tuple[str, str, str]]  # label, value, note
+    command: str
 
 
 @dataclass(frozen=True)
@@ -93,9 +106,13 @@ class Page:
         """Prose, one string a paragraph."""
         self.sections.append(Section("text", heading, lines_of(paragraphs)))
 
-    def chapters(self, heading: str, links: Iterable[tuple[str, str, str]]) -> None:
-        """Links to other pages beside this one, each (title, relative address, sentence)."""
-        self.sections.append(Section("chapters", heading, list(links)))
+    def cards(self, heading: str, cards: Iterable[Card]) -> None:
+        """A gallery of other pages beside this one."""
+        bodies = []
+        for one in cards:
+            pair = one.pair._replace(before=one.pair.before[:PICTURES], after=one.pair.after[:PICTURES])
+            bodies.append({"card": one, "grid": grid_of(pair.label, _sides(pair, ("before", "after")))})
+        self.sections.append(Section("cards", heading, bodies))
 
     def table(
         self,
@@ -137,9 +154,7 @@ class Page:
         grids = []
         for pair in (Pair(*row) for row in rows):
             self.pairs.append(pair)
-            before = line_of(sides[0], f"{pair.label}, {sides[0]}", pair.before, pair.before_captions)
-            after = line_of(sides[1], f"{pair.label}, {sides[1]}", pair.after, pair.after_captions)
-            grids.append(grid_of(pair.label, [before, after]))
+            grids.append(grid_of(pair.label, _sides(pair, sides)))
         self.sections.append(Section("images", heading, grids, note))
 
     def curves(
@@ -159,6 +174,11 @@ class Page:
         """A block of code: how to repeat the run, how to load what it made."""
         self.sections.append(Section("command", heading, "\n".join(lines_of(lines)), note))
 
+    @property
+    def answer(self) -> dict[str, str] | None:
+        """The first verdict: its tone (good, bad, mixed), word and sentence."""
+        return next((section.body for section in self.sections if section.kind == "verdict"), None)
+
     def html(self) -> str:
         """The whole page."""
         source = importlib.resources.files("fieldsmith.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -173,6 +193,14 @@ class Page:
     def write(self, path: str | pathlib.Path) -> None:
         """Write the page; a reader never sees half of it."""
         write_atomically(pathlib.Path(path), self.html())
+
+
+def _sides(pair: Pair, sides: tuple[str, str]) -> list[dict[str, Any]]:
+    """A pair's two lines of a grid."""
+    return [
+        line_of(sides[0], f"{pair.label}, {sides[0]}", pair.before, pair.before_captions),
+        line_of(sides[1], f"{pair.label}, {sides[1]}", pair.after, pair.after_captions),
+    ]
 
 
 def lines_of(text: str | Iterable[str]) -> list[str]:
