@@ -211,6 +211,14 @@ def test_a_seed_decides_the_weights(flux_folder, options):
     assert not same(found[0], found[2])
 
 
+def test_a_template_is_a_pair_of_its_own():
+    config = replace(QUICK, targets=("red", "green"), anchors=("blue",), templates=("{} circle", "a {}"))
+    assert config.pairs == [
+        ("red circle", "blue circle"), ("green circle", "blue circle"), ("a red", "a blue"), ("a green", "a blue")
+    ]  # fmt: skip
+    config.check()
+
+
 def test_pairs_are_drawn_from_all_targets(model, monkeypatch):
     drawn: list[str] = []
     contrast = step._contrast
@@ -249,6 +257,7 @@ def test_an_interrupted_erasure_resumes_to_the_last_bit(flux_folder, tmp_path):
         ({"targets": ()}, "no target given"),
         ({"anchors": ()}, "no anchor given"),
         ({"anchors": (" Red  circle",)}, "is its own anchor"),
+        ({"templates": ("a {} on {}",)}, "template 'a {} on {}' should have one {}"),
         ({"targets": ("red", "blue", "a"), "anchors": ("circle", "square")}, "3 targets and 2 anchors"),
         ({"targets": ("red circel",)}, "did you mean 'circle'"),
         ({"keep": ("blue sqare",)}, "did you mean 'square'"),

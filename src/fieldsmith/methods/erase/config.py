@@ -35,6 +35,9 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     """Prompts to erase, e.g. `--targets triangle trigon`; one pair is drawn per step."""
     anchors: Words = ()
     """What each target should give instead: one per target, or one for all."""
+    templates: Words = ()
+    """Prompts with '{}' where target and anchor stand, such as `--templates "{}" "a photo of {}"`: ways in which the
+    concept is asked for, each a pair of its own. Empty: the bare words."""
     model: str = "zoo:shapes-flux"
     """A diffusers pipeline folder, a hub id, or a zoo model."""
     method: str = "gem"
@@ -134,6 +137,11 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
         for name in ("targets", "anchors"):
             if not all(word.strip() for word in getattr(self, name)):
                 raise InputError(f"one of the {name} is empty; name a concept in words")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise InputError(
+                    f"template '{template}' should have one {{}}, where the concept stands; 'a photo of {{}}'"
+                )
         if len(self.anchors) not in (1, len(self.targets)):
             raise InputError(
                 f"{len(self.targets)} targets and {len(self.anchors)} anchors; give one anchor a target, or one for all"
@@ -147,9 +155,13 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(target, anchor) prompts, a single anchor for all."""
+        """(target, anchor) prompts in every template, a single anchor for all."""
         anchors = self.anchors * len(self.targets) if len(self.anchors) == 1 else self.anchors
-        return list(zip(self.targets, anchors, strict=True))
+        return [
+            (template.replace("{}", target), template.replace("{}", anchor))
+            for template in self.templates or ("{}",)
+            for target, anchor in zip(self.targets, anchors, strict=True)
+        ]
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -40,7 +40,8 @@ def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
     draw = sampler(model, max(28, config.steps), config.rollout_guidance)  # every method is judged with one sampler
     judged: Judged | None = job.inputs.judged
     if judged is None:
-        names = list(dict.fromkeys((*config.targets[:4], *config.keep[:8])))
+        asked = [target for target, _ in config.pairs]
+        names = list(dict.fromkeys((*asked[:4], *config.keep[:8])))
         shown = {prompt: draw([prompt] * min(4, config.evaluate), config.seed) for prompt in names}
         return Measured({}, shown, draw(kept_prompts(config), config.seed))
     seen = {target: _concept(draw, judged, target, config) for target in judged.groups}
