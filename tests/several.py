@@ -1,6 +1,6 @@
 """What several processes and one process both run: each verb's loop on tiny models; the losses and weights it came to.
 
-`python several.py OUT.json [fsdp]`, in each of the processes.
+Processes are forked from one that has imported all of this: torch and diffusers alone take ten seconds a process.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import json
 import logging
 import os
 import pathlib
+import resource
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
 import torch
-import trained
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from torch import multiprocessing
 
 from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
-from fieldsmith import processes, verb
+from fieldsmith import cli, processes, verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs
 from fieldsmith.methods.align.verb import ALIGN
@@ -41,7 +41,9 @@ from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
 from fieldsmith.worlds.scenes import VOCABULARY, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+from tests import trained
 
+CONFIGS = pathlib.Path(__file__).parent.parent / "docs" / "accelerate"
 WORDS = ("a", "red", "blue", "square", "circle")
 SMALL = {"layers": 1, "single_layers": 1, "heads": 1}
 
@@ -153,25 +155,73 @@ SHARDED: dict[str, Callable[[Run], tuple[Model, int]]] = {
 }
 
 
-def main(out: pathlib.Path, some: tuple[str, ...]) -> None:
-    logging.disable()
+# launches
+
+
+def surroundings(config: str, count: int, *more: str) -> dict[str, str]:
+    """The environment that `accelerate launch` gives its processes at one of the documentation's configs."""
+    words = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(count), *more, "script.py"]
+    args = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    if not (args.multi_gpu or args.use_fsdp):
+        return prepare_simple_launcher_cmd_env(args)[1]
+    return {**prepare_multi_gpu_env(args), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(args.main_process_port)}  # fmt: skip
+
+
+def launch(function: Callable[..., None], *given: Any, config: str = "", count: int = 1, **more: str) -> None:
+    """`function(*given)` in so many processes, as accelerate would start them at a config; raises what any raised."""
+    told = surroundings(config, count, "--main_process_port", "0") if config else {}
+    multiprocessing.set_forkserver_preload(["tests.several"])
+    multiprocessing.start_processes(
+        _start, ({**told, **more}, bool(config), function, *given), count, start_method="forkserver"
+    )
+
+
+def _start(rank: int, told: dict[str, str], launched: bool, function: Callable[..., None], *given: Any) -> None:
+    os.environ.update(told, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {}))
     torch.set_num_threads(1)
-    if "DOUBLE" in os.environ:
+    function(*given)
+
+
+def command(folder: pathlib.Path, words: Sequence[str]) -> None:
+    """`fieldsmith WORDS` in a folder; what a process said goes to `err.RANK`, its exit code to `code.RANK`."""
+    os.chdir(folder)
+    with open(f"err.{processes.rank()}", "w") as err:
+        os.dup2(err.fileno(), sys.__stderr__.fileno())
+    sys.stderr = sys.__stderr__
+    pathlib.Path(f"code.{processes.rank()}").write_text(str(cli.main(words)))
+
+
+def stream(out: pathlib.Path, small: pathlib.Path, large: pathlib.Path) -> None:
+    """By how many bytes a process's memory grew at most while it loaded the large model, and that model's bytes."""
+    processes.begin()
+    load(small)  # so that all is imported
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load(large)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    total = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    given = processes.exchange([peak, total])
+    if processes.is_main():
+        out.write_text(json.dumps(given))
+
+
+def learn(out: pathlib.Path, some: Sequence[str], cut: bool = False, double: bool = False) -> None:
+    """Runs by name; `cut` after their first step, in `double` precision."""
+    logging.disable()
+    if double:
         torch.set_default_dtype(torch.float64)
     processes.begin()
     found: dict[str, Any] = {"processes": processes.count(), "sharded": processes.sharded()}
-    if "CUT" in os.environ:  # as if it were interrupted after the first step
+    if cut:  # as if it were interrupted after the first step
         whole = verb.fit
         verb.fit = lambda parameters, losses, optimisation, *rest: whole(
             parameters, losses, dataclasses.replace(optimisation, steps=1), *rest
         )
-    shared = pathlib.Path(os.environ.get("RUNS", tempfile.mkdtemp()))
     for name in some:
-        run = Run(shared / name.replace(", ", "-"), name, {"name": name})
+        run = Run(pathlib.Path(os.environ["RUNS"]) / name.replace(", ", "-"), name, {"name": name})
         model, nfe = {**VERBS, **SHARDED}[name](run)
         nfe = sum(processes.exchange(nfe))
-        spec = model.spec is not None
-        state = model.adapter_state() if spec else dict(model.network.named_parameters())
+        state = model.adapter_state() if model.spec is not None else dict(model.network.named_parameters())
         found[name] = {
             "history": run.history(),
             "weights": {key: float(processes.full(value.detach()).double().norm()) for key, value in state.items()},
@@ -180,7 +230,3 @@ def main(out: pathlib.Path, some: tuple[str, ...]) -> None:
     if processes.is_main():
         out.write_text(json.dumps(found))
     processes.wait()
-
-
-if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), tuple(sys.argv[2].split(";")) if len(sys.argv) > 2 else tuple(VERBS))

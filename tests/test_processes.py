@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-import several
 import torch
 import yaml
 
@@ -25,10 +24,9 @@ from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError
 from fieldsmith.models import load
 from fieldsmith.run import Run
-from tests import trained
+from tests import several, trained
 
 HERE = pathlib.Path(__file__).parent
-CONFIGS = HERE.parent / "docs" / "accelerate"
 # sums of many numbers differ in their order alone
 ONE_A_VERB = ("erase", "align, zeroth order", "edit", "distill", "sharpen")
 TOLERANCES = {"single": 1e-3, "double": 1e-5}
@@ -38,41 +36,43 @@ WORDS = [
 ]  # fmt: skip
 
 
-def surroundings(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))  # for experiments.tiny
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path, **more}
+def launched(launcher: Sequence[str], words: Sequence[str], folder: pathlib.Path) -> subprocess.Popen[str]:
+    """A real launch of two processes, as the documentation has it."""
+    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "-m", "fieldsmith", *words], cwd=folder, env=environment,
+        stderr=(folder / "err").open("w"), text=True,
+    )  # fmt: skip
 
 
-def accelerated(arguments: Sequence[str], how: str = "processes", count: int = 2) -> list[str]:
-    """As the documentation launches it."""
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{how}.yaml"),
-            "--num_processes", str(count), "--main_process_port", "0", *arguments]  # fmt: skip
-
-
-def run(command: Sequence[str], folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=folder, env=surroundings(**environment), capture_output=True, text=True, timeout=600
-    )
-
-
-def together(
-    folder: pathlib.Path, names: Sequence[str], how: str = "processes", count: int = 2, **environment: str
+def learned(
+    folder: pathlib.Path,
+    names: Sequence[str],
+    config: str = "",
+    count: int = 1,
+    cut: bool = False,
+    double: bool = False,
 ) -> dict[str, Any]:
-    out = folder / "together.json"
-    words = [str(HERE / "several.py"), str(out), ";".join(names)]
-    done = run(accelerated(words, how, count), HERE, RUNS=str(folder / "runs"), **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = dict(json.loads(out.read_text()))
-    assert found.pop("processes") == count and found.pop("sharded") == (how == "fsdp")
+    """What runs came to in so many processes; a second launch in the same folder goes on with them."""
+    folder.mkdir(exist_ok=True)
+    several.launch(
+        several.learn, folder / "out.json", names, cut, double, config=config, count=count, RUNS=str(folder / "runs")
+    )
+    found = dict(json.loads((folder / "out.json").read_text()))
+    assert found.pop("processes") == count and found.pop("sharded") == (config == "fsdp")
     return found
 
 
-def alone(folder: pathlib.Path, names: Sequence[str], **environment: str) -> dict[str, Any]:
-    out = folder / "alone.json"
-    words = [sys.executable, str(HERE / "several.py"), str(out), ";".join(names)]
-    done = run(words, HERE, RUNS=str(folder / "alone"), **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(out.read_text()))
+def told(folder: pathlib.Path, words: Sequence[str], count: int = 2) -> tuple[list[int], list[str]]:
+    """Exit codes and sentences of a command in so many processes that no launcher watches."""
+    several.launch(several.command, folder, words, config="processes", count=count)
+    said = "".join((folder / f"err.{rank}").read_text() for rank in range(count))
+    return [int((folder / f"code.{rank}").read_text()) for rank in range(count)], sentences(said)
+
+
+def sentences(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("fieldsmith: ")]
 
 
 def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float, padded: bool = False) -> None:
@@ -89,27 +89,31 @@ def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float, padd
     assert one["forwards"] == two["forwards"] or (padded and one["forwards"] < two["forwards"])
 
 
-@pytest.fixture(scope="module", params=["single", "double"])
-def both(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], float]:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Every verb in one process and in two: all recipes in float64, one a verb in float32."""
-    folder = tmp_path_factory.mktemp(request.param)
-    names = tuple(several.VERBS) if request.param == "double" else ONE_A_VERB
-    double = {"DOUBLE": "1"} if request.param == "double" else {}
-    return alone(folder, names, **double), together(folder, names, **double), TOLERANCES[request.param]
+    found = {}
+    for precision, names in (("single", ONE_A_VERB), ("double", tuple(several.VERBS))):
+        folder, double = tmp_path_factory.mktemp(precision), precision == "double"
+        one = learned(folder / "one", names, double=double)
+        found[precision] = one, learned(folder / "two", names, "processes", 2, double=double)
+    return found
 
 
-@pytest.mark.parametrize("name", several.VERBS)
-def test_two_processes_learn_what_one_learns(both: Any, name: str) -> None:
-    one, two, tolerance = both
-    if name not in one:
-        pytest.skip("held in float64")
-    assert_same(one[name], two[name], tolerance)
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [*(("single", name) for name in ONE_A_VERB), *(("double", name) for name in several.VERBS)],
+)
+def test_two_processes_learn_what_one_learns(both: Any, precision: str, name: str) -> None:
+    one, two = both[precision]
+    assert_same(one[name], two[name], TOLERANCES[precision])
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], pathlib.Path]:
     folder = tmp_path_factory.mktemp("sharded")
-    return alone(folder, several.SHARDED), together(folder, several.SHARDED, "fsdp"), folder
+    names = tuple(several.SHARDED)
+    return learned(folder / "one", names), learned(folder / "two", names, "fsdp", 2), folder
 
 
 @pytest.mark.parametrize("name", several.SHARDED)
@@ -120,14 +124,15 @@ def test_fsdp_learns_the_same(sharded: Any, name: str) -> None:
 def test_one_process_under_fsdp_learns_the_same(sharded: Any) -> None:
     whole, _, folder = sharded
     name = "align, lora"
-    assert_same(whole[name], together(folder / "one", [name], "fsdp", 1)[name], TOLERANCES["single"])
+    assert_same(whole[name], learned(folder / "alone", [name], "fsdp", 1)[name], TOLERANCES["single"])
 
 
 # a run goes on with another number of processes
 
 RESUMES = [
-    ("erase", "processes", 2, "", 1), ("erase", "", 1, "processes", 2), ("erase", "processes", 2, "processes", 3),
-    ("align, full", "fsdp", 2, "", 1), ("align, full", "", 1, "fsdp", 2),
+    ("erase, lora", "processes", 2, "", 1), ("erase, lora", "", 1, "processes", 2),
+    ("erase, lora", "processes", 2, "processes", 3), ("align, full", "fsdp", 2, "", 1),
+    ("align, full", "", 1, "fsdp", 2),
 ]  # fmt: skip
 
 
@@ -135,21 +140,10 @@ RESUMES = [
 def test_a_run_goes_on_with_another_number_of_processes(
     sharded: Any, tmp_path: pathlib.Path, name: str, how: str, count: int, then: str, others: int
 ) -> None:
-    environment = {"RUNS": str(tmp_path / "runs")}
-    words = [str(HERE / "several.py"), str(tmp_path / "out.json"), name]
-
-    def launch(how: str, count: int, **more: str) -> dict[str, Any]:
-        command = accelerated(words, how, count) if how else [sys.executable, *words]
-        done = run(command, HERE, **environment, **more)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return dict(json.loads((tmp_path / "out.json").read_text()))[name]
-
-    launch(how, count, CUT="1")
-    assert len(list((tmp_path / "runs").glob("*/checkpoints/step-00000001/*.safetensors"))) == (
-        2 if how == "fsdp" else 1
-    )
-    found = launch(then, others)
-    whole = sharded[0][name] if name in sharded[0] else alone(tmp_path, [name])[name]
+    learned(tmp_path / "run", [name], how, count, cut=True)
+    parts = list((tmp_path / "run" / "runs").glob("*/checkpoints/step-00000001/*.safetensors"))
+    assert len(parts) == (2 if how == "fsdp" else 1)
+    whole, found = sharded[0][name], learned(tmp_path / "run", [name], then, others)[name]
     for ours, theirs in zip(whole["history"], found["history"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-6)
     for key, norm in whole["weights"].items():
@@ -164,9 +158,11 @@ def logged(folder: pathlib.Path) -> list[dict[str, float]]:
 
 
 def test_the_command_line_in_two_processes(tmp_path: pathlib.Path) -> None:
-    done = run(accelerated(["-m", "fieldsmith", *WORDS, "--out", "two"]), tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("page: ") == 1  # one process speaks
+    accelerate = ["accelerate.commands.launch", "--config_file", str(several.CONFIGS / "processes.yaml"),
+                  "--main_process_port", "0"]  # fmt: skip
+    with launched(accelerate, [*WORDS, "--out", "two"], tmp_path) as process:
+        assert process.wait(600) == 0, (tmp_path / "err").read_text()[-3000:]
+    assert (tmp_path / "err").read_text().count("page: ") == 1  # one process speaks
     trained.erase(load("zoo:shapes-flux"), verbs.settings("erase", WORDS[1:]), Run(tmp_path / "one", "erase", {}))
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 2
@@ -176,31 +172,25 @@ def test_the_command_line_in_two_processes(tmp_path: pathlib.Path) -> None:
     assert files == {"config.toml", "metrics.jsonl", "metrics.json", "checkpoints", "adapter", "samples", "report.html"}
 
 
-def test_torchrun_and_a_reward_that_is_not_differentiated(tmp_path: pathlib.Path) -> None:
+ALIGN = ["align", "--model", "zoo:shapes-flux-small", "--epochs", "1", "--prompts-per-epoch", "2", "--evaluate", "1",
+         "--prompts", "a blue triangle", "a red star", "--out", "out"]  # fmt: skip
+
+
+def test_a_reward_that_is_not_differentiated_in_two_processes(tmp_path: pathlib.Path) -> None:
     """Once a TypeError, 'cannot pickle generator': tests drove the loop, not the command."""
-    words = ["align", "--model", "zoo:shapes-flux-small", "--reward", "right", "--preset", "flow-grpo",
-             "--epochs", "1", "--prompts-per-epoch", "2", "--rollouts", "4", "--steps", "3", "--evaluate", "1",
-             "--prompts", "a blue triangle", "a red star"]  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run([*launcher, "-m", "fieldsmith", *words, "--out", "two"], tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["steps"] == len(logged(tmp_path / "two")) > 0
-    assert logged(tmp_path / "two")[0]["reward calls"] == 8
+    words = [*ALIGN, "--reward", "right", "--preset", "flow-grpo", "--rollouts", "4", "--steps", "3"]
+    assert told(tmp_path, words)[0] == [0, 0]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == len(logged(tmp_path / "out")) > 0
+    assert logged(tmp_path / "out")[0]["reward calls"] == 8
 
 
 # what is refused, and who dies
 
 
-def sentences(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if line.startswith("fieldsmith: ")]
-
-
 def test_more_processes_than_groups_are_refused_before_loading(tmp_path: pathlib.Path) -> None:
-    done = run(accelerated(["-m", "fieldsmith", *WORDS, "--out", "three"], count=3), tmp_path)
-    assert done.returncode != 0 and not (tmp_path / "three").exists()
-    assert sentences(done.stderr) == [
-        "fieldsmith: 3 processes share batch=2, so some idle; launch at most 2, or raise it"
-    ]
+    sentence = "fieldsmith: 3 processes share batch=2, so some idle; launch at most 2, or raise it"
+    assert told(tmp_path, [*WORDS, "--out", "out"], count=3) == ([2] * 3, [sentence])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -241,13 +231,8 @@ def score(images, prompts):
 
 def test_what_fails_in_one_process_is_said_once_and_ends_all(tmp_path: pathlib.Path) -> None:
     (tmp_path / "mine.py").write_text(FAILING)
-    words = ["align", "--model", "zoo:shapes-flux-small", "--reward", "mine.py:score", "--epochs", "1",
-             "--rollouts", "2", "--prompts-per-epoch", "2", "--steps", "2", "--prompts", "a blue triangle",
-             "a red star"]  # fmt: skip
-    done = run(accelerated(["-m", "fieldsmith", *words, "--out", "out"]), tmp_path)
-    assert done.returncode != 0
-    (sentence,) = sentences(done.stderr)
-    assert "mine.py:score" in sentence and "no light" in sentence
+    codes, (sentence,) = told(tmp_path, [*ALIGN, "--reward", "mine.py:score", "--rollouts", "2", "--steps", "2"])
+    assert 0 not in codes and "mine.py:score" in sentence and "no light" in sentence
     assert not (tmp_path / "out").exists()
 
 
@@ -261,23 +246,21 @@ def until(something: Callable[[], Any], seconds: float = 120) -> Any:
 
 def test_a_process_that_dies_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path: pathlib.Path) -> None:
     words = [*WORDS, "--budget", "30000", "--evaluate", "0", "--out", "out"]
-    with (tmp_path / "err").open("w") as err:
-        launched = subprocess.Popen(
-            accelerated(["-m", "fieldsmith", *words]), cwd=tmp_path, env=surroundings(), stderr=err
-        )
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = launched(torchrun, words, tmp_path)
     try:
         until(lambda: list((tmp_path / "out" / "checkpoints").glob("step-*")))
 
         def second() -> int | None:
-            for child in psutil.Process(launched.pid).children(recursive=True):
+            for child in psutil.Process(process.pid).children(recursive=True):
                 if child.environ().get("RANK") == "1":
                     return child.pid
             return None
 
         os.kill(until(second), signal.SIGKILL)
-        assert launched.wait(timeout=60) != 0
+        assert process.wait(timeout=60) != 0
     finally:
-        launched.kill()
+        process.kill()
     assert list((tmp_path / "out" / "checkpoints").glob("step-*/state.json"))
     assert len(sentences((tmp_path / "err").read_text())) == 1
 
@@ -285,23 +268,16 @@ def test_a_process_that_dies_ends_the_run_and_the_last_good_checkpoint_stays(tmp
 # the sample configs
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_sample_configs_are_launched(name: str, tmp_path: pathlib.Path) -> None:
-    """Each is accelerate's own form, named in docs/scale.md; a dry run says what each process is told."""
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+@pytest.mark.parametrize("name", sorted(path.stem for path in several.CONFIGS.glob("*.yaml")))
+def test_sample_configs_are_accelerates_own_form(name: str) -> None:
+    """Each is named in docs/scale.md; accelerate's launcher reads it, and tells processes what it means."""
+    config = yaml.safe_load((several.CONFIGS / f"{name}.yaml").read_text())
     assert f"{name}.yaml`" in (HERE.parent / "docs" / "scale.md").read_text()
-    told = tmp_path / "told.py"
-    told.write_text(
-        "from os import environ\n"
-        "print(environ.get('WORLD_SIZE', 1), environ.get('ACCELERATE_USE_FSDP'), environ.get('FSDP_VERSION'))"
-    )
-    count = 2 if config["num_processes"] > 1 else 1
-    done = run([*accelerated([], name, count), "--num_machines", "1", "--machine_rank", "0", str(told)], tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    told = several.surroundings(name, 2 if config["num_processes"] > 1 else 1, "--num_machines", "1")
+    assert int(told.get("WORLD_SIZE", 1)) == min(config["num_processes"], 2)
+    assert told["ACCELERATE_MIXED_PRECISION"] == config["mixed_precision"]
     fsdp = config["distributed_type"] == "FSDP"
-    for line in done.stdout.splitlines():
-        world, *rest = line.split()
-        assert int(world) == count and (rest == ["true", "2"]) == fsdp
+    assert ((told.get("ACCELERATE_USE_FSDP"), told.get("FSDP_VERSION")) == ("true", "2")) == fsdp
 
 
 def test_a_reader_of_one_process_hears_itself() -> None:
@@ -313,20 +289,6 @@ def test_a_reader_of_one_process_hears_itself() -> None:
 
 # weights stream to the process that keeps them
 
-STREAM = """
-import resource, sys
-from experiments.tiny import flux_pipeline
-from fieldsmith import processes
-processes.begin()
-from fieldsmith.models import load
-load(sys.argv[1])  # a small one, so that all is imported
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = load(sys.argv[2])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-total = sum(p.numel() * p.element_size() for p in model.network.parameters())
-print(processes.rank(), (peak - before) * 1024, total, flush=True)
-"""
-
 
 def test_no_process_holds_a_network_that_streams_into_parts(tmp_path: pathlib.Path) -> None:
     """A network's peak in a process is its part and one shard, beside what is read at the moment."""
@@ -336,11 +298,9 @@ def test_no_process_holds_a_network_that_streams_into_parts(tmp_path: pathlib.Pa
         pipeline.save_pretrained(tmp_path / name)
         pipeline.transformer.save_pretrained(tmp_path / name / "transformer", max_shard_size=shard)
     files = [path.stat().st_size for path in (tmp_path / "large" / "transformer").glob("*-of-*.safetensors")]
-    (tmp_path / "stream.py").write_text(STREAM)
-    done = run(accelerated(["stream.py", "small", "large"], "fsdp"), tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert sorted(row[0] for row in rows) == ["0", "1"] and len(files) > 3
-    for _, peak, total in rows:
-        assert int(total) > 100e6
-        assert int(peak) < int(total) / 2 + max(files) + 20e6
+    several.launch(several.stream, tmp_path / "out", tmp_path / "small", tmp_path / "large", config="fsdp", count=2)
+    rows = json.loads((tmp_path / "out").read_text())
+    assert len(rows) == 2 and len(files) > 3
+    for peak, total in rows:
+        assert total > 100e6
+        assert peak < total / 2 + max(files) + 20e6
