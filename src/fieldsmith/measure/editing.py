@@ -6,13 +6,12 @@ sessions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from fieldsmith.measure.intervals import Interval, bootstrap
+from fieldsmith.measure.intervals import Interval, bootstraps
 
 DRAWS = 1000
 MEASURES = {
@@ -92,18 +91,16 @@ def scores(verdicts: SessionVerdicts, seed: int = 0) -> Scores:
     if verdicts.clean is not None:
         table = torch.cat((table, verdicts.clean.float()[:, :, None]), 2)
 
-    def by_turn(statistic: Callable[[Tensor], Tensor]) -> tuple[Interval, ...]:
-        def of_turn(t: int) -> Interval:
-            generator = torch.Generator().manual_seed(seed)
-            return replace(bootstrap(table, lambda rows: statistic(rows)[t], generator, DRAWS), unit="%")
+    def by_turn(rows: Tensor) -> Tensor:
+        done, consistency = rows[..., 0], rows[..., 1]
+        parts = [
+            instruction_following(done), marginal(done), conditional(done).nan_to_num(0.0), consistency.mean(0),
+            overall(done, consistency),
+        ]  # fmt: skip
+        if verdicts.clean is not None:
+            parts += [marginal(rows[..., 2]), exposure_gap(done, rows[..., 2])]
+        return torch.cat(parts)
 
-        return tuple(of_turn(t) for t in range(turns))
-
-    forced = verdicts.clean is not None
-    return Scores(
-        by_turn(lambda rows: instruction_following(rows[..., 0])), by_turn(lambda rows: marginal(rows[..., 0])),
-        by_turn(lambda rows: conditional(rows[..., 0]).nan_to_num(0.0)), by_turn(lambda rows: rows[..., 1].mean(0)),
-        by_turn(lambda rows: overall(rows[..., 0], rows[..., 1])),
-        by_turn(lambda rows: marginal(rows[..., 2])) if forced else (),
-        by_turn(lambda rows: exposure_gap(rows[..., 0], rows[..., 2])) if forced else (),
-    )  # fmt: skip
+    found = bootstraps(table, by_turn, torch.Generator().manual_seed(seed), DRAWS)
+    shares = [replace(interval, unit="%") for interval in found]
+    return Scores(*(tuple(shares[k * turns : (k + 1) * turns]) for k in range(len(fields(Scores)))))

@@ -94,10 +94,25 @@ def bootstrap(
     Too narrow below about 20 values; for a mean over a handful of seeds use `mean_interval`. Not scipy.stats.bootstrap,
     which draws its rows from numpy: the recorded results rest on these draws. Raises ValueError at n = 0.
     """
+
+    def one(some: Tensor) -> Tensor:
+        return torch.tensor([float(statistic(some))], dtype=torch.float64)
+
+    return bootstraps(values, one, generator, draws, level)[0]
+
+
+def bootstraps(
+    values: Tensor,
+    statistics: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    draws: int = 2000,
+    level: float = 0.95,
+) -> tuple[Interval, ...]:
+    """`bootstrap` of several statistics (k,) at once, from the same resampled rows."""
     n = _at_least_one(values)
     rows = torch.randint(n, (draws, n), generator=generator).to(values.device)
-    drawn = torch.tensor([float(statistic(values[row])) for row in rows], dtype=torch.float64)
-    return percentile_interval(float(statistic(values)), drawn, n, level)
+    drawn = torch.stack([statistics(values[row]).double() for row in rows])
+    return tuple(percentile_interval(float(v), drawn[:, k], n, level) for k, v in enumerate(statistics(values)))
 
 
 def percentile_interval(value: float, drawn: Tensor, n: int, level: float = 0.95) -> Interval:
