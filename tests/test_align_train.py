@@ -172,7 +172,7 @@ def test_t12_gaussian_terminal_converges_to_the_tilted_law(path, reward):
     """To what the field of p* makes on this grid, whose mean is p*'s; its variance is too small by the grid alone."""
     context = start(path, reward, "gaussian-terminal")
     assert context.sde == "ddim"
-    regress(context, 8)
+    regress(context, 2 if reward is O1 else 8)  # a linear reward's guidance is the same under every policy
     ours, before, law = moments(chain(context.model, context)), moments(reference(context)), optimum(reward)
     assert_moments(ours, tilted_field(context, reward), 0.015)
     assert float((ours[0] - law.mean).norm()) < 0.05 * float((before[0] - law.mean).norm())
@@ -192,7 +192,7 @@ def test_t12_gaussian_terminal_needs_the_memoryless_step():
 def test_t12_adjoint_matching_converges_to_the_best_policy_of_the_chain(path, reward, sde):
     """However coarse the grid: at its fixed point the lean adjoint is the discrete value's own gradient."""
     context = start(path, reward, "adjoint-matching", sde=sde)
-    regress(context, 8)
+    regress(context, 2 if reward is O1 else 8)
     tolerance = 1e-4 if reward is O1 else 0.02  # a linear reward's adjoint does not vary
     assert_moments(moments(chain(context.model, context)), best(reference(context), reward), tolerance)
 
@@ -203,7 +203,7 @@ def test_t12_reinforce_with_soft_returns_converges_to_the_best_policy_of_the_cha
     """At rest, the mean of the advantage times the noise is what the step's KL pulls back: f - f_ref = E[A eps] / w."""
     context = start(path, reward, "reinforce", advantage="leave-one-out", advantage_clip=1e9)
     s = context.schedule
-    for epoch in range(16):
+    for epoch in range(12):
         batch = collect(context, epoch, Log())
         rows = batch.rollout.transitions
         fit(context, batch, L.over(batch.advantage / s.w[rows.step], rows.noise) * rows.noise, 0.7)
@@ -303,7 +303,7 @@ def test_t15_the_exact_fields_of_the_mixture_and_its_optimum(before, best_field)
     "name, settings, objective",
     [
         ("reinforce", {"advantage": "leave-one-out", "rollouts": 256, "lr": 3e-3, "epochs": 50}, 0.9),
-        ("adjoint-matching", {"rollouts": 128, "lr": 3e-3, "epochs": 50}, 0.8),
+        ("adjoint-matching", {"rollouts": 128, "lr": 5e-3, "epochs": 30}, 0.8),
     ],
     ids=["reinforce", "adjoint-matching"],
 )

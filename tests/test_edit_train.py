@@ -3,9 +3,11 @@ runs that resume to the bit, and judges that fail."""
 
 from __future__ import annotations
 
+import pathlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +79,7 @@ def trained(config: EditConfig, judge: rollouts.Judge = bright, run: Run | None 
     return model, train.edit(model, config, inputs_of(config, judge), run)
 
 
+@cache
 def weights_of(config: EditConfig, judge: rollouts.Judge = bright) -> Weights:
     return weights(trained(config, judge)[0])
 
@@ -281,7 +284,6 @@ RESUMED: dict[str, dict[str, Any]] = {
     "nft, slow": {"old": "slow", "lr": 1e-2},
     "grpo": {"objective": "grpo", "updates": 2, "ema": 0.9},
 }
-TWELVE = replace(SHORT, epochs=12)
 
 
 def breaking(at: int, error: BaseException) -> Callable[..., Collection]:
@@ -295,44 +297,41 @@ def breaking(at: int, error: BaseException) -> Callable[..., Collection]:
     return broken
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["interrupted", "killed"])
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_run_that_was_cut_off_ends_with_the_weights_of_a_whole_one(
-    name: str, killed: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(TWELVE, **RESUMED[name])
+def resumed(config: EditConfig, cut: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Break off at an epoch, go on, and end as a whole run does; where the checkpoint in between is."""
     run = Run(tmp_path / "whole", "edit", config)
     whole, result = trained(config, run=run)
+    folder = tmp_path / "cut" / "checkpoints"
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "collect", breaking(11, KeyboardInterrupt()))
-        if killed:  # before it could save: the log is longer than the checkpoint
-            save = training._save
-            patch.setattr(
-                training, "_save", lambda run, done, *rest: done < 11 * config.updates and save(run, done, *rest)
-            )
+        patch.setattr(batch, "collect", breaking(cut, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             trained(config, run=Run(tmp_path / "cut", "edit", config))
-    done = 10 if killed else 11
-    (kept,) = (tmp_path / "cut" / "checkpoints").iterdir()
-    assert kept.name == f"step-{done * config.updates:08d}"
+    (kept,) = folder.iterdir()
+    shutil.copytree(kept, tmp_path / kept.name)
     again = Run(tmp_path / "cut", "edit", config)
-    resumed, ours = trained(config, run=again)
-    assert same(weights(resumed), weights(whole))
+    model, ours = trained(config, run=again)
+    assert same(weights(model), weights(whole))
     assert (ours.steps, ours.nfe) == (result.steps, result.nfe)
     assert again.history() == run.history()
+    return tmp_path / kept.name
 
 
-def test_the_old_policy_is_restored(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that took the present policy for the old one would end elsewhere."""
-    config = replace(TWELVE, old="slow", lr=1e-2)
-    run = Run(tmp_path / "run", "edit", config)
-    monkeypatch.setattr(batch, "collect", breaking(10, SystemError("killed")))
-    with pytest.raises(SystemError):
-        trained(config, run=run)
-    (kept,) = (run.folder / "checkpoints").iterdir()
+@pytest.mark.parametrize("name", RESUMED)
+def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SHORT, epochs=4, **RESUMED[name])
+    assert resumed(config, 3, tmp_path, monkeypatch).name == f"step-{3 * config.updates:08d}"
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is longer than the checkpoint, which holds the old policy: the present one would end elsewhere."""
+    save = training._save
+    monkeypatch.setattr(training, "_save", lambda run, done, *rest: done != 11 and save(run, done, *rest))
+    kept = resumed(replace(SHORT, epochs=12, old="slow", lr=1e-2), 11, tmp_path, monkeypatch)
     saved = train.weights_in(kept)
     apart = [(saved[name] - saved[f"old.{name}"]).abs().max() for name in saved if not name.startswith("old.")]
-    assert len(saved) == 2 * len(apart) and max(apart) > 1e-4
+    assert kept.name == "step-00000010" and len(saved) == 2 * len(apart) and max(apart) > 1e-4
 
 
 # costs
@@ -518,7 +517,7 @@ def test_a_judge_may_change_the_images_that_it_is_shown() -> None:
     def modest(before: Tensor, after: Tensor, instructions: list[str]) -> Any:
         return greedy(before.clone(), after.clone(), instructions)
 
-    assert same(weights_of(SHORT, load(greedy)), weights_of(SHORT, load(modest)))
+    assert same(*(weights(trained(SHORT, load(judge))[0]) for judge in (greedy, modest)))
 
 
 def test_images_that_are_not_finite_are_the_models_fault() -> None:
