@@ -112,14 +112,14 @@ def _seen(world: ScenesWorld, images: Tensor, planned: Sequence[Scene], was: Seq
     ground = world.split(world.grounds(hue, now.own))  # (n, 9, 3, c, c)
     cells = world.split(images)
     errors = [(cells - ground).square().mean((2, 3, 4))]
-    for kind in range(1, 1 + len(SHAPES) * len(COLOURS)):
-        shape, colour = divmod(kind - 1, len(COLOURS))
+    for shape in range(len(SHAPES)):
         cover = world.cover(torch.full_like(now.kind, shape), offset)[:, :, None]
-        pure = torch.tensor(INK[COLOURS[colour]]).expand(now.ink.shape)
-        # a shape left as it was has the planned shade too
-        alike = (now.kind > 0) & ((now.kind - 1) % len(COLOURS) == colour)
-        ink = torch.where(alike[..., None], now.ink, pure)[..., None, None]
-        errors.append((cells - (cover * ink + (1 - cover) * ground)).square().mean((2, 3, 4)))
+        for colour, name in enumerate(COLOURS):
+            pure = torch.tensor(INK[name]).expand(now.ink.shape)
+            # a shape left as it was has the planned shade too
+            alike = (now.kind > 0) & ((now.kind - 1) % len(COLOURS) == colour)
+            ink = torch.where(alike[..., None], now.ink, pure)[..., None, None]
+            errors.append((cells - (cover * ink + (1 - cover) * ground)).square().mean((2, 3, 4)))
     return _Seen(torch.stack(errors, -1).argmin(-1), hue)
 
 
