@@ -33,6 +33,16 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def small_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One block of each kind, for what trains many times. Read only."""
+    from experiments.tiny import flux_pipeline
+
+    folder = tmp_path_factory.mktemp("pipelines") / "small-flux"
+    flux_pipeline(WORDS, layers=1, single_layers=1, heads=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A tiny random class-conditional DDPMPipeline with three classes and a null class, saved. Read only."""
     from experiments.tiny import unet_pipeline

@@ -29,8 +29,8 @@ TEXT = {"subset": "text-inputs", "full": True}  # what UCE edits
 
 
 @pytest.fixture
-def model(flux_folder: pathlib.Path) -> Model:
-    return load(flux_folder)
+def model(small_flux_folder: pathlib.Path) -> Model:
+    return load(small_flux_folder)
 
 
 @torch.no_grad()
@@ -135,8 +135,8 @@ def test_a_paper_sized_step_costs_66_forwards(model):
     assert result.nfe == 2 * 66
 
 
-def test_chunks_change_memory_and_not_the_gradient(flux_folder):
-    whole, chunked = (log_of(load(flux_folder), replace(QUICK, budget=3, chunk=chunk))[0] for chunk in (8, 2))
+def test_chunks_change_memory_and_not_the_gradient(small_flux_folder):
+    whole, chunked = (log_of(load(small_flux_folder), replace(QUICK, budget=3, chunk=chunk))[0] for chunk in (8, 2))
     for name in ("loss", "gradient_norm", "d_plus", "lambda"):
         assert chunked[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5), name
 
@@ -170,27 +170,27 @@ def test_full_training_moves_its_subset_only(model):
 
 
 def test_gem_moves_the_target_towards_the_anchor(model):
-    rows = log_of(model, replace(QUICK, budget=100, batch=2, lr=1e-4, rank=8, subset="all-linear"))
+    rows = log_of(model, replace(QUICK, budget=100, batch=2, lr=2e-4, rank=8, subset="all-linear"))
     assert rows[0]["lambda"] == pytest.approx(0, abs=1e-4)
     assert rows[-1]["lambda"] > 0.2
     assert rows[-1]["d_plus"] < 0.9 * rows[0]["d_plus"]
 
 
-def test_retaining_holds_the_kept_prompts(flux_folder):
+def test_retaining_holds_the_kept_prompts(small_flux_folder):
     plan = replace(QUICK, budget=45, lr=3e-3, subset="attention", keep=("blue square", "red square"))
     drifts = []
     for retain in (0.0, 10.0):
-        model = load(flux_folder)
+        model = load(small_flux_folder)
         before = velocity(model, "blue square")
         erase(model, replace(plan, retain=retain))
         drifts.append(float((velocity(model, "blue square") - before).norm() / before.norm()))
     assert drifts[1] < 0.8 * drifts[0]
 
 
-def test_the_tb_weights_train_something_else(flux_folder):
+def test_the_tb_weights_train_something_else(small_flux_folder):
     found = []
     for weight in ("uniform", "tb"):
-        model = load(flux_folder)
+        model = load(small_flux_folder)
         erase(model, replace(QUICK, timestep_weight=weight))
         found.append(weights(model))
     assert not same(*found)
@@ -200,11 +200,11 @@ def test_the_tb_weights_train_something_else(flux_folder):
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"method": "eraseanything"}, {"method": "concept-ablation"}])
-def test_a_seed_decides_the_weights(flux_folder, options):
+def test_a_seed_decides_the_weights(small_flux_folder, options):
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(found))  # what the caller drew before does not matter
-        model = load(flux_folder)
+        model = load(small_flux_folder)
         erase(model, replace(QUICK, seed=seed, **options))
         found.append(weights(model))
     assert same(found[0], found[1])
@@ -232,9 +232,9 @@ def test_pairs_are_drawn_from_all_targets(model, monkeypatch):
     assert set(drawn) == {"red circle -> a", "red square -> a"}
 
 
-def test_an_interrupted_erasure_resumes_to_the_last_bit(flux_folder, tmp_path):
+def test_an_interrupted_erasure_resumes_to_the_last_bit(small_flux_folder, tmp_path):
     config = replace(QUICK, budget=36, dropout=0.5)
-    whole = load(flux_folder)
+    whole = load(small_flux_folder)
     erase(whole, config, Run(tmp_path / "whole", "erase", config))
 
     def interrupt(step: int, log: dict[str, float]) -> None:
@@ -242,8 +242,8 @@ def test_an_interrupted_erasure_resumes_to_the_last_bit(flux_folder, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        erase(load(flux_folder), config, Run(tmp_path / "cut", "erase", config), interrupt)
-    resumed = load(flux_folder)
+        erase(load(small_flux_folder), config, Run(tmp_path / "cut", "erase", config), interrupt)
+    resumed = load(small_flux_folder)
     assert erase(resumed, config, Run(tmp_path / "cut", "erase", config)).steps == 12
     assert same(weights(resumed), weights(whole))
 
