@@ -97,7 +97,7 @@ def kept_by_token(network: Any) -> int:
         return sum(layer.in_features + layer.out_features for layer in linears(module))
 
     blocks = [block for part in network.children() if isinstance(part, torch.nn.ModuleList) for block in part]
-    if not (blocks and network.is_gradient_checkpointing):
+    if not (blocks and getattr(network, "is_gradient_checkpointing", False)):  # of diffusers alone
         return widths(network)
     taken = (min((layer.in_features for layer in linears(block)), default=0) for block in blocks)
     return max(widths(block) for block in blocks) + sum(taken)
