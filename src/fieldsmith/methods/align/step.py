@@ -131,14 +131,18 @@ class Updates:
         return replace(batch, rollout=replace(rollout, transitions=rows))
 
     def checks(self) -> list[Check]:
-        """Collection 0, which the first update uses, and the gradient of its rows of largest advantage."""
+        """Collection 0, which the first update uses, and the gradient of its rows of largest advantage or guidance."""
         context, config = self.context, self.context.config
         batch = self.collections.first()
         checks = self.rounding.checks()
         if config.estimator in ("reverse-noise", "nft", "awm"):
             checks.append(_varies(context, batch))
         most = min(config.chunk, max(1, len(self._rows(batch, 0, 0))))  # an update has no more
-        some = batch.advantage.abs().argsort(descending=True)[:most]
+        size = batch.advantage.abs()
+        if batch.guidance is not None:  # a regression's, whose advantage is 0; some steps have no strength
+            step = batch.rollout.transitions.step
+            size = batch.guidance.flatten(1).norm(dim=1).cpu() * context.strength.gamma.cpu()[step.cpu()]
+        some = size.argsort(descending=True)[:most]
         loss = transition_losses(context, batch[some], Log()).mean()
         checks += preflight.gradients(context.model, loss)
         for p in context.helper.parameters() if context.helper else ():
