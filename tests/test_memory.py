@@ -18,11 +18,12 @@ from fieldsmith import optimizers, preflight, verb
 from fieldsmith.cli import main
 from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError
+from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
 from fieldsmith.models.flux import Flux
-from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload, wait_on_cpu
+from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.rewards.reward import Reward, weighted
 from fieldsmith.training import Optimisation, fit
 
@@ -215,12 +216,15 @@ def test_parts_wait_on_the_cpu_and_come_when_they_are_called():
     assert model.went == [("text_encoder", "meta"), ("text_encoder", "cpu")]
 
 
-def test_a_rewards_network_waits_between_two_judgements():
-    model, judge = Elsewhere(), nn.Linear(2, 2).to("meta")
+def test_a_rewards_networks_wait_between_two_judgements():
+    model, judge = Elsewhere(), nn.Linear(2, 2)
+    reward = weighted([(1.0, Reward("a", True, judge, (judge,)))])
+    networks = AlignInputs(reward, {"b": Reward("b", True, judge)}).networks
+    assert networks == [judge] and offload(model, networks) == ["text_encoder", "vae"]
+    judge.to("meta")  # as a reward takes it to the images' device
     judge.to = lambda device: model.move("judge", judge, device)
     model.parts["judge"] = judge
-    wait_on_cpu(model, weighted([(1.0, Reward("a", True, judge, (judge,)))]).networks)
-    assert model.went == []
+    model.went.clear()
     with torch.no_grad():
         model.network(torch.zeros(1, 2))
         model.network(torch.zeros(1, 2))

@@ -130,7 +130,7 @@ def run(
         console.print(f"this run is complete: {folder.folder / 'report.html'}")
         return Result.open(folder.folder)
     if model is None:
-        model = load_model(verb, config)
+        model = load_model(verb, config, inputs)
     else:
         check_resolution(model, getattr(config, "resolution", None))
     job, trained = train(verb, model, config, inputs, folder, callback, quiet)
@@ -290,12 +290,13 @@ def attach(
     return Check("adapter off against base", gap, "0", gap == 0, fix)
 
 
-def load_model(verb: Verb, config: Any) -> Model:
-    """What the config names, with its frozen weights in their type and its other parts where they wait."""
+def load_model(verb: Verb, config: Any, inputs: Any = None) -> Model:
+    """What the config names, with its frozen weights in their type and its other parts, and the networks that the
+    inputs have, where they wait."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else None
     model = load(getattr(config, verb.source), getattr(config, "resolution", None), dtype)
     if config.offload:
-        parts = offload(model)
+        parts = offload(model, getattr(inputs, "networks", ()))
         where = f"{', '.join(parts)} wait on the CPU" if parts else "nothing to do, the model is on the CPU already"
         Console(stderr=True).print(f"offload: {where}")
     return model

@@ -49,10 +49,10 @@ def compile_blocks(model: Model, backend: str = "inductor") -> None:
         network.compile(dynamic=True, backend=backend)
 
 
-def offload(model: Model) -> list[str]:
+def offload(model: Model, others: Sequence[nn.Module] = ()) -> list[str]:
     """Everything but the denoiser waits on the CPU: a part comes to the device when it is called, and goes back when
-    the denoiser is called next, such as once prompts are encoded. The names of those parts; none on a CPU-only machine,
-    where nothing moves.
+    the denoiser is called next, such as once prompts are encoded. So do `others`, such as a reward's networks, which
+    who asks them brings. The names of the model's parts; none on a CPU-only machine, where nothing moves.
     """
     if model.device.type == "cpu":
         return []
@@ -68,21 +68,12 @@ def offload(model: Model) -> list[str]:
         for part, hook in waiting:
             if next(part.parameters()).device.type != "cpu":
                 hook.offload()
+        for other in others:
+            if next(other.parameters()).device.type != "cpu":
+                other.to("cpu")
 
     model.network.register_forward_pre_hook(leave)
     leave()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return list(parts)
-
-
-def wait_on_cpu(model: Model, networks: Sequence[nn.Module]) -> None:
-    """Other networks, such as a reward's, go back to the CPU when the denoiser is called; who asks them brings them."""
-
-    def leave(*_: Any) -> None:
-        for network in networks:
-            if next(network.parameters()).device.type != "cpu":
-                network.to("cpu")
-
-    if networks and model.device.type != "cpu":
-        model.network.register_forward_pre_hook(leave)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
@@ -22,7 +22,6 @@ from fieldsmith.methods.policy.checks import rounding
 from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
-from fieldsmith.models.memory import wait_on_cpu
 from fieldsmith.preflight import Check
 from fieldsmith.rewards.reward import Reward, check_images
 from fieldsmith.samplers import euler
@@ -38,6 +37,11 @@ class Inputs:
     held_out: Mapping[str, Reward] = field(default_factory=dict)  # only measured, before and after
     other_prompts: tuple[str, ...] = ()  # what the run does not aim at, for its side effects; empty: no prompt
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What rewards ask; with `offload` they wait on the CPU."""
+        return [network for reward in (self.reward, *self.held_out.values()) for network in reward.networks]
+
 
 def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
     """Raise the reward of images of config.prompts, in place.
@@ -49,8 +53,6 @@ def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
             f"reward '{inputs.reward.name}' is a black box, but estimator '{config.estimator}' needs its gradient; use "
             "a zeroth-order preset such as rsm-branch-sd35 or nft, or a differentiable reward"
         )
-    if config.offload:
-        wait_on_cpu(model, [net for judge in (inputs.reward, *inputs.held_out.values()) for net in judge.networks])
     context = AlignContext.of(model, config, inputs.reward)
     x = model.noise(2, step_generator(config.seed, 0, stream=1))
     t = context.schedule.times[0].to(x)
