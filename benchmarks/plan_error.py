@@ -64,7 +64,7 @@ class Setting:
 
 SETTINGS = (
     Setting("erase", "flux", "erase", ERASE),
-    Setting("erase, mid-size", "flux-mid", "erase", ERASE),
+    Setting("erase, mid-size", "flux-mid", "erase", ERASE.replace(budget=12)),
     Setting("erase, checkpointing", "flux", "erase", ERASE.replace(checkpointing=True)),
     Setting("erase, full weights, chunks", "flux", "erase", ERASE.replace(full=True, chunk=5)),
     Setting("align", "flux", "align", ALIGN),

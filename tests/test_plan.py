@@ -16,6 +16,7 @@ from fieldsmith.cli import main
 from fieldsmith.commands import plan
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.distill import bank, teacher
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec
@@ -34,7 +35,8 @@ def pipelines(tmp_path_factory):
     return tmp_path_factory.mktemp("planned")
 
 
-@pytest.mark.parametrize("setting", plan_error.SETTINGS, ids=lambda setting: setting.name)
+# the first is what the second is on a larger network
+@pytest.mark.parametrize("setting", plan_error.SETTINGS[1:], ids=lambda setting: setting.name)
 def test_a_plan_is_what_its_run_then_takes(setting, pipelines):
     found = compare(setting, pipelines)
     assert found.error < 0.05
@@ -85,7 +87,9 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_what_a_run_spends_is_what_its_plan_says(name, pipelines):
+def test_what_a_run_spends_is_what_its_plan_says(name, pipelines, monkeypatch):
+    monkeypatch.setattr(bank, "SHARD", 128)
+    monkeypatch.setattr(teacher, "PROFILE", 128)
     found = compare(Setting(name, *RUNS[name]), pipelines)
     assert found.nfe[0] == pytest.approx(found.nfe[1], rel=1e-9) and found.reward_calls[0] == found.reward_calls[1]
     assert found.error < 0.1  # on networks this small a few states are a share

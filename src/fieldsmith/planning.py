@@ -46,7 +46,7 @@ from fieldsmith.training import Fit
 from fieldsmith.verb import Job, Verb
 
 ELSEWHERE = "parts that wait on the CPU"
-SOME = 32  # states that are tried at once, to see how long one takes
+SOME, SLOW = 32, 1.0  # states that are tried at once to see how long one takes; seconds from which once is enough
 EQUAL, MOST = 5, 24  # collections that are rehearsed: until so many in a row cost the same, and at most
 
 
@@ -165,10 +165,17 @@ def plan(name: str, config: Any) -> Plan:
     if getattr(config, "bank", 0) and "teacher forwards" in seen.cost:  # each is a state of fp16 numbers
         disk["bank/"] = 2 * learner.noise(1, torch.Generator()).numel() * seen.cost["teacher forwards"]
     each = evaluation_seconds(source, config, dtype, min(SOME, learner.chunk))
+    if each and learner.network is not meta.model.network:  # a student's or guide's, whose evaluations are counted
+        each *= count(learner) / count(meta.model)
     return Plan(
         name, source, parts, sum(p.numel() for p in trained), seen.memory, sum(seen.memory.values()), seen.nfe,
         seen.reward_calls, disk, _notes(seen, config), each and each * seen.nfe,
     )  # fmt: skip
+
+
+def count(model: Any) -> int:
+    """Parameters of its network, whose number its time follows."""
+    return sum(p.numel() for p in model.network.parameters())
 
 
 @torch.no_grad()
@@ -196,6 +203,8 @@ def evaluation_seconds(source: str, config: Any, dtype: torch.dtype | None, stat
         began = time.perf_counter()
         float(model.predict(x, torch.tensor(0.5), condition).value.sum())  # waits for a GPU
         best = min(best, time.perf_counter() - began)
+        if best > SLOW:
+            break
     return best / states
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fieldsmith.models.core import Model
 
@@ -107,11 +106,18 @@ class Live(TorchDispatchMode):
         self._total -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # every other call on fake tensors
+            return args[0].device
         output = func(*args, **(kwargs or {}))
-        for part in tree_leaves(output):
-            if isinstance(part, Tensor):
-                self._see(part, WORKING)
+        self._see_all(output)
         return output
+
+    def _see_all(self, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._see(output, WORKING)
+        elif isinstance(output, (list, tuple)):
+            for part in output:
+                self._see_all(part)
 
 
 def measured(model: Model, work: Callable[[], object]) -> int:

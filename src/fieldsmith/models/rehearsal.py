@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -31,7 +31,18 @@ aten = torch.ops.aten
 FEW = 2**16  # numbers in a tensor of one dimension that is real
 BLOCKS = 4  # a network's list of as many blocks or more is run by one of each kind
 DRAWS = (aten.randn.default, aten.randn.generator, aten.rand.default, aten.rand.generator)
+BY_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # results hang on more than shapes
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a tensor is without its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Shapes(TorchDispatchMode):
@@ -40,13 +51,14 @@ class Shapes(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode):
         super().__init__()
         self.mode, self.generator = mode, torch.Generator().manual_seed(0)
+        self._made: dict[Any, Any] = {}  # by operation and what it was given: the layout of its results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in DRAWS and math.prod(args[0]) > FEW:
             with self.mode:
                 return func(*args, **kwargs)
-        if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+        if not _any_fake(args) and not _any_fake(tuple(kwargs.values())):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             return self._real(args[0].new_empty(()), func).item()
@@ -56,10 +68,31 @@ class Shapes(TorchDispatchMode):
             return torch.ones(args[0].shape, dtype=torch.bool).nonzero()
         if func in INDEXED:
             args = (args[0], _without_masks(args[1]), *args[2:])
-        output = func(*args, **kwargs)
+        output = self._shapes(func, args, kwargs)
         if func.is_view or func._schema.is_mutable or torch._C._current_graph_task_id() != -1:
             return output
-        return tree_map(lambda part: self._real(part, func), output)
+        return _each(output, Tensor, lambda part: self._real(part, func))
+
+    def _shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """func(*args, **kwargs), remembered by what its results hang on: torch takes ten times as long to say it."""
+        if func.is_view and not kwargs:  # to(device=...) may leave the shapes
+            with in_kernel_invocation_manager(self.mode):
+                views = func(*args, **kwargs)
+            return _each(views, Tensor, lambda view: FakeTensor(self.mode, view, args[0].device))
+        if func._schema.is_mutable or not BY_NUMBERS.isdisjoint(func.tags):
+            return func(*args, **kwargs)
+        key = func, _key(args), _key(tuple(kwargs.items()))
+        if key not in self._made:
+            output = func(*args, **kwargs)
+            if _is_new(output, (args, kwargs)):
+                self._made[key] = _each(output, Tensor, _layout)
+            return output
+        return _each(self._made[key], Layout, self._empty)
+
+    def _empty(self, layout: Layout) -> Tensor:
+        with in_kernel_invocation_manager(self.mode):
+            empty = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
+        return FakeTensor(self.mode, empty, layout.device)
 
     def _real(self, part: Any, func: Any) -> Any:
         """Made-up numbers in place of few fake ones: floats in (0.1, 1), yes unless it is asked for any, no counts."""
@@ -69,6 +102,41 @@ class Shapes(TorchDispatchMode):
             return (0.1 + 0.9 * torch.rand(part.shape, generator=self.generator)).to(part.dtype)
         yes = part.dtype is torch.bool and func.overloadpacket is not aten.any
         return torch.full(part.shape, yes, dtype=part.dtype)
+
+
+def _any_fake(given: Any) -> bool:
+    return any(isinstance(part, FakeTensor) or (isinstance(part, (list, tuple)) and _any_fake(part)) for part in given)
+
+
+def _key(part: Any) -> Any:
+    """What an operation's results hang on, of one of its arguments."""
+    if isinstance(part, Tensor):
+        return _layout(part), isinstance(part, FakeTensor), part._is_zerotensor()
+    return tuple(map(_key, part)) if isinstance(part, (list, tuple)) else (type(part), part)
+
+
+def _is_new(output: Any, given: Any) -> bool:
+    """Whether all that came out are shapes with bytes of their own."""
+    parts = output if isinstance(output, (list, tuple)) else [output]
+    taken = {leaf.untyped_storage()._cdata for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    return all(
+        isinstance(part, FakeTensor)
+        and not part._is_zerotensor()
+        and part.constant is None
+        and part.untyped_storage()._cdata not in taken
+        for part in parts
+    )
+
+
+def _layout(tensor: Tensor) -> Layout:
+    return Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _each(output: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The function of every result of that kind."""
+    if isinstance(output, (list, tuple)):
+        return type(output)(_each(part, kind, function) for part in output)
+    return function(output) if isinstance(output, kind) else output
 
 
 def _without_masks(indices: Any) -> list[Any]:

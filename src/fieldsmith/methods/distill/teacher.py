@@ -137,8 +137,9 @@ def curriculum_for(teacher: Model, source: Source, config: DistillConfig) -> Cur
 
 
 @torch.no_grad()
-def teacher_losses(teacher: Model, source: Source, seed: int, n: int = PROFILE) -> tuple[Tensor, Tensor]:
-    """The frozen teacher's conditional losses against the truth at n stratified times, (n,) each; not counted."""
+def teacher_losses(teacher: Model, source: Source, seed: int) -> tuple[Tensor, Tensor]:
+    """The frozen teacher's conditional losses against the truth at PROFILE stratified times, (n,) each; not counted."""
+    n = PROFILE
     generator = step_generator(seed, 0, stream=12)
     times = weights_of.times_of(teacher.path)
     t = times[draw(len(times), n, (1.0, 1.0), True, generator)].float()
