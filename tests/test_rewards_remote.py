@@ -246,6 +246,13 @@ def test_order_is_kept_and_the_limit_of_requests_in_flight_is_respected(server):
     assert 1 < server.most <= 3
 
 
+def test_processes_share_the_limit(server, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    server.answer = lambda body, n: time.sleep(0.02) or completion("5")
+    server.judge(QUICK + "&concurrency=4")(images(8), ["a"] * 8)
+    assert server.most == 2  # in this one of two
+
+
 def test_the_limit_holds_over_calls_from_several_threads(server):
     server.answer = lambda body, n: time.sleep(0.02) or completion("5")
     one = server.judge(QUICK + "&concurrency=2")

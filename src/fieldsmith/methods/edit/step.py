@@ -65,7 +65,7 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
         batch = collections.at(epoch, log)
         yield torch.zeros(())
         if len(rows := _rows(batch, config, epoch, update)):
-            for at, real in _chunks(batch, config, epoch, update):
+            for at, real in _chunks(batch, rows, config):
                 yield real * row_losses(context, batch, batch.rows[at]).sum() / len(rows)
         if config.identity:
             yield from identity_losses(context, batch.collection, step, generator, log)
@@ -118,9 +118,9 @@ def _rows(batch: Batch, config: EditConfig, epoch: int, update: int) -> Tensor:
     return order.tensor_split(config.updates)[update]
 
 
-def _chunks(batch: Batch, config: EditConfig, epoch: int, update: int) -> Iterator[tuple[Tensor, float]]:
-    """This process's part of an update's rows, as places in batch.rows."""
-    _, own = here(batch.rows.row, _rows(batch, config, epoch, update), batch.everyone)
+def _chunks(batch: Batch, rows: Tensor, config: EditConfig) -> Iterator[tuple[Tensor, float]]:
+    """This process's part of rows by their number, as places in batch.rows."""
+    _, own = here(batch.rows.row, rows, batch.everyone)
     return processes.chunks(own, config.chunk)
 
 
@@ -132,7 +132,7 @@ def _settled(context: EditContext, batch: Batch, epoch: int, noise: Rounding) ->
         return context.output(rows.x[at], rows.step[at], collection.condition(edit), collection.source[edit])
 
     def chunks(update: int) -> Iterator[tuple[Tensor, float]]:
-        return _chunks(batch, config, epoch, update)
+        return _chunks(batch, _rows(batch, config, epoch, update), config)
 
     return replace(batch, rows=noise.settled(rows, output, chunks, config.updates))
 

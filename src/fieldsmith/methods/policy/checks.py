@@ -2,7 +2,7 @@
 
 A network's output at a row may hang on the batch that it is in: a GPU's matrix kernels are chosen by shape. Log-ratios
 to an output of the rollout then hold noise. Where that is more than a tenth of the trust region's radius, outputs are
-computed again in the loss's own chunks (`rounds`), at one forward more a row.
+computed again in the loss's own chunks (`Rounding`), at one forward more a row.
 """
 
 from __future__ import annotations
