@@ -303,7 +303,7 @@ def test_t15_the_exact_fields_of_the_mixture_and_its_optimum(before, best_field)
     "name, settings, objective",
     [
         ("reinforce", {"advantage": "leave-one-out", "rollouts": 256, "lr": 3e-3, "epochs": 50}, 0.9),
-        ("adjoint-matching", {"rollouts": 128, "lr": 5e-3, "epochs": 30}, 0.8),
+        ("adjoint-matching", {"rollouts": 128, "lr": 3e-3, "epochs": 50}, 0.8),
     ],
     ids=["reinforce", "adjoint-matching"],
 )
