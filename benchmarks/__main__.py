@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import samplers, startup, steps
+from benchmarks.claims import claim
 from benchmarks.plan_error import plan_error
 from experiments.study import render
 from fieldsmith.run import write_atomically
@@ -34,14 +35,6 @@ def help_seconds(words: str, rounds: int = 5) -> float:
         subprocess.run([sys.executable, "-m", "fieldsmith", *words.split()], check=True, capture_output=True)
         spans.append(time.perf_counter() - began)
     return min(spans)
-
-
-def claim(name: str, statement: str, value: float, unit: str, good: bool) -> dict[str, Any]:
-    """A measurement has no seeds; its interval is itself."""
-    return {
-        "id": name, "statement": statement, "paper": "", "value": value, "low": value, "high": value, "unit": unit,
-        "verdict": "reproduced" if good else "not", "seeds": [], "command": COMMAND, "forward_equivalents": 0,
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -68,16 +61,17 @@ def main() -> None:
     longest = max(started.values())
     claims = [
         claim("bench.worst_step_overhead", "a training step's CPU time over its networks' bare forwards and backwards, "
-              "less 1; the worst verb", overhead, "share", overhead <= 0.05),
+              "less 1; the worst verb", overhead, "share", overhead <= 0.05, COMMAND),
         claim("bench.worst_step_overhead_large", "the same on networks of 50 million parameters", max(large), "share",
-              max(large) <= 0.01),
+              max(large) <= 0.01, COMMAND),
         claim("bench.startup_seconds", "from the start of a run to its first step, less what its networks take",
-              began.own, "s", began.own <= 5),
+              began.own, "s", began.own <= 5, COMMAND),
         claim("bench.sampler_ratio", "our sampler's throughput over the diffusers pipeline's, the worst family",
-              slowest, "ratio", slowest >= 1),
-        claim("bench.help_seconds", "time until --help is printed, the slowest verb", longest, "s", longest <= 0.5),
+              slowest, "ratio", slowest >= 1, COMMAND),
+        claim("bench.help_seconds", "time until --help is printed, the slowest verb", longest, "s", longest <= 0.5,
+              COMMAND),
         claim("bench.plan_memory_error", "peak memory as planned against as measured, the worst case", planned, "share",
-              planned <= 0.15),
+              planned <= 0.15, COMMAND),
     ]  # fmt: skip
     write_atomically(OUT / "summary.json", json.dumps({"claims": claims}, indent=1) + "\n")
     found = {"steps": taken, "samplers": drawn}

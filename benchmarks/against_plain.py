@@ -1,6 +1,6 @@
 """Our engine beside plain loops of the same method (benchmarks/plain), step by step in one process.
 
-    python -m benchmarks.against_plain                  all of it, on one thread: writes results/bench/against_plain.*
+    python -m benchmarks.against_plain                  all of it, on one thread: writes results/against_plain
     python -m benchmarks.against_plain --only GEM       one method
 
 Network, seeds, number of forwards and optimiser are alike, and the script ends where the first losses differ by more
@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.claims import claim
 from benchmarks.plain.dash import dash
 from benchmarks.plain.flow_grpo import flow_grpo
 from benchmarks.plain.gem import gem
@@ -62,7 +63,7 @@ from fieldsmith.run import write_atomically
 from fieldsmith.worlds.scenes import ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
 
-OUT = pathlib.Path("results/bench")
+OUT = pathlib.Path("results/against_plain")
 TOLERANCE = 1e-5  # between first losses
 COPY, ENCODED, TOGETHER = "adapter off as the reference", "prompts encoded once", "branches in one forward"
 GROUPED, SHORT, PREFIX = (
@@ -289,6 +290,22 @@ class Gain:
     memory: float
 
 
+# which method is which claim's
+CLAIMED = {"GEM": "erase", "flow-GRPO": "flow_grpo", "NFT": "nft", "DASH": "distill", "MT-NFT": "edit"}
+
+
+def claims_of(rows: Sequence[Row], command: str) -> list[dict[str, Any]]:
+    """Of the methods that were measured."""
+    made = [
+        claim(f"bench.{CLAIMED[r.method]}_vs_plain_loop", f"a step's CPU time over that of a plain loop of {r.method}",
+              r.time, "ratio", r.time <= 1, command)
+        for r in rows if r.method in CLAIMED
+    ]  # fmt: skip
+    most = max(r.memory for r in rows)
+    statement = "most bytes alive over those of a plain loop, the worst method"
+    return [*made, claim("bench.memory_vs_plain_loop", statement, most, "ratio", most <= 1, command)]
+
+
 @dataclass(frozen=True)
 class Row:
     """Ours over plain; `drafted` is ours over the plain loop without any rearrangement."""
@@ -364,12 +381,15 @@ def main(words: Sequence[str] | None = None) -> None:
         console.print(f"{row.method}: {row.time:.3f} of a plain loop's time, {row.memory:.3f} of its memory")
         taken.append(row)
         gained += gains
-    write_atomically(asked.out / "against_plain.json", json.dumps(
+    command = f"python -m benchmarks.against_plain --blocks {asked.blocks}"
+    claims = claims_of(taken, command)
+    write_atomically(asked.out / "summary.json", json.dumps({"claims": claims}, indent=1) + "\n")
+    write_atomically(asked.out / "rows.json", json.dumps(
         {"rows": [dataclasses.asdict(row) for row in taken], "gains": [dataclasses.asdict(gain) for gain in gained]},
         indent=1,
     ) + "\n")  # fmt: skip
-    write_atomically(asked.out / "against_plain.md", render(
-        "against_plain.md.jinja", command=f"python -m benchmarks.against_plain --blocks {asked.blocks}",
+    write_atomically(asked.out / "README.md", render(
+        "against_plain.md.jinja", command=command, claims=claims,
         rows=[(r.method, f"{r.time:.3f}", f"{r.time_drafted:.3f}", f"{r.memory:.3f}", f"{r.memory_drafted:.3f}",
                f"{r.milliseconds:.0f}", f"{r.apart:.1e}", f"{r.last_apart:.1e}") for r in taken],
         gains=[(g.method, g.rearrangement, f"{g.time:.3f}", f"{g.memory:.3f}") for g in gained],

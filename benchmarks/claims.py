@@ -1,0 +1,13 @@
+"""Measurements as claims of a summary.json, which the studies' have too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def claim(name: str, statement: str, value: float, unit: str, good: bool, command: str) -> dict[str, Any]:
+    """A measurement has no seeds; its interval is itself."""
+    return {
+        "id": name, "statement": statement, "paper": "", "value": value, "low": value, "high": value, "unit": unit,
+        "verdict": "reproduced" if good else "not", "seeds": [], "command": command, "forward_equivalents": 0,
+    }  # fmt: skip
