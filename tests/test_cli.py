@@ -220,16 +220,17 @@ def test_bad_config_files(capsys, tmp_path, text, says):
 def test_flags_overrule_the_file_and_the_file_the_preset(tmp_path):
     file = tmp_path / "my.toml"
     file.write_text('budget = 7\nrank = 3\nkeep = ["star"]\nlr = 1\nout = "here"')
-    config = configure([*PAIR, "--preset", "demo", "--config", str(file), "--rank=5"])
-    demo = preset("demo")
+    config = configure([*PAIR, "--config", str(file), "--rank=5"])
+    protect = preset("protect")
     assert (config.budget, config.rank, config.keep, config.lr) == (7, 5, ("star",), 1)
-    assert (config.margin, config.batch, config.out) == (demo.margin, demo.batch, pathlib.Path("here"))
+    assert (config.margin, config.batch, config.out) == (protect.margin, protect.batch, pathlib.Path("here"))
 
 
 def test_the_model_chooses_the_preset_and_the_method_its_numbers(tmp_path):
     file = tmp_path / "my.toml"
     file.write_text('method = "esd"\n')
-    assert configure([]) == preset("tiny")
+    assert configure([]) == preset("protect")
+    assert configure(["--method", "esd"]) == preset("tiny", "esd")
     assert configure(["--model", "org/flux"]) == replace(preset("paper"), model="org/flux")
     assert configure(["--config", str(file)]) == preset("tiny", "esd")
     assert configure(["--config", str(file), "--method", "uce"]) == preset("tiny", "uce")
@@ -319,11 +320,11 @@ def test_a_machine_that_gives_out_is_code_3(capsys, tmp_path, flux_folder, monke
 def erased(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The triangle erased from the zoo's model."""
     out = tmp_path_factory.mktemp("runs") / "no-triangle"
-    assert main(["erase", "--preset", "demo", *PAIR, "--budget", "2640", "--evaluate", "8", "--out", str(out)]) == 0
+    assert main(["erase", *PAIR, "--budget", "2640", "--evaluate", "8", "--out", str(out)]) == 0
     return out
 
 
-def test_the_demo_erases_the_triangle_and_little_else(erased):
+def test_the_default_erases_the_triangle_and_little_else(erased):
     metrics = json.loads((erased / "metrics.json").read_text())
     found = metrics["concepts"]["triangle"]
     assert found["target detected before"]["value"] > 0.8

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fieldsmith.api import erase_inputs
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.erase import states, step
 from fieldsmith.methods.erase.config import METHODS, EraseConfig
-from fieldsmith.methods.erase.step import Projected
+from fieldsmith.methods.erase.step import Projected, encoded
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.run import Run
+from fieldsmith.worlds import emoji_captions
 from tests.drawn import seeded
 from tests.trained import erase, weights_in
 
@@ -151,7 +153,7 @@ def test_two_steps_change_the_target_prompt_and_leave_the_reference(model, metho
     options: dict[str, Any] = TEXT if method == "uce" else {}
     result = erase(model, replace(QUICK, method=method, budget=2 * per_step, **options))
     assert result.steps == (0 if method in ("uce", "projection") else 2)
-    changed: Any = Projected(model, QUICK) if method == "projection" else model
+    changed: Any = Projected(model, QUICK, encoded(model, QUICK.pairs)) if method == "projection" else model
     assert not torch.equal(velocity(changed), base)
     with model.reference():
         assert torch.equal(velocity(model), base)
@@ -218,6 +220,42 @@ def test_a_template_is_a_pair_of_its_own():
         ("red circle", "blue circle"), ("green circle", "blue circle"), ("a red", "a blue"), ("a green", "a blue")
     ]  # fmt: skip
     config.check()
+    auto = replace(QUICK, templates=("auto",))
+    auto.check()
+    assert ("a photo of red circle", "a photo of blue circle") in auto.pairs and len(auto.pairs) >= 10
+
+
+def test_a_world_says_in_which_ways_a_concept_is_asked_for_and_what_is_kept(tmp_path):
+    (tmp_path / "card.json").write_text('{"world": "emoji", "size": 48}')
+    auto = {"templates": ("auto",), "keep": ("auto",), "model": str(tmp_path)}
+    config, inputs = erase_inputs(EraseConfig(targets=("cat",), anchors=("a dog",), **auto))
+    assert {("a cat", "a dog"), ("two cats on blue", "two dogs on blue")} <= set(inputs.pairs)
+    for target, anchor in inputs.pairs:
+        names = [{group.name for group in emoji_captions.parse(prompt).groups} for prompt in (target, anchor)]
+        assert names[0] - names[1] == {"cat"} and names[1] - names[0] == {"dog"}
+    assert "" in config.keep and len(config.keep) > 40
+    assert not any(group.name == "cat" for prompt in config.keep for group in emoji_captions.parse(prompt).groups)
+    for words, sentence in ((("a cat and a fox",), "names 2 kinds"), (("catt",), "did you mean 'cat'")):
+        with pytest.raises(InputError, match=sentence):
+            erase_inputs(EraseConfig(targets=words, anchors=("a dog",), **auto))
+
+
+def test_shapes_are_erased_by_their_bare_words_and_everything_else_is_kept():
+    config, inputs = erase_inputs(
+        EraseConfig.preset_of(None, None, {}).replace(targets=("triangle",), anchors=("star",))
+    )
+    assert inputs.pairs == [("triangle", "star")]
+    assert (
+        "a colored circle" in config.keep and "a red shape" in config.keep and "a colored triangle" not in config.keep
+    )
+
+
+def test_without_a_world_everyday_prompts_are_kept(tmp_path):
+    config, inputs = erase_inputs(
+        EraseConfig(targets=("a dog",), anchors=("a cat",), templates=("auto",), keep=("auto",), model=str(tmp_path))
+    )
+    assert not inputs.pairs and inputs.judged is None
+    assert "a person" in config.keep and "a dog" not in config.keep
 
 
 def test_pairs_are_drawn_from_all_targets(model, monkeypatch):

@@ -18,7 +18,7 @@ from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.step import Projected
+from fieldsmith.methods.erase.step import Projected, encoded
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.shrink import shrink
@@ -130,7 +130,7 @@ def test_erasures_compare_eps_off_rectified_flow() -> None:
     torch.testing.assert_close(index, index.round(), atol=1e-3, rtol=0)
     assert index.min() > -0.5 and index.max() < 999.5 and len(set(index.tolist())) > 40
     x, t, condition = model.noise(1, seeded()), torch.tensor(0.5), model.encode(["a red circle"])
-    projected = Projected(model, QUICK).predict(x, t, condition)
+    projected = Projected(model, QUICK, encoded(model, QUICK.pairs)).predict(x, t, condition)
     n, p = (model.predict(x, t, model.encode([prompt])).eps for prompt in ("red circle", "blue circle"))
     torch.testing.assert_close(projected.eps, L.project(model.predict(x, t, condition).eps, p, n))
 

@@ -22,7 +22,7 @@ from fieldsmith.measure import attacks
 from fieldsmith.measure.detection import Asked, ask_groups, detected, erasure
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.step import Inputs, Projected
+from fieldsmith.methods.erase.step import Inputs, Projected, encoded
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
@@ -159,7 +159,8 @@ class Bench:
         began = time.monotonic()
         _, result = verb.train(ERASE, self.model, settings, Inputs(), None, self.probe(target, trace))
         trained = time.monotonic() - began
-        projected: Any = Projected(self.model, settings) if arm.method == "projection" else self.model
+        pairs = encoded(self.model, settings.pairs)
+        projected: Any = Projected(self.model, settings, pairs) if arm.method == "projection" else self.model
         draw, images = sampler(projected), 8 if sweep else self.config.images
         before = self.before(concept, target, seed, images)
         after = ask_groups(draw, self.world, groups(target), images, 10_000 + seed)

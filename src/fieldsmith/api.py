@@ -25,7 +25,8 @@ from fieldsmith.methods.edit.config import AUTO, EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.rollouts import World
 from fieldsmith.methods.edit.verb import EDIT
-from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.config import AUTO as AUTO_ERASE
+from fieldsmith.methods.erase.config import KEPT, EraseConfig
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
 from fieldsmith.methods.erase.step import Judged
 from fieldsmith.methods.erase.verb import ERASE
@@ -43,6 +44,7 @@ from fieldsmith.sampling import sample as sample
 from fieldsmith.sessions import UserSessions, frame_of
 from fieldsmith.verb import Callback
 from fieldsmith.worlds import catalogue, classes, own, scenes_judge
+from fieldsmith.worlds.asked import Asked
 from fieldsmith.worlds.classes import Classes
 from fieldsmith.worlds.judged import JudgedWorld
 from fieldsmith.worlds.model_cards import card_of, data_of, world_of
@@ -131,21 +133,28 @@ def erase(
     named = getattr(method, "__name__", None) if build else method
     given = {"targets": targets, "anchors": anchors, "method": f"function:{named}" if build else named}
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
-    return verb.run(ERASE, config, erase_inputs(config, build), model, callback)
+    config.check()
+    config, inputs = erase_inputs(config, build)
+    return verb.run(ERASE, config, inputs, model, callback)
 
 
-def erase_inputs(config: EraseConfig, method: Callable[..., Any] | None = None) -> EraseInputs:
-    """What `erase` is given beside its config; `method`: a function of the user's own, where it is no name."""
+def erase_inputs(config: EraseConfig, method: Callable[..., Any] | None = None) -> tuple[EraseConfig, EraseInputs]:
+    """The config with its kept prompts named, and what `erase` is given beside it; `method`: a function of the user's
+    own, where it is no name. Raises InputError at a word that the model's world does not know."""
     if method is None and ":" in config.method:
         method = load_function(config.method, "method")
-    return EraseInputs(_judged(config), method)
-
-
-def _judged(config: EraseConfig) -> Judged | None:
-    """What the model's world says of the targets, where the model has one. Raises InputError at an unknown word."""
     world = world_of(config.model)
-    if world is None:
-        return None
+    pairs = []
+    if world and config.templates == AUTO_ERASE:
+        pairs = [pair for target, anchor in config.words for pair in world.phrasings(target, anchor)]
+    if config.keep == AUTO_ERASE:
+        kept = world.kept(config.targets) if world else KEPT
+        config = config.replace(keep=tuple(prompt for prompt in kept if prompt not in config.targets))
+    return config, EraseInputs(_judged(world, config) if world else None, method, pairs)
+
+
+def _judged(world: Asked, config: EraseConfig) -> Judged:
+    """What the model's world says of the targets. Raises InputError at an unknown word."""
     targets = world.erased(config.targets)
     groups = {target: world.groups(target, targets) for target in targets}
     return Judged(world.world, groups, {target: world.paraphrases(target) for target in targets})

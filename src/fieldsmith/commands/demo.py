@@ -108,7 +108,7 @@ def _steadier(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 CHAPTERS = (
     Chapter(
-        "erase", "--targets triangle --anchors circle --preset demo",
+        "erase", "--targets triangle --anchors circle",
         "The triangle leaves, the rest stays",
         "“I took one concept out, and its neighbours broke.”", _erased, 0.13,
     ),

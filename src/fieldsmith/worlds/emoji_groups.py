@@ -5,11 +5,12 @@ In: an object's name, or prompts that name some. Out: scenes and prompts in grou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 
-from fieldsmith.errors import InputError
+from fieldsmith.errors import InputError, check_word
 from fieldsmith.worlds.emoji import KINDS, neighbours, prompts
-from fieldsmith.worlds.emoji_captions import BACKGROUNDS, OBJECTS, Group, Scene, parse
+from fieldsmith.worlds.emoji_captions import BACKGROUNDS, OBJECTS, PLURALS, RELATIONS, Group, Scene, parse
 
 UNSEEN = "two objects, never together"  # pairs that no training picture shows
 
@@ -37,15 +38,62 @@ def scenes() -> list[Scene]:
     return list(dict.fromkeys(scene for found in kinds().values() for scene in found))
 
 
+def named(words: str) -> str:
+    """The object of 'a cat', 'cat' or 'cats'. Raises InputError at words that name none, or more than one."""
+    names = {name: name for name in OBJECTS} | {plural: name for name, plural in PLURALS.items()}
+    found = words.lower().split()
+    if len(found) == 1:
+        check_word(found[0], tuple(names), "the emoji world's objects")
+        return names[found[0]]
+    kinds = {group.name for group in parse(words).groups}
+    if len(kinds) != 1:
+        raise InputError(f"target '{words}' names {len(kinds)} kinds of objects; name one, as in 'a cat'")
+    return kinds.pop()
+
+
 def erased_objects(targets: Sequence[str]) -> list[str]:
     """The objects that target prompts name. Raises InputError at a prompt that names none, or more than one."""
-    named = []
-    for prompt in targets:
-        names = {group.name for group in parse(prompt).groups}
-        if len(names) != 1:
-            raise InputError(f"target '{prompt}' names {len(names)} kinds of objects; name one, as in 'a cat'")
-        named.append(names.pop())
-    return list(dict.fromkeys(named))
+    return list(dict.fromkeys(named(prompt) for prompt in targets))
+
+
+def phrasings(target: str, anchor: str) -> list[tuple[str, str]]:
+    """The ways in which an object is asked for, each beside the same words with the anchor's object in its place.
+
+    One, two and three of it, plainly and on every background, small, beside other objects and placed by them: 53 in
+    all. Raises InputError at words that name no object, or more than one.
+    """
+    name, other = named(target), named(anchor)
+    draw = random.Random(f"{name} {other}")
+    company = [Group(one) for one in draw.sample([one for one in OBJECTS if one not in (name, other)], 24)]
+    grounds = (None, *BACKGROUNDS)
+
+    def scenes(one: str) -> Iterator[Scene]:
+        yield from (Scene((Group(one, count),), background=ground) for count in (1, 2, 3) for ground in grounds)
+        yield from (Scene((Group(one, count, small=True),)) for count in (1, 2))
+        for place, beside in enumerate(company):
+            ground = grounds[place % len(grounds)]
+            relation = RELATIONS[place // 2 % len(RELATIONS)] if place % 3 == 0 else None
+            pair = (Group(one), beside)
+            yield Scene(pair if place % 2 else pair[::-1], relation, ground)
+        yield from (Scene((Group(one, 2), beside)) for beside in company[:3])
+        yield from (Scene((beside, Group(one), more)) for beside, more in zip(company[3:6], company[6:9], strict=True))
+
+    return [(str(ours), str(theirs)) for ours, theirs in zip(scenes(name), scenes(other), strict=True)]
+
+
+def kept_captions(targets: Sequence[str]) -> list[str]:
+    """Every other object alone on some background, two of some, pairs of others, and the empty prompt."""
+    erased = erased_objects(targets)
+    names = [name for name in OBJECTS if name not in erased]
+    draw = random.Random(" ".join(erased))
+    alone = [Scene((Group(name),), background=draw.choice((None, *BACKGROUNDS))) for name in names]
+    counted = [Scene((Group(name, 2 + place % 2),)) for place, name in enumerate(draw.sample(names, 8))]
+    mixed = draw.sample(names, 24)
+    pairs = [
+        Scene((Group(a), Group(b)), draw.choice((None, *RELATIONS)), draw.choice((None, *BACKGROUNDS)))
+        for a, b in zip(mixed[:12], mixed[12:], strict=True)
+    ]
+    return [*(str(scene) for scene in (*alone, *counted, *pairs)), ""]
 
 
 def groups(target: str, others: Sequence[str] = ()) -> dict[str, list[Scene]]:

@@ -62,3 +62,15 @@ def paraphrases(target: Concept) -> list[str]:
     bare = caption(target, synonyms=True).removeprefix("a ")
     swapped = [" ".join(reversed(caption(c).removeprefix("a ").split())) for c in concepts() if target.contains(c)]
     return [*full, bare, caption(target), *swapped]
+
+
+def phrasings(target: str, anchor: str) -> list[tuple[str, str]]:
+    """The bare words: an erasure of 'triangle' holds for every colour, in this world."""
+    return [(target, anchor)]
+
+
+def kept_captions(targets: Sequence[str]) -> list[str]:
+    """Every colour and every shape that no target names, and the empty prompt."""
+    erased = [parse(prompt) for prompt in targets]
+    open_ = [*(Concept(colour) for colour in COLOURS), *(Concept(shape=shape) for shape in SHAPES)]
+    return [*(caption(c) for c in open_ if not any(e.contains(c) for e in erased)), ""]

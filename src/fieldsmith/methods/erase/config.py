@@ -22,13 +22,22 @@ from fieldsmith.errors import InputError, check_word
 
 Method = Literal["gem", "esd", "uce", "concept-ablation", "eraseflow", "eraseanything", "projection"]
 METHODS: tuple[str, ...] = get_args(Method)
+AUTO = ("auto",)  # templates and kept prompts: what the model's world has, else these of ours
+TEMPLATES = (
+    "{}", "a photo of {}", "a drawing of {}", "an oil painting of {}", "a close-up of {}", "{} in a room",
+    "{} in a landscape", "{} at night", "{} and a person", "a small picture of {} on a wall",
+)  # fmt: skip
+KEPT = (
+    "", "a person", "a crowd in a street", "a dog", "a bird in a tree", "a car", "a house", "a mountain by a lake",
+    "a plate of food", "a vase of flowers", "a chair at a table", "a page of text", "an abstract pattern",
+)  # fmt: skip
 
 
 @config
 class EraseConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Erase concepts from a rectified-flow model. Defaults are GEM as released for FLUX.1-dev."""
 
-    NOTES = """--preset tiny|demo|paper|paper-gore|paper-sd3 (default: tiny for zoo models, else paper) sets the
+    NOTES = """--preset protect|tiny|paper|paper-gore|paper-sd3 (default: protect for zoo models, else paper) sets the
 fields below, --config FILE.toml (such as a run's config.toml) sets them again, and flags come last."""
 
     targets: Words = ()
@@ -37,14 +46,16 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     """What each target should give instead: one per target, or one for all."""
     templates: Words = ()
     """Prompts with '{}' where target and anchor stand, such as `--templates "{}" "a photo of {}"`: ways in which the
-    concept is asked for, each a pair of its own. Empty: the bare words."""
+    concept is asked for, each a pair of its own. auto: those that the model's world has, else ten of ours. Empty: the
+    bare words."""
     model: str = "zoo:shapes-flux"
     """A diffusers pipeline folder, a hub id, or a zoo model."""
     method: str = "gem"
     """gem, or a baseline that shares its states, adapters and evaluation: esd, uce, concept-ablation, eraseflow,
     eraseanything, projection; or `file.py:name`, a method of your own (docs/extend.md)."""
     keep: Words = ()
-    """Prompts whose drift is logged; with `retain` > 0 also trained to stay. Empty: the empty prompt."""
+    """Prompts whose drift is logged; with `retain` > 0 also trained to stay. auto: others of the model's world, else a
+    dozen everyday ones. Empty: the empty prompt."""
     synonyms: Words = ()
     """Other words for the target (EraseAnything's contrast only); empty: the target itself."""
     resolution: Count | None = None
@@ -121,12 +132,15 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
         if ":" not in method:
             check_word(method, METHODS, "erase's methods")
         known = method if method in METHODS else "esd"  # a method of the user's own starts from the simplest one's
-        name = name or ("tiny" if model.startswith("zoo:") else "paper")
-        if name in ("tiny", "demo"):
-            return cls(**{"method": method, **LAPTOP, **TINY[known], **(DEMO if name == "demo" else {})})
-        check_word(name, (*PRESETS, "tiny", "demo"), "erase's presets")
+        if name is None:
+            name = "paper" if not model.startswith("zoo:") else "protect" if method == "gem" else "tiny"
+        if name == "tiny":
+            return cls(**{"method": method, **LAPTOP, **TINY[known]})
+        check_word(name, (*PRESETS, "tiny", "protect"), "erase's presets")
         if method != "gem" and name != "paper":
             raise InputError(f"preset '{name}' is GEM's; for method '{method}' use paper or tiny")
+        if name == "protect":
+            return cls(**{**LAPTOP, **PROTECT})
         return cls(**{"method": method, **PAPER[known], **PRESETS[name]})
 
     def check(self) -> None:
@@ -137,7 +151,7 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
         for name in ("targets", "anchors"):
             if not all(word.strip() for word in getattr(self, name)):
                 raise InputError(f"one of the {name} is empty; name a concept in words")
-        for template in self.templates:
+        for template in () if self.templates == AUTO else self.templates:
             if template.count("{}") != 1:
                 raise InputError(
                     f"template '{template}' should have one {{}}, where the concept stands; 'a photo of {{}}'"
@@ -146,7 +160,7 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
             raise InputError(
                 f"{len(self.targets)} targets and {len(self.anchors)} anchors; give one anchor a target, or one for all"
             )
-        for target, anchor in self.pairs:
+        for target, anchor in self.words:
             if " ".join(target.lower().split()) == " ".join(anchor.lower().split()):
                 raise InputError(f"target '{target}' is its own anchor; name another anchor")
         first, last = self.window
@@ -155,13 +169,19 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(target, anchor) prompts in every template, a single anchor for all."""
-        anchors = self.anchors * len(self.targets) if len(self.anchors) == 1 else self.anchors
+        """(target, anchor) prompts in every template; where a world has the templates, `Inputs.pairs` goes before."""
+        templates = TEMPLATES if self.templates == AUTO else self.templates or ("{}",)
         return [
             (template.replace("{}", target), template.replace("{}", anchor))
-            for template in self.templates or ("{}",)
-            for target, anchor in zip(self.targets, anchors, strict=True)
+            for template in templates
+            for target, anchor in self.words
         ]
+
+    @property
+    def words(self) -> list[tuple[str, str]]:
+        """(target, anchor) as given, a single anchor for all."""
+        anchors = self.anchors * len(self.targets) if len(self.anchors) == 1 else self.anchors
+        return list(zip(self.targets, anchors, strict=True))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -201,13 +221,12 @@ TINY: dict[str, dict[str, Any]] = {
     "eraseanything": {"weight_decay": 1e-5, "budget": 1_600},
     "projection": {},
 }
-# What `make demo` runs: the laptop's GEM with our two options, which keep the rest of a small model.
-DEMO: dict[str, Any] = {
+# GEM with our options, which keep the rest of a small model as it was: a hinge that stops at the anchor, prompts that
+# are held, and the concept asked for in all the ways that its world knows.
+PROTECT: dict[str, Any] = {
     "margin": 1.0,
     "retain": 3.0,
     "budget": 4_400,
-    "keep": (
-        "a red shape", "a green shape", "a blue shape", "a yellow shape", "a colored circle", "a colored square",
-        "a colored cross", "a colored ring", "a colored star", "",
-    ),
-}  # fmt: skip
+    "templates": AUTO,
+    "keep": AUTO,
+}

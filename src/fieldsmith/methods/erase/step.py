@@ -33,11 +33,15 @@ WATCHED = 15  # the drift is told by every so many of the kept states
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its anchor, encoded."""
+    """A target prompt and its anchor's, encoded."""
 
-    name: str
+    words: tuple[str, str]
     target: Condition
     anchor: Condition
+
+    @property
+    def name(self) -> str:
+        return " -> ".join(self.words)
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is given beside its settings: who judges its images, and a method of the user's own."""
+    """What a run is given beside its settings: who judges its images, a method of the user's own, and (target, anchor)
+    prompts, where the model's world has the templates."""
 
     judged: Judged | None = None
     method: Build | None = None
+    pairs: Sequence[tuple[str, str]] = ()
 
 
 def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
@@ -75,7 +81,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     Raises InputError where prompts or method do not fit the model, before anything is attached.
     """
     _check_model(model, config)
-    pairs = [Pair(f"{t} -> {a}", model.encode([t]), model.encode([a])) for t, a in config.pairs]
+    pairs = encoded(model, inputs.pairs or config.pairs)
     model.encode(config.keep or [""])  # unknown words are refused now
     config = config.replace(subset=config.subset or model.ERASE_SUBSET)
     if config.method in ("uce", "projection"):
@@ -136,6 +142,10 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     return Job(model, losses, optimisation, parameters, checks, stop, inputs=inputs, around=dropout)
 
 
+def encoded(model: Model, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
+    return [Pair((target, anchor), model.encode([target]), model.encode([anchor])) for target, anchor in pairs]
+
+
 def _check_model(model: Model, config: EraseConfig) -> None:
     """Raises InputError where the method has no meaning on the model's path, or no place in its network."""
     flow = isinstance(model.path, RectifiedFlow)
@@ -162,10 +172,11 @@ def _untrained(model: Model, config: EraseConfig, pairs: list[Pair], inputs: Inp
 
     none = Optimisation(0, config.lr, seed=config.seed)
     if config.method == "uce":
-        edit = partial(closed_form, model, config)
+        edit = partial(closed_form, model, config, pairs)
         return Job(model, _no_losses, none, {}, checks, inputs=inputs, stopped="closed form", begin=edit)
+    projected = Projected(model, config, pairs)
     return Job(
-        model, _no_losses, none, {}, checks, inputs=inputs, stopped="training-free", trained=Projected(model, config),
+        model, _no_losses, none, {}, checks, inputs=inputs, stopped="training-free", trained=projected,
         ship=lambda model, folder: "none: the projection acts while sampling",
     )  # fmt: skip
 
@@ -242,7 +253,7 @@ def esd(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         pair = _pick(pairs, generator)
         at = S.single(model, pair.target, config, generator)
-        v, u, n = _contrast(model, at, Pair("", pair.target, null), config)
+        v, u, n = _contrast(model, at, Pair(("", ""), pair.target, null), config)
         yield S.share(config) * L.square_loss(v, L.esd_target(n, u, config.eta))
 
     return Method(losses, config.batch)
@@ -318,7 +329,7 @@ def eraseanything(model: Model, config: EraseConfig, pairs: list[Pair]) -> Metho
     regresses the reference's velocity on kept prompts, the mean of flow matching on its images (on images of the
     concept, as released, it would teach the concept back). The keyword is the whole target prompt.
     """
-    names = [target for target, _ in config.pairs]
+    names = [pair.words[0] for pair in pairs]
     kept = S.kept_states(model, config, step_generator(config.seed, 0, stream=3))
     irrelevant = list(config.keep[:3] or ("",))
 
@@ -363,9 +374,9 @@ METHODS: dict[str, Build] = {
 }
 
 
-def closed_form(model: Model, config: EraseConfig) -> None:
+def closed_form(model: Model, config: EraseConfig, pairs: list[Pair]) -> None:
     """UCE on the layers where text enters."""
-    targets, anchors = (text_inputs(model, side) for side in zip(*config.pairs, strict=True))
+    targets, anchors = (text_inputs(model, side) for side in zip(*(pair.words for pair in pairs), strict=True))
     kept = text_inputs(model, config.keep or ("",))
     model.unfreeze("text-inputs")
     for name, erased in targets.items():
@@ -377,9 +388,8 @@ def closed_form(model: Model, config: EraseConfig) -> None:
 class Projected:
     """The training-free baseline: a model whose field is projected off the concept's direction, at every prompt."""
 
-    def __init__(self, model: Model, config: EraseConfig):
-        self.model, self.config = model, config
-        self.pairs = [(model.encode([t]), model.encode([a])) for t, a in config.pairs]
+    def __init__(self, model: Model, config: EraseConfig, pairs: list[Pair]):
+        self.model, self.config, self.pairs = model, config, pairs
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["model"], name)
@@ -387,9 +397,9 @@ class Projected:
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | None = None) -> Prediction:
         pred = self.model.predict(x_t, t, condition, guidance)
         field = S.field_of(pred)
-        for target, anchor in self.pairs:
-            n = S.field_of(self.model.predict(x_t, t, target, guidance))
-            p = S.field_of(self.model.predict(x_t, t, anchor, guidance))
+        for pair in self.pairs:
+            n = S.field_of(self.model.predict(x_t, t, pair.target, guidance))
+            p = S.field_of(self.model.predict(x_t, t, pair.anchor, guidance))
             field = L.project(field, p, n)
         kind: Kind = "velocity" if isinstance(pred.path, RectifiedFlow) else "eps"
         return Prediction(kind, field, x_t, pred.t, pred.path)
