@@ -101,3 +101,13 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     UNet(columns, "columns", fold=4).save(folder / "columns-ddpm")
     (folder / "columns-ddpm" / "card.json").write_text(json.dumps({"data": "columns", "size": 64}))
     return folder
+
+
+@pytest.fixture
+def with_tiny_zoo(tiny_zoo: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zoo's names are tiny pipelines."""
+    from fieldsmith import models
+    from fieldsmith.worlds import model_cards
+
+    for module in (models, model_cards):
+        monkeypatch.setattr(module, "ZOO", tiny_zoo)
