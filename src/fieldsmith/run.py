@@ -34,6 +34,14 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def make_ordinary(file: pathlib.Path) -> None:
+    """Give a file the permissions of any that this process opens; safetensors makes its own for the owner alone."""
+    beside = file.with_name(f".{file.name}.mode-{os.getpid()}")
+    beside.touch()
+    os.chmod(file, beside.stat().st_mode & 0o777)
+    beside.unlink()
+
+
 def check_out(out: pathlib.Path, folder: bool) -> None:
     """Raises InputError where `out` cannot become a folder (or a file): it is the other one, or cannot be written."""
     if folder and out.is_file():
