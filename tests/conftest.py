@@ -6,6 +6,8 @@ import os
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read once, when torch is imported; spinning threads starve a busy machine
 
+import contextlib
+import ctypes
 import pathlib
 
 import hypothesis
@@ -20,6 +22,13 @@ WORDS = ("a", "red", "blue", "square", "circle")
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+with contextlib.suppress(OSError, AttributeError):  # no glibc
+    # glibc hands every tensor of some 100 KB back to the kernel and asks for it again: a seventh of all time. Keep up to
+    # 512 MB that are free (M_TRIM_THRESHOLD), and take what is below 32 MB from the heap (M_MMAP_THRESHOLD).
+    ctypes.CDLL("libc.so.6").mallopt(-1, 512 << 20)
+    ctypes.CDLL("libc.so.6").mallopt(-3, 32 << 20)
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +101,13 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     UNet(columns, "columns", fold=4).save(folder / "columns-ddpm")
     (folder / "columns-ddpm" / "card.json").write_text(json.dumps({"data": "columns", "size": 64}))
     return folder
+
+
+@pytest.fixture
+def with_tiny_zoo(tiny_zoo: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zoo's names are tiny pipelines."""
+    from fieldsmith import models
+    from fieldsmith.worlds import model_cards
+
+    for module in (models, model_cards):
+        monkeypatch.setattr(module, "ZOO", tiny_zoo)

@@ -203,7 +203,7 @@ def test_a_reward_that_raises_midway_keeps_the_last_finished_update(name, tmp_pa
         align(flux, config, counting([], 3), Run(tmp_path / "run", "align", config))
     assert isinstance(raised.value.__cause__, KeyError)
     done = 3 if name == "draft" else 3 * config.updates
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == f"step-{done:08d}"
 
 
 @pytest.mark.parametrize("name", ["flow-grpo", "draft"])

@@ -374,7 +374,7 @@ def test_an_image_that_breaks_while_training_ends_the_run_with_its_name(monkeypa
     settings = {"method": "plain", "steps": 5, "batch": 4, "samples": 0, "out": tmp_path / "run"}
     with pytest.raises(RunError, match=r"'.*\d.png' cannot be read \(it is no image\).*; the last good checkpoint"):
         fs.sharpen(model, folder, judge=lambda images: [True] * len(images), callback=callback, **settings)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == "step-00000002"
 
 
 def test_a_text_model_learns_from_captions_that_are_all_different(tmp_path):

@@ -14,7 +14,7 @@ import types
 
 import pytest
 
-from fieldsmith import cli, models
+from fieldsmith import cli
 from fieldsmith.commands import verbs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,10 +34,8 @@ def commands(block: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tiny_zoo: pathlib.Path) -> pathlib.Path:
+def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None) -> pathlib.Path:
     """An empty folder to stand in, where the zoo's names are tiny pipelines."""
-    for module in (models, *(__import__(f"fieldsmith.{name}", fromlist=["ZOO"]) for name in ("worlds.model_cards",))):
-        monkeypatch.setattr(module, "ZOO", tiny_zoo)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

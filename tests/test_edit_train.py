@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from experiments.tiny import flux_pipeline, kontext_pipeline
-from fieldsmith import training
+from fieldsmith import checkpoints
 from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.methods.edit import batch, rollouts
 from fieldsmith.methods.edit.config import EditConfig
@@ -306,7 +306,7 @@ def resumed(config: EditConfig, cut: int, tmp_path: Any, monkeypatch: pytest.Mon
         patch.setattr(batch, "collect", breaking(cut, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             trained(config, run=Run(tmp_path / "cut", "edit", config))
-    (kept,) = folder.iterdir()
+    *_, kept = sorted(folder.iterdir())
     shutil.copytree(kept, tmp_path / kept.name)
     again = Run(tmp_path / "cut", "edit", config)
     model, ours = trained(config, run=again)
@@ -326,8 +326,8 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log is longer than the checkpoint, which holds the old policy: the present one would end elsewhere."""
-    save = training._save
-    monkeypatch.setattr(training, "_save", lambda run, done, *rest: done != 11 and save(run, done, *rest))
+    save = checkpoints.save_step
+    monkeypatch.setattr(checkpoints, "save_step", lambda run, done, *rest: done != 11 and save(run, done, *rest))
     kept = resumed(replace(SHORT, epochs=12, old="slow", lr=1e-2), 11, tmp_path, monkeypatch)
     saved = train.weights_in(kept)
     apart = [(saved[name] - saved[f"old.{name}"]).abs().max() for name in saved if not name.startswith("old.")]
@@ -498,7 +498,7 @@ def test_a_judge_that_fails_later_leaves_a_checkpoint_to_go_on_from(
     config = replace(SHORT, epochs=4)
     with pytest.raises(error, match=text):
         trained(config, Changing(calls(2, config), judge), Run(tmp_path / "run", "edit", config))
-    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    *_, kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert kept.name == "step-00000002"
     rest = Changing(calls(2, config), dead)
     model, result = trained(config, rest, Run(tmp_path / "run", "edit", config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_
 from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin, QwenImageLoraLoaderMixin
 from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, inject_adapter_in_model
@@ -277,7 +279,7 @@ def folded(state: dict[str, Tensor], layer: str) -> Tensor:
 @pytest.mark.parametrize("form", ["kohya", "comfyui"])
 def test_diffusers_reads_qwen(form: str) -> None:
     sizes = sizes_of(qwen())
-    adapter = some_adapter(sizes, "transformer_blocks")
+    adapter = some_adapter(sizes)  # those outside of the blocks too: the last modulation keeps its halves' order
     state = QwenImageLoraLoaderMixin.lora_state_dict(exported(adapter, "qwen-image", sizes, form))
     assert len(state) == 2 * len(adapter)
     for layer, one in adapter.items():
@@ -322,7 +324,15 @@ class Rest(dict[str, Tensor]):
         return super().pop(key, torch.zeros(6))
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux2-klein"])
+CONVERTERS: dict[str, Any] = {
+    "flux": convert_flux_transformer_checkpoint_to_diffusers,
+    "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux2-klein": convert_flux2_transformer_checkpoint_to_diffusers,
+    "qwen-image": lambda checkpoint: checkpoint,  # a Qwen-Image checkpoint is diffusers' own
+}
+
+
+@pytest.mark.parametrize("family", CONVERTERS)
 def test_the_change_of_an_original_checkpoint_is_ours(family: str) -> None:
     """The exported change, as weights of an original checkpoint, through diffusers' converter of checkpoints."""
     sizes = sizes_of(NETWORKS[family]())
@@ -333,13 +343,15 @@ def test_the_change_of_an_original_checkpoint_is_ours(family: str) -> None:
         name = key.removesuffix(ENDS[0])
         down, up, alpha = (found[name + end] for end in ENDS)
         checkpoint[name.removeprefix("diffusion_model.") + ".weight"] = alpha / len(down) * up @ down
-    convert: Any = (
-        convert_sd3_transformer_checkpoint_to_diffusers if family == "sd3"
-        else convert_flux2_transformer_checkpoint_to_diffusers
-    )  # fmt: skip
-    weights = convert(checkpoint)
-    for layer, one in adapter.items():
-        torch.testing.assert_close(weights[f"{layer}.weight"], change(one), msg=layer)
+    fused = [name for name in checkpoint if family == "flux" and name.endswith("linear1.weight")]
+    for name in fused:  # which diffusers splits at full width
+        checkpoint[name] = torch.zeros(3 * 3072 + 12288, 1)
+        checkpoint[name.replace("weight", "bias")] = torch.zeros(3 * 3072 + 12288)
+    weights = CONVERTERS[family](checkpoint)
+    compared = [layer for layer in adapter if not (fused and re.search(r"single.*(to_[qkv]|proj_mlp)$", layer))]
+    assert {"norm_out.linear", "proj_out"} <= set(compared)
+    for layer in compared:
+        torch.testing.assert_close(weights[f"{layer}.weight"], change(adapter[layer]), msg=layer)
 
 
 @torch.no_grad()
@@ -564,6 +576,15 @@ def test_layers_without_a_name_and_families_without_a_format_are_refused() -> No
         exported(one, "dit", sizes, "comfyui")
     with pytest.raises(InputError, match="did you mean 'kohya'"):
         exported(one, "flux", sizes, "koyha")
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
+def test_files_have_the_permissions_of_an_ordinary_one(form: str, tmp_path: pathlib.Path) -> None:
+    sizes = sizes_of(flux())
+    write(some_adapter(sizes, "to_q"), "flux", sizes, form, tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "plain"]
 
 
 def test_the_file_of_diffusers_format_has_its_metadata(tmp_path: pathlib.Path) -> None:

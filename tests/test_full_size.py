@@ -54,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-def test_erase_keeps_to_its_chunk_from_the_preflight_to_the_page(asked: list[int]) -> None:
+def test_erase_keeps_to_its_chunk_from_the_preflight_to_the_page(asked: list[int], with_tiny_zoo: None) -> None:
     fieldsmith.erase(
         "zoo:shapes-flux-small", targets="triangle", anchors="circle", preset="tiny", budget=44, batch=4,
         window=(0, 10), chunk=LARGEST, evaluate=2, retain=0.1,
@@ -63,7 +63,9 @@ def test_erase_keeps_to_its_chunk_from_the_preflight_to_the_page(asked: list[int
 
 
 @pytest.mark.parametrize("preset", ["flow-grpo", "nft", "residual-nabla-db", "rsm-terminal-sd35"])
-def test_align_keeps_to_its_chunk_from_the_preflight_to_the_page(asked: list[int], preset: str) -> None:
+def test_align_keeps_to_its_chunk_from_the_preflight_to_the_page(
+    asked: list[int], with_tiny_zoo: None, preset: str
+) -> None:
     fieldsmith.align(
         "zoo:shapes-flux-small", reward="brightness", prompts=("a blue triangle", "a red star"), preset=preset,
         epochs=1, prompts_per_epoch=2, rollouts=4, steps=4, chunk=LARGEST, evaluate=4,

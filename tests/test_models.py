@@ -458,6 +458,8 @@ def test_a_saved_pipeline_gives_diffusers_our_image(tmp_path: pathlib.Path, how:
     shake(model)
     expected, trained = ours(model, PROMPTS, 4), model.trainable()
     model.save(tmp_path, merged=True)
+    modes = {file.stat().st_mode for file in tmp_path.glob("*/*.*")}  # JSON, which diffusers opens, and weights
+    assert len(modes) == 1
     theirs = flux_images(FluxPipeline.from_pretrained(tmp_path), PROMPTS, 4)
     torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
     assert torch.equal(ours(model, PROMPTS, 4), expected)  # the live model is as it was

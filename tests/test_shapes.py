@@ -18,13 +18,15 @@ from fieldsmith.worlds.shapes import (
     Concept,
     ShapesWorld,
     Verdicts,
+    _bank,
     caption,
     concepts,
     parse,
+    silhouettes,
 )
 from tests.drawn import seeded
 
-WORLDS = {size: ShapesWorld(size) for size in (16, 32)}  # each judge's bank is made once
+WORLDS = {size: ShapesWorld(size) for size in (16, 32)}
 SIZES = pytest.mark.parametrize("size", [16, 32])
 
 
@@ -45,6 +47,17 @@ def rate(flags: Tensor) -> float:
 
 
 # the judge on its own renders
+
+
+@SIZES
+def test_a_silhouette_that_is_cut_out_is_one_that_is_drawn_in_its_place(size):
+    bank, shape = _bank(size)
+    rows = torch.arange(0, len(bank), 37)  # every shape, radius, row and column of the grid
+    radius = size / 32 * (7 + 0.5 * (rows // 100 % 14))
+    centre = size / 32 * (11.5 + torch.stack((rows // 10 % 10, rows % 10), 1))
+    assert len(bank) == len(SHAPES) * 14 * 100
+    drawn = silhouettes(shape[rows], centre, radius, size) >= 0.5
+    assert torch.equal(bank[rows], drawn.flatten(1).float())
 
 
 @SIZES

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fieldsmith import training
-from fieldsmith.errors import RunError
+from fieldsmith import checkpoints, disk, training
+from fieldsmith.errors import InputError, RunError
 from fieldsmith.run import Run
 from fieldsmith.training import Fit, Log, Optimisation, fit
 
@@ -63,7 +66,7 @@ def trained(folder: pathlib.Path, plan: Optimisation = PLAN, before: Callable[[i
 
 def left_behind(folder: pathlib.Path) -> dict[str, object]:
     """All that a run wrote about its training, tensors as exact lists."""
-    (last,) = (folder / "checkpoints").iterdir()
+    *_, last = sorted((folder / "checkpoints").iterdir())
     tensors = {
         f"{file.name}/{k}": v.tolist() for file in last.glob("*.safetensors") for k, v in load_file(file).items()
     }
@@ -131,7 +134,7 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path, uninterrupte
         trained(tmp_path / "cut", before=raise_at(13, KeyboardInterrupt()))
     half = tmp_path / "cut" / "checkpoints" / ".step-00000015.1"
     half.mkdir()
-    (half / training.FILE).write_bytes(b"cut")
+    (half / checkpoints.FILE).write_bytes(b"cut")
     trained(tmp_path / "cut")
     assert left_behind(tmp_path / "cut") == uninterrupted
 
@@ -291,7 +294,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_moves():
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("os error 28")])
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_a_new_one(tmp_path, monkeypatch, uninterrupted, error):
-    save = training.save_file
+    save = checkpoints.save_file
 
     def full(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
         if "00000010" in str(path):
@@ -299,9 +302,156 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_a_new_one(tmp_pa
         save(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_file", full)
+        patch.setattr(checkpoints, "save_file", full)
         with pytest.raises(OSError, match="28"):
             trained(tmp_path / "full")
     assert left_behind(tmp_path / "full")["name"] == "step-00000005"  # and nothing beside it
     trained(tmp_path / "full")
     assert left_behind(tmp_path / "full") == uninterrupted
+
+
+# damage
+
+
+def of_two(folder: pathlib.Path) -> list[pathlib.Path]:
+    """A run that was interrupted at step 13, with its two checkpoints."""
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, before=raise_at(13, KeyboardInterrupt()))
+    older, newer = sorted((folder / "checkpoints").iterdir())
+    assert (older.name, newer.name) == ("step-00000010", "step-00000013")
+    return [older, newer]
+
+
+def flip(path: pathlib.Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[pathlib.Path], None]] = {
+    "a flipped bit": lambda folder: flip(folder / checkpoints.FILE, -2),
+    "cut short": lambda folder: os.truncate(folder / checkpoints.FILE, 700),
+    "empty": lambda folder: os.truncate(folder / checkpoints.FILE, 0),
+    "gone": lambda folder: (folder / checkpoints.FILE).unlink(),
+    "another file in its place": lambda folder: (folder / checkpoints.FILE).write_text("words"),
+    "a flipped bit of the state": lambda folder: flip(folder / checkpoints.STATE, 9),
+    "no state": lambda folder: (folder / checkpoints.STATE).unlink(),
+    "half a state": lambda folder: os.truncate(folder / checkpoints.STATE, 20),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, uninterrupted, capsys, damage):
+    _, newer = of_two(tmp_path / "cut")
+    damage(newer)
+    capsys.readouterr()
+    seen: list[int] = []
+    trained(tmp_path / "cut", before=seen.append)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{newer}/" in line and line.endswith("going on from 'step-00000010'")
+    assert seen[0] == 10 and left_behind(tmp_path / "cut") == uninterrupted
+    assert all(checkpoints.damage_of(folder) is None for folder in (tmp_path / "cut" / "checkpoints").iterdir())
+
+
+def test_where_all_are_damaged_the_files_are_named_and_nothing_is_changed(tmp_path):
+    for folder in of_two(tmp_path / "cut"):
+        flip(folder / checkpoints.FILE, -2)
+    before = (tmp_path / "cut" / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match=r"step-00000013/model.*is damaged; .*step-00000010/model.*; restore one"):
+        trained(tmp_path / "cut")
+    assert len(list((tmp_path / "cut" / "checkpoints").iterdir())) == 2
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_without_checksums_is_taken(tmp_path, uninterrupted):
+    """Those of fieldsmith 0.2.0."""
+    _, newer = of_two(tmp_path / "cut")
+    (newer / checkpoints.STATE).write_text('{"done": 13, "stopped": null}')
+    trained(tmp_path / "cut")
+    assert left_behind(tmp_path / "cut") == uninterrupted
+
+
+def test_a_log_that_lacks_steps_before_the_checkpoint_is_refused(tmp_path):
+    of_two(tmp_path / "cut")
+    log = tmp_path / "cut" / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:8]))
+    with pytest.raises(InputError, match="ends at step 7, but the checkpoint is of 13 steps"):
+        trained(tmp_path / "cut")
+
+
+def test_everything_is_synced_before_it_takes_its_name_and_so_is_the_folder(tmp_path, monkeypatch):
+    done: list[tuple[str, str]] = []
+    real_sync, real_replace = disk.sync, os.replace
+    monkeypatch.setattr(disk, "sync", lambda path: (done.append(("sync", path.name)), real_sync(path))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("name", b.name)), real_replace(a, b))[1])
+    parameters = fresh()
+    fit(parameters, noisy(parameters), replace(PLAN, steps=1), begun(tmp_path / "run"))
+    done = done[-8:]
+    named = done.index(("name", "step-00000001"))
+    assert {("sync", checkpoints.FILE), ("sync", checkpoints.STATE), ("sync", "metrics.jsonl")} <= set(done[:named])
+    assert done[named + 1] == ("sync", "checkpoints")
+
+
+# signals
+
+
+def signalled(folder: pathlib.Path, block: int, signals: list[int], slow: float = 0.3) -> tuple[int, float, str]:
+    """Exit code, seconds from the first signal to the end, and the newest checkpoint of a run whose steps take a
+    while; signals come in the middle of steps."""
+    told, hears = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        os.close(told)
+        try:
+            trained(
+                folder,
+                replace(PLAN, block=block),
+                lambda step: (os.write(hears, b"x"), time.sleep(slow * (step > 5)))[1],
+            )
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            os._exit(code)
+    os.close(hears)
+    for _ in range(7):
+        os.read(told, 1)
+    began = time.monotonic()
+    for number in signals:
+        os.kill(pid, number)
+        time.sleep(0.05)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    seconds = time.monotonic() - began
+    return code, seconds, max(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, uninterrupted, number):
+    assert signalled(tmp_path / "cut", 1, [number], 0.1)[::2] == (130, "step-00000007")
+    trained(tmp_path / "cut")
+    assert left_behind(tmp_path / "cut") == uninterrupted
+
+
+def test_steps_that_share_a_collection_are_finished_together(tmp_path, uninterrupted):
+    """A checkpoint between them could not be gone on from."""
+    assert signalled(tmp_path / "cut", 5, [signal.SIGINT], 0.1)[::2] == (130, "step-00000010")
+    trained(tmp_path / "cut", replace(PLAN, block=5))
+    assert left_behind(tmp_path / "cut") == uninterrupted
+
+
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_good(tmp_path, uninterrupted):
+    code, seconds, last = signalled(tmp_path / "cut", 1, [signal.SIGINT, signal.SIGINT], 1.0)
+    assert (code, last) == (130, "step-00000005") and seconds < 0.8
+    trained(tmp_path / "cut")
+    assert left_behind(tmp_path / "cut") == uninterrupted
+
+
+def test_a_run_that_writes_nothing_hears_signals_as_python_does():
+    parameters, handlers = fresh(), []
+    fit(
+        parameters,
+        noisy(parameters, lambda step: handlers.append(signal.getsignal(signal.SIGINT))),
+        replace(PLAN, steps=1),
+    )
+    assert handlers == [signal.getsignal(signal.SIGINT)]

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fieldsmith import rewards, training, verb
+from fieldsmith import checkpoints, rewards, verb
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.align.verb import ALIGN
@@ -58,5 +58,5 @@ def sharpen(model: Model, states: Tensor, config: SharpenConfig, run: Run | None
 
 def weights_in(checkpoint: pathlib.Path) -> dict[str, Tensor]:
     """The parameters that a checkpoint of one process holds, by name."""
-    stored = load_file(checkpoint / training.FILE)
+    stored = load_file(checkpoint / checkpoints.FILE)
     return {name.removeprefix("weights/"): part for name, part in stored.items() if name.startswith("weights/")}

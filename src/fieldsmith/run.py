@@ -1,7 +1,8 @@
 """The run directory, one contract for all verbs: what was asked, what happened, what came out.
 
 config.toml, metrics.jsonl (a line a step), metrics.json (final numbers), checkpoints/, adapter/ or model/, samples/,
-report.html. Files are written beside and renamed, so that a reader or a resumed run never sees half of one.
+report.html. Files are written beside, synced and renamed, so that a reader or a resumed run never sees half of one, and
+one launch at a time writes there (owner.py).
 """
 
 from __future__ import annotations
@@ -12,26 +13,49 @@ import json
 import os
 import pathlib
 import platform
+import re
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from typing import Any
 
 import tomli_w
 
-from fieldsmith import processes
+from fieldsmith import disk, owner, processes
 from fieldsmith.errors import InputError
 
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
+FOLDERS = ("checkpoints", "adapter", "model", "samples")
+BLOCK = 2**16  # bytes of metrics.jsonl that are read at once from its end
+BESIDE = re.compile(r"\.(owner|config\.toml|metrics\.json|report\.html)(\.\d+)?")  # what a killed process may leave
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write text beside the path, then rename it into place; of several processes one writes."""
+    """Write text beside the path, then rename it into place; of several processes one writes.
+
+    An error of the system leaves the old file and nothing beside it.
+    """
     if not processes.is_main():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with disk.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            disk.sync(beside)
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)  # half a file would keep a full disk full
+            raise
+        disk.sync(path.parent)
+
+
+def make_ordinary(file: pathlib.Path) -> None:
+    """Give a file the permissions of any that this process opens; safetensors makes its own for the owner alone."""
+    beside = file.with_name(f".{file.name}.mode-{os.getpid()}")
+    beside.touch()
+    os.chmod(file, beside.stat().st_mode & 0o777)
+    beside.unlink()
 
 
 def check_out(out: pathlib.Path, folder: bool) -> None:
@@ -71,13 +95,18 @@ class Run:
         self.verb = verb
         self.settings = {"verb": verb, **plain(config)}
         self.settings.pop("out", None)
+        self.good: tuple[pathlib.Path | None] | None = None  # the checkpoint to go on from, once it was looked for
         self._check()
 
     def _check(self) -> None:
+        owner.check(self.folder)
         path = self.folder / "config.toml"
+        for name in FOLDERS:
+            if (self.folder / name).is_file():
+                raise InputError(f"'{self.folder / name}' is a file, where a run has a folder; move it away")
         if not path.exists():
             check_out(self.folder, folder=True)
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and not all(BESIDE.fullmatch(file.name) for file in self.folder.iterdir()):
                 raise InputError(f"out folder '{self.folder}' holds other files; name one that is new or empty")
             return
         with path.open("rb") as file:
@@ -91,33 +120,126 @@ class Run:
             )
 
     def begin(self) -> None:
-        """Write config.toml; called once the input is known to be good and before the first step."""
+        """Own the folder and write config.toml; called once the input is known to be good and before the first step.
+
+        Raises InputError where another process owns the folder, or has begun another run in it since it was checked.
+        """
+        if processes.is_main():
+            with disk.writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                owner.take(self.folder)
+            try:
+                self._check()
+            except BaseException:
+                self.end()
+                raise
+            for file in self.folder.iterdir():  # of processes that were killed; their owner is gone
+                if file.name != owner.FILE and BESIDE.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
         versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
         write_atomically(self.folder / "config.toml", tomli_w.dumps({**self.settings, "versions": versions}))
+
+    def end(self) -> None:
+        """Let go of the folder, whether the run is complete or not."""
+        if processes.is_main():
+            owner.release(self.folder)
+
+    @property
+    def _log(self) -> pathlib.Path:
+        return self.folder / "metrics.jsonl"
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Append one line to metrics.jsonl; of several processes one writes."""
         if not processes.is_main():
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with disk.writing(self._log), self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
-    def history(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl; a last line cut off by a crash is dropped."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = []
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+    def sync(self) -> None:
+        """Until what was logged is on the disk."""
+        if self._log.exists():
+            disk.sync(self._log)
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """The lines of metrics.jsonl, one at a time; what a crash cut off is dropped."""
+        if not self._log.exists():
+            return
+        with self._log.open("rb") as file:
+            for line in file:
+                row = _row(line)
+                if row is not None:
+                    yield row
+
+    def history(self, most: int | None = None) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl; of each number at least `most` and at most twice as many, evenly apart, where it
+        was logged more often, so that memory does not grow with the run."""
+        if most is None:
+            return list(self.rows())
+        kept: dict[str, list[tuple[int, float]]] = {}
+        stride: dict[str, int] = {}
+        seen: dict[str, int] = {}
+        for row in self.rows():
+            for key in row.keys() - {"step"}:
+                at, every = seen.get(key, 0), stride.get(key, 1)
+                seen[key] = at + 1
+                if at % every == 0:
+                    points = kept.setdefault(key, [])
+                    points.append((int(row["step"]), row[key]))
+                    if len(points) > 2 * most:
+                        del points[1::2]
+                        stride[key] = 2 * every
+        rows: dict[int, dict[str, float]] = {}
+        for key, points in kept.items():
+            for step, value in points:
+                rows.setdefault(step, {"step": step})[key] = value
+        return [rows[step] for step in sorted(rows)]
+
+    def last(self) -> dict[str, float] | None:
+        """The last whole line of metrics.jsonl, read from its end; None where there is none."""
+        return next((row for _, row in self._backwards() if row is not None), None)
 
     def rewind(self, step: int) -> None:
-        """Forget the logged steps from `step` on: the run resumes there."""
-        rows = [row for row in self.history() if row["step"] < step]
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        """Forget the logged steps from `step` on: the run resumes there. Reads no more of the file than it forgets.
+
+        Raises as `log_before`.
+        """
+        if not processes.is_main():
+            return
+        end = self.log_before(step)
+        if self._log.exists():
+            with disk.writing(self._log):
+                os.truncate(self._log, end)  # between two lines, so that no reader sees half of one
+                disk.sync(self._log)
+
+    def log_before(self, step: int) -> int:
+        """How many bytes of metrics.jsonl hold the steps before this one. Raises InputError where some are missing."""
+        end, row = next(((end, row) for end, row in self._backwards() if row and row["step"] < step), (0, None))
+        if step and (row is None or row["step"] != step - 1):
+            ends = f"ends at step {row['step']}" if row else "has no lines"
+            raise InputError(
+                f"'{self._log}' {ends}, but the checkpoint is of {step} steps; put the file back, or begin in a new "
+                "folder"
+            )
+        return end
+
+    def _backwards(self) -> Iterator[tuple[int, dict[str, float] | None]]:
+        """Lines from the last one to the first: where each ends in the file, and what it says; None where it is cut."""
+        if not self._log.exists():
+            return
+        with self._log.open("rb") as file:
+            begin = end = file.seek(0, os.SEEK_END)
+            rest = b""
+            while begin or rest:
+                cut = rest.rfind(b"\n", 0, -1) if rest else -1
+                if cut < 0 and begin:
+                    size = min(BLOCK, begin)
+                    begin = file.seek(begin - size)
+                    rest = file.read(size) + rest
+                    continue
+                line = rest[cut + 1 :]
+                yield end, _row(line) if line.endswith(b"\n") else None
+                end -= len(line)
+                rest = rest[: cut + 1]
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json, the sign that the run is complete."""
@@ -131,6 +253,14 @@ class Run:
     def resumes(self) -> bool:
         """Whether a checkpoint waits to be gone on from."""
         return any((self.folder / "checkpoints").glob("step-*"))
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _version(name: str) -> str:

@@ -9,37 +9,25 @@ processes each yields the losses of its own groups, as parts of one sum: gradien
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import math
-import os
-import pathlib
-import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from fieldsmith import processes
+from fieldsmith import checkpoints, interrupts, processes
 from fieldsmith.config import FitConfig
 from fieldsmith.errors import RunError
 from fieldsmith.optimizers import adamw
 from fieldsmith.run import Run
 
-FILE = "model-00001-of-00001.safetensors"  # in a checkpoint; the name that torch's own writer has for it
+ASKED = "asked to end"  # in a step's log, until it is joined
 
 
 class Log(dict[str, float]):
@@ -136,21 +124,27 @@ def fit(
 ) -> Fit:
     """Minimise the sum of each step's losses. `stop(steps done, log)` may name a reason to end early.
 
+    With a run directory, SIGINT and SIGTERM end it after the step (where steps share what the first of them drew, after
+    the last of these) with a checkpoint and KeyboardInterrupt; a second signal ends it at once, at the last checkpoint.
     Raises RunError at a loss or gradient that is not finite: parameters and checkpoints stay at the last good step.
     """
     params = list(parameters.values())
     optimizer = adamw(params, optimisation.lr, optimisation.weight_decay, optimisation.optimizer)
     ema = [p.detach().clone() for p in params] if optimisation.ema else None
-    first, stopped = _resume(run, parameters, optimizer, ema) if run else (0, None)
-    began, done, whole = time.monotonic(), first, True
+    first, stopped = checkpoints.resume(run, parameters, optimizer, ema) if run else (0, None)
+    began, done, whole, ending = time.monotonic(), first, True, False
     main = processes.is_main()
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     screen = Console(stderr=True)
-    with Progress(*columns, console=screen, transient=True, disable=not (main and sys.stderr.isatty())) as progress:
+    with (
+        interrupts.listening(run is not None, main) as asked,
+        Progress(*columns, console=screen, transient=True, disable=not (main and sys.stderr.isatty())) as progress,
+    ):
         bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
         try:
             while done < optimisation.steps and not stopped:
-                log = _gradient(done, params, losses, optimizer, optimisation)
+                log = _gradient(done, params, losses, optimizer, optimisation, asked)
+                ending = bool(log.pop(ASKED, 0)) or ending
                 whole = False  # an interrupt from here on finds parameters, averages and log at different steps
                 optimizer.step()
                 if ema and optimisation.ema:
@@ -163,13 +157,20 @@ def fit(
                 whole = True
                 stopped = stop(done, log) if stop else None
                 progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
-                if run and (stopped or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
-                    _save(run, done, parameters, optimizer, ema, stopped)
+                ending = ending or (asked.end and processes.count() == 1)  # several hear of it in the next step's log
+                now = ending and done % optimisation.block == 0
+                if run and (stopped or now or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
+                    checkpoints.save_step(run, done, parameters, optimizer, ema, stopped)
+                if now:
+                    raise KeyboardInterrupt
         except BaseException:  # whatever a reward raises, or a loss that is not finite, comes before parameters move
             # not under FSDP, where all would have to save together and some may be gone
-            if run and whole and done > first and done % optimisation.block == 0 and not processes.sharded():
-                _save(run, done, parameters, optimizer, ema, stopped)
+            savable = whole and not asked.at_once and done > first and done % optimisation.block == 0
+            if run and savable and not processes.sharded():
+                checkpoints.save_step(run, done, parameters, optimizer, ema, stopped)
             raise
+    if asked.end:  # in the last step
+        raise KeyboardInterrupt
     if ema:
         torch._foreach_copy_([p.data for p in params], ema)
     processes.wait()  # until the last line is written
@@ -182,6 +183,7 @@ def _gradient(
     losses: Losses,
     optimizer: torch.optim.Optimizer,
     optimisation: Optimisation,
+    asked: interrupts.Asked,
 ) -> dict[str, float]:
     """Set the learning rate and every parameter's gradient for one step; what to log. Moves no parameter."""
     for group in optimizer.param_groups:
@@ -199,6 +201,8 @@ def _gradient(
             if loss.requires_grad:
                 loss.backward()
         log.count("loss", total)
+        if asked.end:  # all processes end at the same step
+            log.count(ASKED, 1)
         log.join()
     processes.add_gradients(params)
     norm = _clip(params, optimisation.clip)
@@ -233,101 +237,3 @@ def global_randomness(seed: int, device: torch.device) -> Iterator[None]:
 def _schedule(step: int, optimisation: Optimisation) -> float:
     warm = min(1.0, (step + 1) / optimisation.warmup) if optimisation.warmup else 1.0
     return warm * (0.5 * (1 + math.cos(math.pi * step / optimisation.steps)) if optimisation.cosine else 1.0)
-
-
-def _tensors(
-    parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, ema: list[Tensor] | None
-) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by name; FSDP's parts as they are."""
-    weights = {f"weights/{name}": p.detach() for name, p in parameters.items()}
-    averages = {f"ema/{name}": p for name, p in zip(parameters, ema or (), strict=False)}
-    moments = {
-        f"moments/{name}/{key}": value
-        for name, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    return weights | averages | moments
-
-
-def _save(
-    run: Run,
-    done: int,
-    parameters: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    ema: list[Tensor] | None,
-    stopped: str | None,
-) -> None:
-    """Write checkpoints/step-N beside and rename it, then delete the older ones; of several processes one writes.
-
-    Under FSDP each writes its parts; any number of processes reads them again.
-    """
-    sharded = processes.sharded()
-    if not (sharded or processes.is_main()):
-        return
-    folder = run.folder / "checkpoints"
-    target = folder / f"step-{done:08d}"
-    beside = folder / (f".{target.name}" if sharded else f".{target.name}.{os.getpid()}")
-    if target.exists():
-        return
-    tensors = _tensors(parameters, optimizer, ema)
-    try:
-        if processes.is_main():
-            shutil.rmtree(beside, ignore_errors=True)  # of an earlier process
-            beside.mkdir(parents=True)
-            (beside / "state.json").write_text(json.dumps({"done": done, "stopped": stopped}))
-        if sharded:
-            processes.wait()
-            save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
-        else:
-            _write({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / FILE)
-        if processes.is_main():
-            os.replace(beside, target)
-    except OSError:
-        shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint would keep a full disk full
-        raise
-    for old in folder.glob("*step-*") if processes.is_main() else ():
-        if old != target:
-            shutil.rmtree(old)
-
-
-def _write(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(errno.EIO, str(error), str(path)) from error
-
-
-def _resume(
-    run: Run, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, ema: list[Tensor] | None
-) -> tuple[int, str | None]:
-    """Load the newest checkpoint into everything; (steps done, stop reason), (0, None) where there is none."""
-    found = sorted((run.folder / "checkpoints").glob("step-*"))
-    if not found:
-        run.rewind(0)
-        return 0, None
-    newest: pathlib.Path = found[-1]
-    state = json.loads((newest / "state.json").read_text())
-    reader = HuggingFaceStorageReader(str(newest))
-    with torch.no_grad():
-        for name, size, dtype in _moments(reader):
-            key, _, of = name.rpartition("/")
-            p = parameters[key]
-            if size == p.shape and of != "step":
-                optimizer.state[p][of] = torch.zeros_like(p, dtype=dtype)  # in parts where the weight is
-            else:
-                place = torch.device("cpu") if of == "step" and not optimizer.defaults.get("fused") else p.device
-                optimizer.state[p][of] = torch.zeros(size, dtype=dtype, device=place)
-        wanted = _tensors(parameters, optimizer, ema)
-        with warnings.catch_warnings():  # that one process reads alone is meant
-            warnings.simplefilter("ignore")
-            load(wanted, storage_reader=reader, no_dist=not processes.sharded())
-    processes.wait()  # all have read the history
-    run.rewind(state["done"])
-    return state["done"], state["stopped"]
-
-
-def _moments(reader: HuggingFaceStorageReader) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
-    """The optimiser's tensors in a checkpoint: 'parameter/key', shape and type."""
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
-        if name.startswith("moments/") and isinstance(stored, TensorStorageMetadata):
-            yield name.removeprefix("moments/"), stored.size, stored.properties.dtype

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
-from fieldsmith import optimizers, preflight, processes
+from fieldsmith import checkpoints, optimizers, preflight, processes
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import load
@@ -30,6 +30,8 @@ from fieldsmith.report.page import Page, Panel
 from fieldsmith.result import Result, save_samples
 from fieldsmith.run import Run, plain
 from fieldsmith.training import Fit, Log, Losses, Optimisation, fit
+
+CURVES = 1000  # points of a curve on a page, and at most twice as many
 
 Side = Literal["before", "after"]
 Callback = Callable[[int, dict[str, float]], "str | None"]  # steps done, the step's log -> a reason to stop, or None
@@ -88,7 +90,7 @@ class Outcome:
     before: Any  # what `measure` gave for the reference
     after: Any
     metrics: dict[str, Any]  # so far: cost, steps, seconds
-    history: list[dict[str, float]]  # lines of metrics.jsonl
+    history: list[dict[str, float]]  # lines of metrics.jsonl, thinned where there are very many
     run: Run | None
 
 
@@ -125,10 +127,28 @@ def run(
     check_memory(verb, config)
     processes.check_groups(*verb.groups(config))
     console = Console(stderr=True, quiet=quiet)
-    folder = Run(config.out, verb.name, config) if config.out else None
+    with processes.together():
+        folder = Run(config.out, verb.name, config) if config.out else None
     if folder and folder.finished:
         console.print(f"this run is complete: {folder.folder / 'report.html'}")
         return Result.open(folder.folder)
+    try:
+        return _run(verb, config, inputs, model, callback, quiet, folder, console)
+    finally:
+        if folder:
+            folder.end()
+
+
+def _run(
+    verb: Verb,
+    config: Any,
+    inputs: Any,
+    model: Model | None,
+    callback: Callback | None,
+    quiet: bool,
+    folder: Run | None,
+    console: Console,
+) -> Result:
     if model is None:
         model = load_model(verb, config, inputs)
     else:
@@ -149,7 +169,7 @@ def run(
             with job.reference() as base:
                 before = verb.measure(base, config, job, "before")
             after = verb.measure(job.trained if job.trained is not None else job.model, config, job, "after")
-        history = folder.history() if folder else []
+        history = folder.history(CURVES) if folder else []
         metrics |= verb.report(page, Outcome(config, job, model, before, after, metrics, history, folder))
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
@@ -183,7 +203,7 @@ def train(
     config.check()
     if getattr(config, "threads", None):
         torch.set_num_threads(config.threads)
-    resumes = run is not None and run.resumes
+    resumes = run is not None and checkpoints.find(run) is not None
     began_plain = not model.trains
     with contextlib.ExitStack() as stack:
         nfe = stack.enter_context(model.count_nfe())
@@ -203,7 +223,13 @@ def train(
                     compile_blocks(job.model)
                 with job.model.uncounted():
                     preflight.require(job.checks(resumes), quiet)
+                if run and job.parameters:
+                    plan = job.optimisation
+                    needed = checkpoints.bytes_of(job.parameters, plan.ema is not None, plan.optimizer)
+                    checkpoints.check_space(run, needed)
                 processes.wait()  # nobody writes before all have passed
+                if run:
+                    run.begin()
         except BaseException:
             # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:
@@ -211,8 +237,6 @@ def train(
             if job and job.model is not model:
                 job.model.remove_training()
             raise
-        if run:
-            run.begin()
         job.begin()
         carried: list[int] = []  # what an interrupted run had spent before this process took over
         if callback and processes.is_main():
@@ -220,8 +244,8 @@ def train(
 
         def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
             if not carried:  # asked now that the log ends at the checkpoint; preparation is in there already
-                before = int(run.history()[-1]["nfe"]) if run and step and processes.is_main() else 0
-                carried.append(before - prepared if run and step else 0)
+                before = run.last() if run and step and processes.is_main() else None
+                carried.append((int(before["nfe"]) if before else 0) - prepared if run and step else 0)
             yield from job.losses(step, generator, log)
             log.count("nfe", carried[0] + nfe.total)
 
@@ -240,8 +264,8 @@ def train(
             done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
         except InputError as error:  # such as an image that turns out to be damaged when a batch wants it
             raise RunError(f"{error}; the last good checkpoint stays, and the same command goes on from it") from error
-        history = run.history() if run else []
-        spent = int(history[-1]["nfe"]) if history else sum(processes.exchange(nfe.total))
+        last = run.last() if run else None
+        spent = int(last["nfe"]) if last else sum(processes.exchange(nfe.total))
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
 
 
@@ -330,7 +354,7 @@ def curves(page: Page, outcome: Outcome, panels: Mapping[str, tuple[str, ...]]) 
         if series:
             drawn.append(Panel(title, series, "step"))
     done = outcome.metrics
-    calls = int(sum(row.get("reward calls", 0) for row in outcome.history))
+    calls = int(sum(row.get("reward calls", 0) for row in outcome.run.rows())) if outcome.run else 0
     judged = f", {calls:,} reward calls" if calls else ""
     cost = f"{done['nfe']:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
     if drawn:

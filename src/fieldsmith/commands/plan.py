@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fieldsmith.commands import verbs
+from fieldsmith.disk import size
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models import pipeline_folder
 
@@ -81,12 +82,3 @@ def _print(made: Plan) -> None:
     console.print(f"disk: {disk}", highlight=False)
     for note in made.notes:
         console.print(f"note: {note}", highlight=False)
-
-
-def size(bytes_: float) -> str:
-    """Bytes in the unit that suits them, of powers of 1,000."""
-    for unit in ("B", "kB", "MB"):
-        if abs(bytes_) < 1000:
-            return f"{bytes_:.3g} {unit}"
-        bytes_ /= 1000
-    return f"{bytes_:,.1f} GB"

@@ -60,13 +60,21 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
     CONSOLE.print(diagnosis.words, markup=False)
     if directory and diagnosis.page:
         directory.begin()
-        cost = f"{diagnosis.numbers['nfe']:,} network evaluations, {diagnosis.numbers['seconds']:.0f} s."
-        again = f"fieldsmith diagnose {kind} --config {directory.folder}/config.toml --out ANOTHER-FOLDER"
-        diagnosis.page.command("Repeat it", again, cost)
-        diagnosis.page.write(directory.folder / "report.html")
-        directory.finish(diagnosis.numbers)
-        CONSOLE.print(f"page: {directory.folder / 'report.html'}")
+        try:
+            _write(directory, diagnosis, kind)
+        finally:
+            directory.end()
     return diagnosis
+
+
+def _write(directory: Run, diagnosis: Diagnosis, kind: str) -> None:
+    assert diagnosis.page is not None
+    cost = f"{diagnosis.numbers['nfe']:,} network evaluations, {diagnosis.numbers['seconds']:.0f} s."
+    again = f"fieldsmith diagnose {kind} --config {directory.folder}/config.toml --out ANOTHER-FOLDER"
+    diagnosis.page.command("Repeat it", again, cost)
+    diagnosis.page.write(directory.folder / "report.html")
+    directory.finish(diagnosis.numbers)
+    CONSOLE.print(f"page: {directory.folder / 'report.html'}")
 
 
 def _is_object(value: Any) -> bool:

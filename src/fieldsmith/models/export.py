@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.families import named
+from fieldsmith.run import make_ordinary
 
 FORMATS = ("kohya", "comfyui", "diffusers")
 
@@ -79,7 +80,8 @@ def exported(adapter: Adapter, family: str, sizes: Sizes, form: str) -> dict[str
     tensors: dict[str, Tensor] = {}
     for name, parts in names.items():
         if any(part in adapter for part in parts):
-            one = _swapped(_fused([adapter.get(part) for part in parts], [sizes[part][1] for part in parts]), parts)
+            one = _fused([adapter.get(part) for part in parts], [sizes[part][1] for part in parts])
+            one = _swapped(one, name, parts)
             key, rank = key_of(family, name, form), len(one.down)
             # kohya reads alpha = 0 as no alpha, which is scale 1
             tensors[f"{key}.lora_down.weight"] = one.down.contiguous()
@@ -135,10 +137,10 @@ def _fused(parts: list[LowRank | None], heights: list[int]) -> LowRank:
     return LowRank(torch.cat([part.down for part in trained]), up, scale if even else 1.0)
 
 
-def _swapped(one: LowRank, parts: tuple[str, ...]) -> LowRank:
-    """Final modulations give (scale, shift) in diffusers and (shift, scale) in the originals."""
+def _swapped(one: LowRank, name: str, parts: tuple[str, ...]) -> LowRank:
+    """Final modulations give (scale, shift) in diffusers and (shift, scale) under names of the originals' own."""
     ends = parts[0] == "norm_out.linear" or parts[0].endswith(".norm1_context.linear")
-    if not ends or len(one.up) != 2 * one.down.shape[1]:  # other modulations have more than two outputs
+    if not ends or name == parts[0] or len(one.up) != 2 * one.down.shape[1]:  # others have more than two outputs
         return one
     return LowRank(one.down, torch.cat(one.up.chunk(2)[::-1]), one.scale)
 
@@ -173,7 +175,7 @@ def imported(tensors: Mapping[str, Tensor], family: str, sizes: Sizes, name: str
         for key in {key_of(family, original, form) for form in FORMATS[:2]}:
             one = _low_rank(tensors, key, sizes[parts[0]][0], sum(sizes[part][1] for part in parts), name)
             if one:
-                adapter |= _apart(_swapped(one, parts), parts, [sizes[part][1] for part in parts])
+                adapter |= _apart(_swapped(one, original, parts), parts, [sizes[part][1] for part in parts])
     return adapter
 
 
@@ -291,6 +293,7 @@ def _write(state: dict[str, Tensor], header: dict[str, str], file: pathlib.Path)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         save_file(state, beside, metadata=header)
+        make_ordinary(beside)
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)

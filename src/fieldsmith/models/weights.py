@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models import export
+from fieldsmith.run import make_ordinary
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA in its folder
 
@@ -241,6 +242,8 @@ class Trainable:
             if processes.is_main():
                 with self._saves(weights):
                     self._save_pipeline(pathlib.Path(folder))
+                for file in pathlib.Path(folder).rglob("*.safetensors"):
+                    make_ordinary(file)
         processes.wait()
 
     @contextlib.contextmanager

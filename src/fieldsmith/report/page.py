@@ -62,6 +62,18 @@ class Panel(NamedTuple):
     y_label: str = ""
 
 
+class Drawn(NamedTuple):
+    """A panel whose figure is drawn where a page is written: a run without a folder never shows it."""
+
+    panel: Panel
+    wide: bool
+    prefix: str  # of the ids in its SVG
+
+    @property
+    def svg(self) -> Markup:
+        return svg_of(draw(self.panel, self.wide), self.prefix)
+
+
 class Card(NamedTuple):
     """Another page in a gallery: what it is about, what came out, and the command that made it."""
 
@@ -166,8 +178,8 @@ class Page:
         figures = []
         for i, panel in enumerate(panels):
             what = f"{panel.y_label or panel.title or heading} against {panel.x_label}"
-            svg = svg_of(draw(panel, wide=len(panels) == 1), f"s{len(self.sections)}-{i}-")
-            figures.append({"svg": svg, "title": panel.title, "alt": f"{what}: {', '.join(panel.series)}"})
+            drawn = Drawn(panel, wide=len(panels) == 1, prefix=f"s{len(self.sections)}-{i}-")
+            figures.append({"drawn": drawn, "title": panel.title, "alt": f"{what}: {', '.join(panel.series)}"})
         self.sections.append(Section("figures", heading, figures, note))
 
     def command(self, heading: str, lines: str | Iterable[str], note: str = "") -> None:

@@ -7,7 +7,7 @@ Six shapes in four colours, continuous place, size, shade and background, captio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -143,8 +143,11 @@ def _inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
     return u**2 + v**2 <= edge**2
 
 
-def silhouettes(shape: Tensor, centre: Tensor, radius: Tensor, size: int, oversample: int = 4) -> Tensor:
-    """Coverage in [0, 1] of each pixel, (n, size, size); centre (n, 2) as x, y and radius (n,) in pixels."""
+def silhouettes(shape: Tensor, centre: Tensor, radius: Tensor, size: int, oversample: int = 4, moves: int = 1) -> Tensor:
+    """Coverage in [0, 1] of each pixel, (n, size, size); centre (n, 2) as x, y and radius (n,) in pixels.
+
+    `moves` > 1: of windows a pixel wide that begin so many times in each pixel.
+    """
     fine = (torch.arange(size * oversample) + 0.5) / oversample
     u = (fine[None, None, :] - centre[:, 0, None, None]) / radius[:, None, None]  # (n, 1, fine)
     v = (fine[None, :, None] - centre[:, 1, None, None]) / radius[:, None, None]  # (n, fine, 1)
@@ -152,8 +155,25 @@ def silhouettes(shape: Tensor, centre: Tensor, radius: Tensor, size: int, oversa
     for index, name in enumerate(SHAPES):
         rows = shape == index
         if rows.any():
-            covered[rows] = _inside(name, *torch.broadcast_tensors(u[rows], v[rows])).float()
-    return torch.nn.functional.avg_pool2d(covered[:, None], oversample)[:, 0]
+            covered[rows] = _inside(name, u[rows], v[rows]).float()
+    return torch.nn.functional.avg_pool2d(covered[:, None], oversample, oversample // moves)[:, 0]
+
+
+@lru_cache
+def _bank(size: int) -> tuple[Tensor, Tensor]:
+    """Binary silhouettes on a grid of radii and centres, (m, size * size), and the shape of each, (m,).
+
+    Centres are a 32nd of an image apart, and a silhouette that is moved by that much is the same points moved: each
+    shape and radius is drawn once, on a canvas with room for every move, and cut out of it.
+    """
+    centres, every = 10, 32 // size  # a pixel is `every` moves wide
+    radii = size / 32 * torch.arange(7, 13.51, 0.5)
+    shape = torch.arange(len(SHAPES)).repeat_interleave(len(radii))
+    last = torch.full((len(shape), 2), 20.5 * size / 32)  # where the canvas begins with the image
+    cover = silhouettes(shape, last, radii.repeat(len(SHAPES)), size + centres // every, moves=every) >= 0.5
+    cut = cover.unfold(1, every * (size - 1) + 1, 1).unfold(2, every * (size - 1) + 1, 1)[..., ::every, ::every]
+    cut = cut[:, :centres, :centres].flip(1, 2).transpose(1, 2)  # the grid's x before its y, from left and top
+    return cut.reshape(-1, size * size).float(), shape.repeat_interleave(centres**2)
 
 
 class ShapesWorld:
@@ -197,20 +217,6 @@ class ShapesWorld:
         cover = silhouettes(shape, centre, radius, self.size)[:, None]  # (n, 1, size, size)
         return cover * ink[:, :, None, None] + (1 - cover) * grey[:, :, None, None]
 
-    @cached_property
-    def bank(self) -> tuple[Tensor, Tensor]:
-        """Binary silhouettes on a grid of radii and centres, (m, size * size), and the shape of each, (m,)."""
-        unit = self.size / 32
-        radii = unit * torch.arange(7, 13.51, 0.5)
-        steps = unit * torch.arange(11.5, 20.51, 1.0)
-        grid = torch.cartesian_prod(torch.arange(len(SHAPES)).float(), radii, steps, steps)
-        shape, radius, centre = grid[:, 0].long(), grid[:, 1], grid[:, 2:]
-        cover = [
-            silhouettes(*parts, self.size) >= 0.5
-            for parts in zip(shape.split(512), centre.split(512), radius.split(512), strict=True)
-        ]
-        return torch.cat(cover).flatten(1).float(), shape
-
     def judge(self, images: Tensor, least_iou: float = 0.7) -> Verdicts:
         """Read images (n, 3, size, size) in [0, 1] from their pixels alone.
 
@@ -229,7 +235,7 @@ class ShapesWorld:
         ink = nearest < len(palette)
         counts = torch.stack([(nearest == c).sum(1) for c in range(len(palette))], 1)  # (n, colours)
         area = ink.sum(1)
-        bank, bank_shape = self.bank
+        bank, bank_shape = _bank(self.size)
         shared = ink.float() @ bank.T  # (n, m)
         iou = shared / (area[:, None] + bank.sum(1) - shared).clamp(min=1)
         best, where = iou.max(1)
