@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fieldsmith import __version__, training
+from fieldsmith import __version__, previews, training
 from fieldsmith.cli import VERBS, main
 from fieldsmith.commands import verbs
 from fieldsmith.diagnoses.config import KINDS
@@ -279,7 +279,9 @@ def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys,
         return gradient(*args)
 
     words = [*TINY, "--model", str(flux_folder), "--dropout", "0.3"]
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert (
+        main([*words, "--previews", "0", "--out", str(tmp_path / "whole")]) == 0
+    )  # they draw from nothing that trains
     cut = [*words, "--out", str(tmp_path / "cut")]
     with monkeypatch.context() as patch:
         patch.setattr(training, "_gradient", interrupted)
@@ -295,6 +297,7 @@ def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys,
     assert steps == list(range(20))
     page = (tmp_path / "cut" / "report.html").read_text()
     assert "No judge knows" in page
+    assert len(previews.found(tmp_path / "cut", 2)) == 4 and not previews.found(tmp_path / "whole", 2)
 
     written = (tmp_path / "cut" / "metrics.json").stat().st_mtime_ns
     assert main(cut) == 0
@@ -333,6 +336,14 @@ def test_the_default_erases_the_triangle_and_little_else(erased):
     assert {f.name for f in erased.iterdir()} == {
         "config.toml", "metrics.jsonl", "metrics.json", "checkpoints", "adapter", "samples", "report.html"
     }  # fmt: skip
+
+
+def test_its_page_shows_strips_drawn_while_it_trained(erased):
+    steps = json.loads((erased / "metrics.json").read_text())["steps"]
+    strips = previews.found(erased, 4)
+    assert [label for label, _ in strips] == ["step 0", *(f"step {round(i * steps / 3)}" for i in (1, 2, 3))]
+    assert not torch.equal(strips[0][1][0], strips[-1][1][0])  # the target is drawn otherwise, from the same noise
+    assert "While it trained" in (erased / "report.html").read_text()
 
 
 def test_its_page_loads_nothing_from_elsewhere(erased):

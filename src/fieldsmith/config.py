@@ -102,6 +102,8 @@ class Config:
     """The run directory to write (new, empty, or this same run interrupted)."""
     seed: Seed = 0
     """Everything random follows from it."""
+    previews: Annotated[int, Field(ge=0)] = 3
+    """How often a run directory gets a strip of pictures while the model trains, beside one before it; 0: none."""
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Where else the training's numbers go while it runs, beside metrics.jsonl."""
 

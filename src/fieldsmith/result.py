@@ -156,6 +156,23 @@ def _strip(images: torch.Tensor | Sequence[torch.Tensor]) -> Image.Image:
     return sheet
 
 
+def write_strip(images: torch.Tensor | Sequence[torch.Tensor], path: pathlib.Path) -> None:
+    """Write images side by side as one PNG, beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    buffer = io.BytesIO()
+    _strip(images).save(buffer, format="PNG")
+    beside.write_bytes(buffer.getvalue())
+    beside.replace(path)
+
+
+def read_strip(path: pathlib.Path, n: int) -> torch.Tensor:
+    """The n images of a strip, (n, 3, h, w) in [0, 1]."""
+    sheet = torch.from_numpy(numpy.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
+    width = (sheet.shape[2] + 2) // n - 2
+    return torch.stack([sheet[:, :, k * (width + 2) :][:, :, :width] for k in range(n)])
+
+
 def save_samples(pairs: Sequence[Pair], folder: pathlib.Path) -> None:
     """Write pairs as strips of PNG, with what they show in samples.json."""
     if not processes.is_main():
@@ -163,13 +180,13 @@ def save_samples(pairs: Sequence[Pair], folder: pathlib.Path) -> None:
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
+    for path in folder.glob("step-*.png"):  # drawn while it trained
+        shutil.copy2(path, beside)
     listed = []
     for place, pair in enumerate(pairs):
         names = {side: f"{place:03d}-{side}.png" for side in ("before", "after")}
         for side, images in (("before", pair.before), ("after", pair.after)):
-            buffer = io.BytesIO()
-            _strip(images).save(buffer, format="PNG")
-            (beside / names[side]).write_bytes(buffer.getvalue())
+            write_strip(images, beside / names[side])
         listed.append({"label": pair.label, "images": len(pair.before), **names})
     write_atomically(beside / "samples.json", json.dumps(plain(listed), indent=1))
     shutil.rmtree(folder, ignore_errors=True)
@@ -182,7 +199,5 @@ def _load_samples(folder: pathlib.Path) -> Iterator[Pair]:
     for row in json.loads((folder / "samples.json").read_text(encoding="utf-8")):
         sides = []
         for side in ("before", "after"):
-            sheet = torch.from_numpy(numpy.array(Image.open(folder / row[side]).convert("RGB"))).permute(2, 0, 1) / 255
-            width = (sheet.shape[2] + 2) // row["images"] - 2
-            sides.append(torch.stack([sheet[:, :, k * (width + 2) :][:, :, :width] for k in range(row["images"])]))
+            sides.append(read_strip(folder / row[side], row["images"]))
         yield Pair(row["label"], sides[0], sides[1])

@@ -19,13 +19,14 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
-from fieldsmith import checkpoints, optimizers, preflight, processes
+from fieldsmith import checkpoints, optimizers, preflight, previews, processes
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import load
 from fieldsmith.models.core import LoraSpec, Model, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.preflight import Check
+from fieldsmith.previews import Preview
 from fieldsmith.report.page import Page, Panel
 from fieldsmith.result import Result, save_samples
 from fieldsmith.run import Run, plain
@@ -57,7 +58,7 @@ class Job:
     cost: Callable[[Fit, int], dict[str, Any]] = lambda done, nfe: {"nfe": nfe}  # for metrics.json
     facts: Callable[[], dict[str, Any]] = dict  # more for metrics.json, asked after training
     advice: Callable[[Fit], list[str]] = lambda done: []  # sentences to print after training
-    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # open while training, such as dropout
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # open in a step, such as dropout
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
@@ -103,6 +104,7 @@ class Verb:
     prepare: Callable[[Model, Any, Any], Job]  # model, config, inputs; refuses bad input before it attaches anything
     measure: Callable[[Any, Any, Job, Side], Any]  # a model, config, job, side -> what `report` compares; equal seeds
     report: Callable[[Page, Outcome], dict[str, Any]]  # fills the page; what goes into metrics.json
+    preview: Callable[[Any, Job], Preview] | None = None  # config, job -> what is drawn while it trains
     source: str = "model"  # the config's field that names what is loaded
     # how many groups the processes share, and the field that says so
     groups: Callable[[Any], tuple[int, str]] = lambda config: (config.batch, "batch")
@@ -171,6 +173,10 @@ def _run(
             after = verb.measure(job.trained if job.trained is not None else job.model, config, job, "after")
         history = folder.history(CURVES) if folder else []
         metrics |= verb.report(page, Outcome(config, job, model, before, after, metrics, history, folder))
+        if folder and config.previews and verb.preview:
+            labels = verb.preview(config, job).labels
+            strips = previews.found(folder.folder, len(labels))
+            page.images("While it trained", labels, strips, note="The same noise each time.")
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
         page.text("", f"{verb.evaluated} is 0: nothing was measured.")
@@ -241,16 +247,21 @@ def train(
         carried: list[int] = []  # what an interrupted run had spent before this process took over
         if callback and processes.is_main():
             callback(0, {})
+        look = _looking(verb, config, job, run)
+        if not resumes:
+            look(0)
 
         def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
             if not carried:  # asked now that the log ends at the checkpoint; preparation is in there already
                 before = run.last() if run and step and processes.is_main() else None
                 carried.append((int(before["nfe"]) if before else 0) - prepared if run and step else 0)
-            yield from job.losses(step, generator, log)
+            with job.around():
+                yield from job.losses(step, generator, log)
             log.count("nfe", carried[0] + nfe.total)
 
         def stop(done: int, log: dict[str, float]) -> str | None:
             track(done - 1, log)
+            look(done)
             # a user's function is called in one process, and all hear its reason
             said = callback(done, log) if callback and processes.is_main() else None
             reason = processes.exchange(said)[0] if callback else None
@@ -258,7 +269,6 @@ def train(
 
         prepared = nfe.total
         track = stack.enter_context(tracked(verb, config, run))
-        stack.enter_context(job.around())
         nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
         try:
             done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
@@ -267,6 +277,22 @@ def train(
         last = run.last() if run else None
         spent = int(last["nfe"]) if last else sum(processes.exchange(nfe.total))
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
+
+
+def _looking(verb: Verb, config: Any, job: Job, run: Run | None) -> Callable[[int], None]:
+    """What is told the steps done, and draws a strip at some of them."""
+    if not (run and verb.preview and getattr(config, verb.evaluated) and job.parameters):
+        return lambda done: None
+    preview, folder = verb.preview(config, job), run.folder
+    when = previews.times(config.previews, job.optimisation.steps)
+
+    def look(done: int) -> None:
+        if done in when:
+            with job.model.uncounted():
+                images = preview.draw(job.trained if job.trained is not None else job.model)
+            previews.save(images, folder, done)
+
+    return look
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from fieldsmith.methods.policy.losses import gaussian_kl
 from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.models.core import Model, predict_rows
 from fieldsmith.paths import RectifiedFlow
+from fieldsmith.previews import FEW, Preview
 from fieldsmith.rewards.reward import Reward, score_batches
 from fieldsmith.samplers import Sde, gaussian_step
 from fieldsmith.training import step_generator
@@ -46,6 +47,12 @@ def measure(model: Any, config: AlignConfig, job: Job, side: Side) -> Measured:
     rewards = {name: _scores(one, images, prompts) for name, one in watched.items()}
     others = draw(other_prompts(job), config.seed + 8)
     return Measured(images, rewards, others, path_kl(job.model, config) if side == "after" else None)
+
+
+def preview(config: AlignConfig, job: Job) -> Preview:
+    """Some of the run's prompts."""
+    few = [config.prompts[i * len(config.prompts) // FEW] for i in range(FEW)]
+    return Preview(few, lambda model: sampler(model, max(28, config.steps), config.guidance)(few, config.seed + 7))
 
 
 def asked(config: AlignConfig) -> list[str]:

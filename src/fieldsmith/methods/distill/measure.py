@@ -3,7 +3,7 @@ states (DASH notes, 7)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from fieldsmith.measure.guidance import ask, noised_tuples, path_tuples
 from fieldsmith.measure.sweep import Sweep
 from fieldsmith.methods.distill.config import DistillConfig, objective_of
 from fieldsmith.models.branches import Branches
+from fieldsmith.previews import FEW, Preview
 from fieldsmith.training import step_generator
 from fieldsmith.verb import Job, Side
 
@@ -46,6 +47,13 @@ def measure(model: Any, config: DistillConfig, job: Job, side: Side) -> Measured
     return Measured(
         images, {kind: ask(model, at) for kind, at in states.items()}, {kind: at.t for kind, at in states.items()}
     )
+
+
+def preview(config: DistillConfig, job: Job) -> Preview:
+    """One picture of each of the first classes, guided."""
+    sweep = replace(sweep_of(config, job), images=FEW)
+    scale = config.guidance_scales[-1] if objective_of(config).guided_input else 2.0
+    return Preview([sweep.data.names[i] for i in sweep.labels.tolist()], lambda model: sweep.draw(model, scale))
 
 
 def sweep_of(config: DistillConfig, job: Job) -> Sweep:

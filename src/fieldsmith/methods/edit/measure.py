@@ -20,6 +20,7 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs, World
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import edit, encode_unique, quantised
+from fieldsmith.previews import Preview
 from fieldsmith.training import step_generator
 from fieldsmith.verb import Job, Side
 
@@ -40,6 +41,25 @@ def measure(model: Model, config: EditConfig, job: Job, side: Side) -> Measured:
     """`config.evaluate` sessions that training did not draw."""
     inputs: Inputs = job.inputs
     return _judged(model, config, inputs) if inputs.world is None else _exact(model, config, inputs, inputs.world)
+
+
+def preview(config: EditConfig, job: Job) -> Preview:
+    """One held-out session, turn by turn."""
+    inputs: Inputs = job.inputs
+    sessions = inputs.draw(1, HELD_OUT + config.seed, config.turns)
+    turns = range(1, sessions.turns + 1)
+
+    def draw(model: Model) -> Tensor:
+        source = quantised(sessions.clean(0))
+        images = []
+        for turn in turns:
+            generator = step_generator(config.seed, turn, stream=9)
+            condition = encode_unique(model, sessions.prompts(turn))
+            images.append(edit(model, condition, source, generator, config.evaluate_steps, config.guidance))
+            source = inputs.channel(images[-1], generator)
+        return torch.cat(images)
+
+    return Preview([sessions.prompts(turn)[0] for turn in turns], draw)
 
 
 def _exact(model: Model, config: EditConfig, inputs: Inputs, world: World) -> Measured:

@@ -13,6 +13,7 @@ from fieldsmith.measure.drawing import Sampler, sampler
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.step import Judged
+from fieldsmith.previews import FEW, Preview
 from fieldsmith.verb import Job, Side
 
 
@@ -57,6 +58,14 @@ def _concept(draw: Sampler, judged: Judged, target: Any, config: EraseConfig) ->
         ask_groups(draw, world, judged.groups[target], n, seed),
         detected(draw, world, target, judged.paraphrases[target], n, seed + 9),
         detected(draw, world, target, list(config.anchors), 2 * n, seed + 8),
+    )
+
+
+def preview(config: EraseConfig, job: Job) -> Preview:
+    """Targets and kept prompts."""
+    asked = list(dict.fromkeys((*config.targets[: FEW // 2], *config.keep)))[:FEW]
+    return Preview(
+        asked, lambda model: sampler(model, max(28, config.steps), config.rollout_guidance)(asked, config.seed)
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.sampling import draw
+from fieldsmith.previews import FEW, Preview
 from fieldsmith.verb import Job, Side
 
 
@@ -24,3 +25,9 @@ def measure(model: Any, config: SharpenConfig, job: Job, side: Side) -> Samples:
     """The same noise on both sides."""
     images = model.decode(draw(model, config.samples, config.sampler_steps, config.seed + 1))
     return Samples(images, job.inputs.world.judge(images))
+
+
+def preview(config: SharpenConfig, job: Job) -> Preview:
+    """Samples from equal noise."""
+    labels = [f"sample {i + 1}" for i in range(FEW)]
+    return Preview(labels, lambda model: model.decode(draw(model, FEW, config.sampler_steps, config.seed + 1)))
