@@ -143,7 +143,9 @@ def _inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
     return u**2 + v**2 <= edge**2
 
 
-def silhouettes(shape: Tensor, centre: Tensor, radius: Tensor, size: int, oversample: int = 4, moves: int = 1) -> Tensor:
+def silhouettes(
+    shape: Tensor, centre: Tensor, radius: Tensor, size: int, oversample: int = 4, moves: int = 1
+) -> Tensor:
     """Coverage in [0, 1] of each pixel, (n, size, size); centre (n, 2) as x, y and radius (n,) in pixels.
 
     `moves` > 1: of windows a pixel wide that begin so many times in each pixel.
