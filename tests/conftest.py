@@ -25,8 +25,8 @@ def one_thread() -> None:
 
 
 with contextlib.suppress(OSError, AttributeError):  # no glibc
-    # glibc hands every tensor of some 100 KB back to the kernel and asks for it again: a seventh of all time. Keep up to
-    # 512 MB that are free (M_TRIM_THRESHOLD), and take what is below 32 MB from the heap (M_MMAP_THRESHOLD).
+    # glibc hands every tensor of some 100 KB back to the kernel and asks for it again: a seventh of all time. Keep up
+    # to 512 MB that are free (M_TRIM_THRESHOLD), and take what is below 32 MB from the heap (M_MMAP_THRESHOLD).
     ctypes.CDLL("libc.so.6").mallopt(-1, 512 << 20)
     ctypes.CDLL("libc.so.6").mallopt(-3, 32 << 20)
 
@@ -69,7 +69,7 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
     from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
     from fieldsmith.models.unet import UNet
-    from fieldsmith.worlds import classes, emoji_captions, scenes, shapes
+    from fieldsmith.worlds import emoji_captions, scenes, shapes
 
     folder = tmp_path_factory.mktemp("zoo")
     small = {"layers": 1, "single_layers": 1, "heads": 1}
@@ -86,8 +86,8 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     )
     editor.save_pretrained(folder / "scenes-kontext")
     (folder / "scenes-kontext" / "card.json").write_text(json.dumps({"world": "scenes", "size": 24}))
-    for data, size, channels in (("digits", 8, 1), ("shapes", 16, 3)):
-        names = classes.load(data, size, channels).names
+    compositions = tuple(str(concept) for concept in shapes.concepts())
+    for data, size, channels, names in (("digits", 8, 1, tuple("0123456789")), ("shapes", 16, 3, compositions)):
         teacher = unet_pipeline(
             size=size, channels=channels, widths=(8, 16), class_rows=len(names) + 1, attention=False,
             beta_schedule="squaredcos_cap_v2",
@@ -101,6 +101,14 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     UNet(columns, "columns", fold=4).save(folder / "columns-ddpm")
     (folder / "columns-ddpm" / "card.json").write_text(json.dumps({"data": "columns", "size": 64}))
     return folder
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs measure is drawn in 3 steps and not in 28, where nobody looks at the images."""
+    from fieldsmith.measure import drawing
+
+    monkeypatch.setattr(drawing, "STEPS", 3)
 
 
 @pytest.fixture

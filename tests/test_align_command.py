@@ -27,6 +27,7 @@ from fieldsmith.rewards import Reward
 from fieldsmith.run import Run
 from fieldsmith.verb import Trained
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 SMALL = "zoo:shapes-flux-small"
 PROMPTS = ("a blue triangle", "a blue star")
 TINY: dict[str, Any] = {"epochs": 1, "prompts": PROMPTS, "prompts_per_epoch": 2, "rollouts": 2, "chunk": 64}

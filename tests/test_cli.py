@@ -26,6 +26,7 @@ from fieldsmith.methods.erase import losses
 from fieldsmith.methods.erase.config import EraseConfig
 from tests.trained import weights_in
 
+pytestmark = pytest.mark.usefixtures("few_steps")  # fixtures of the module come before it: the demo is measured whole
 PAIR = ["--targets", "triangle", "--anchors", "circle"]
 # a run of twelve cheap steps on the tiny random Flux of conftest
 TINY = [

@@ -16,6 +16,7 @@ import pytest
 
 from fieldsmith import cli
 from fieldsmith.commands import verbs
+from fieldsmith.methods.erase import config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,8 +35,11 @@ def commands(block: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None) -> pathlib.Path:
-    """An empty folder to stand in, where the zoo's names are tiny pipelines."""
+def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None, few_steps: None) -> pathlib.Path:
+    """An empty folder to stand in, where the zoo's names are tiny pipelines and defaults that take time are small."""
+    for name, number in {"budget": 264, "steps": 12, "evaluate": 4}.items():
+        monkeypatch.setitem(config.LAPTOP, name, number)
+    monkeypatch.setitem(config.DEMO, "budget", 264)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

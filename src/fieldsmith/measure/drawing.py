@@ -16,6 +16,8 @@ from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import Prediction
 from fieldsmith.samplers import Field, rollout
 
+STEPS = 28  # of the sampler by which models are compared; a run that samples in more is drawn with its own
+
 Sampler = Callable[[Sequence[str], int], Tensor]  # prompts, seed -> images (n, 3, h, w) in [0, 1]
 Guidance = float | None | Callable[[Tensor], float]  # a scale, or a schedule of scales: the time of a step () -> scale
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
+from fieldsmith.measure import drawing
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.policy.losses import gaussian_kl
@@ -39,7 +40,7 @@ class Measured:
 
 def measure(model: Any, config: AlignConfig, job: Job, side: Side) -> Measured:
     """Images of trained and of other prompts, judged by the reward and by those that were held out."""
-    draw = sampler(model, max(28, config.steps), config.guidance)
+    draw = sampler(model, max(drawing.STEPS, config.steps), config.guidance)
     prompts = asked(config)
     images = draw(prompts, config.seed + 7)
     reward: Reward = job.inputs.reward

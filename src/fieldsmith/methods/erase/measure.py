@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fieldsmith.measure import drawing
 from fieldsmith.measure.attacks import battery
 from fieldsmith.measure.detection import Asked, ask_groups, detected
 from fieldsmith.measure.drawing import Sampler, sampler
@@ -38,7 +39,9 @@ class Measured:
 
 def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
     """Judged on the model's world where it has one; elsewhere images of targets and kept prompts."""
-    draw = sampler(model, max(28, config.steps), config.rollout_guidance)  # every method is judged with one sampler
+    draw = sampler(
+        model, max(drawing.STEPS, config.steps), config.rollout_guidance
+    )  # every method is judged with one sampler
     judged: Judged | None = job.inputs.judged
     if judged is None:
         asked = [target for target, _ in config.pairs]
