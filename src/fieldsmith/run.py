@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from fieldsmith.errors import InputError
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
 FOLDERS = ("checkpoints", "adapter", "model", "samples")
 BLOCK = 2**16  # bytes of metrics.jsonl that are read at once from its end
-BESIDE = re.compile(r"\.(owner|config\.toml|metrics\.json|report\.html)(\.\d+)?")  # what a killed process may leave
+# what a killed process may leave in a folder that it had just begun
+BESIDE = re.compile(r"\.(owner|config\.toml|metrics\.json|report\.html)(\.\d+)?|\.fieldsmith-\w+")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -152,9 +154,9 @@ class Run:
             except BaseException:
                 self.end()
                 raise
-            for file in self.folder.iterdir():  # of processes that were killed; their owner is gone
-                if file.name != owner.FILE and BESIDE.fullmatch(file.name):
-                    file.unlink(missing_ok=True)
+            for left in self.folder.iterdir():  # of processes that were killed; their owner is gone
+                if left.name != owner.FILE and BESIDE.fullmatch(left.name):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         record = {**self.settings, "versions": versions(), **({"origins": self.origins} if self.origins else {})}
         write_atomically(self.folder / "config.toml", tomli_w.dumps(record))
 
