@@ -91,6 +91,7 @@ def test_what_a_killed_process_leaves_hinders_nobody(tmp_path, monkeypatch, left
     monkeypatch.setattr(owner, "PATIENCE", 0.05)
     (tmp_path / owner.FILE).write_text(left.replace("HERE", socket.gethostname()))
     (tmp_path / ".config.toml.77").write_text("verb")  # killed while it wrote
+    (tmp_path / ".fieldsmith-x_7abc").mkdir()  # killed while it tried whether it may write
     Run(tmp_path, "erase", {"lr": 1}).begin()
     assert {file.name for file in tmp_path.iterdir()} == {owner.FILE, "config.toml"}
     assert owner._read(tmp_path / owner.FILE)["process"] == os.getpid()

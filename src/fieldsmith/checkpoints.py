@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import warnings
@@ -143,8 +144,9 @@ def _write(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # how safetensors reports a full disk
-        full = "os error 28" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error), str(path)) from error
 
 
 def _sync(folder: pathlib.Path, sharded: bool) -> dict[str, str]:

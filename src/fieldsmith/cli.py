@@ -7,13 +7,19 @@ torch is imported only once a command really runs, so that --help answers at onc
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
+import pathlib
+import select
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
-from fieldsmith import __version__, processes
+from fieldsmith import __version__, disk, processes
 from fieldsmith.errors import InputError, RunError, check_word
 from fieldsmith.functions import user_traceback
 
@@ -57,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)  # ends as Ctrl-C does: what is owned is let go of
     if not processes.is_main():  # one process speaks
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -73,8 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stop(str(error), 2 if isinstance(error, InputError) else 3)
     except KeyboardInterrupt:
         return _stop("interrupted; the same command resumes it", 130)
-    except BrokenPipeError:
-        return _closed_pipe()
+    except BrokenPipeError as error:
+        if _is_closed(sys.stdout) or _is_closed(sys.stderr):
+            return _closed_pipe()
+        return _stop(
+            f"{_os_error(error)}. The last good checkpoint stays", 3
+        )  # somebody else's pipe, such as a server's
     except MemoryError:
         return _stop("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
     except OSError as error:
@@ -106,19 +118,45 @@ def _command(words: list[str]) -> None:
         getattr(importlib.import_module(f"fieldsmith.commands.{verb}"), verb)(words[1:])
 
 
+def _terminated(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _stop(sentence: str, code: int) -> int:
     print(f"fieldsmith: {sentence}", file=sys.stderr)
     return code
 
 
+NETWORK = (
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT,
+    errno.EHOSTDOWN, errno.ENETDOWN, errno.EPIPE,
+)  # fmt: skip
+
+
 def _os_error(error: OSError) -> str:
-    """What the system refused: the file it was about, the network, or its own words."""
+    """Where an error of the system comes from: the network, the disk with its path and what is free there, or its own
+    words. What a user's function raises is a RewardError already (functions.call)."""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.filename is not None:
-        return f"{reason}: '{error.filename}'"
-    # gaierror: a host's name that is unknown
-    network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
-    return f"the network failed: {reason}" if network else reason
+    # gaierror: a host's name that is unknown; URLError and the like are OSErrors as well
+    library = type(error).__module__.partition(".")[0] in ("urllib", "requests", "urllib3", "ssl")
+    if isinstance(error, (TimeoutError, socket.gaierror)) or error.errno in NETWORK or library:
+        return f"the network failed: {reason}"
+    if isinstance(error.filename, (str, bytes, os.PathLike)) and error.filename:
+        path = pathlib.Path(os.fsdecode(error.filename))
+        left = disk.free(path) if error.errno in disk.FULL else None
+        space = f" ({disk.size(left)} free)" if left is not None else ""
+        return f"the disk: {reason}: '{path}'{space}"
+    return f"the disk: {reason}" if error.errno in disk.FULL else reason
+
+
+def _is_closed(stream: Any) -> bool:
+    """Whether who read a stream has gone; True where the system does not say."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLERR)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or a stream that is no file
+        return True
 
 
 def _closed_pipe() -> int:

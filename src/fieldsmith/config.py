@@ -100,6 +100,8 @@ class Config:
 
     out: pathlib.Path | None = None
     """The run directory to write (new, empty, or this same run interrupted)."""
+    resume_changed: bool = False
+    """Go on with an interrupted run although its code, data or weights are no longer those that it began with."""
     seed: Seed = 0
     """Everything random follows from it."""
     previews: Annotated[int, Field(ge=0)] = 3
@@ -210,6 +212,7 @@ def from_file(path: str | pathlib.Path, kind: type[Any], verb: str) -> dict[str,
     if settings.pop("verb", verb) != verb:
         raise InputError(f"config file '{path}' is of another verb; this is `fieldsmith {verb}`")
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    settings.pop("origins", None)
     if settings.pop("versions", None):  # a run's own record, which leaves out what was None
         settings = {name: None for name, field in fields.items() if field.default is None} | settings
     for name in settings:

@@ -159,7 +159,7 @@ def plan(name: str, config: Any) -> Plan:
     trained = list(learner.trainable().values())
     whole = sum(part.bytes for part in components(learner))
     disk = {
-        "download": meta.downloads, "a checkpoint (two for a moment)": seen.kept,
+        "download": meta.downloads, "a checkpoint (three for a moment)": seen.kept,
         f"{'adapter' if learner.spec else 'model'}/": size_of(trained) if learner.spec else whole,
     }  # fmt: skip
     if getattr(config, "bank", 0) and "teacher forwards" in seen.cost:  # each is a state of fp16 numbers

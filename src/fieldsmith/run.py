@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from fieldsmith.errors import InputError
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
 FOLDERS = ("checkpoints", "adapter", "model", "samples")
 BLOCK = 2**16  # bytes of metrics.jsonl that are read at once from its end
-BESIDE = re.compile(r"\.(owner|config\.toml|metrics\.json|report\.html)(\.\d+)?")  # what a killed process may leave
+# what a killed process may leave in a folder that it had just begun
+BESIDE = re.compile(r"\.(owner|config\.toml|metrics\.json|report\.html)(\.\d+)?|\.fieldsmith-\w+")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -95,6 +97,10 @@ class Run:
         self.verb = verb
         self.settings = {"verb": verb, **plain(config)}
         self.settings.pop("out", None)
+        self.origins: dict[str, str] = {}  # digests of what it is made from beside its settings (origins.py)
+        self._began: dict[str, str] = {}  # the same, as they were at the beginning
+        self._confirmed = bool(self.settings.pop("resume_changed", False))
+        self.changes = ""  # what is to be said of other versions
         self.good: tuple[pathlib.Path | None] | None = None  # the checkpoint to go on from, once it was looked for
         self._check()
 
@@ -111,13 +117,36 @@ class Run:
             return
         with path.open("rb") as file:
             earlier = tomllib.load(file)
-        earlier.pop("versions", None)
+        earlier_versions, self._began = earlier.pop("versions", {}), earlier.pop("origins", {})
         if earlier != self.settings:
             differs = [k for k in {*earlier, *self.settings} if earlier.get(k) != self.settings.get(k)]
             raise InputError(
                 f"out folder '{self.folder}' holds another run ({', '.join(sorted(differs))} differ); "
                 "name a new folder, or repeat its settings to resume it"
             )
+        self.changes = self._changes(earlier_versions) if self.resumes else ""
+
+    def compare(self, origins: dict[str, str]) -> None:
+        """Note digests of what the run is made from, for config.toml.
+
+        Raises InputError where a run that has a checkpoint began with others, unless the config's `resume_changed` says
+        that this is meant.
+        """
+        self.origins |= origins
+        changed = sorted(name for name, digest in origins.items() if self._began.get(name, digest) != digest)
+        if changed and self.resumes and not self._confirmed:
+            raise InputError(
+                f"out folder '{self.folder}' began with another {', another '.join(changed)}; put back what it was, or "
+                "add --resume-changed to go on with what is there now"
+            )
+
+    def _changes(self, earlier: dict[str, str]) -> str:
+        """A sentence about versions that are others than at the beginning; '' where there is none."""
+        now = versions()
+        others = [
+            f"{name} {earlier[name]} (now {now[name]})" for name in now if earlier.get(name, now[name]) != now[name]
+        ]
+        return f"this run began with {', '.join(others)}: its last bits may differ" if others else ""
 
     def begin(self) -> None:
         """Own the folder and write config.toml; called once the input is known to be good and before the first step.
@@ -133,11 +162,11 @@ class Run:
             except BaseException:
                 self.end()
                 raise
-            for file in self.folder.iterdir():  # of processes that were killed; their owner is gone
-                if file.name != owner.FILE and BESIDE.fullmatch(file.name):
-                    file.unlink(missing_ok=True)
-        versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-        write_atomically(self.folder / "config.toml", tomli_w.dumps({**self.settings, "versions": versions}))
+            for left in self.folder.iterdir():  # of processes that were killed; their owner is gone
+                if left.name != owner.FILE and BESIDE.fullmatch(left.name):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        record = {**self.settings, "versions": versions(), **({"origins": self.origins} if self.origins else {})}
+        write_atomically(self.folder / "config.toml", tomli_w.dumps(record))
 
     def end(self) -> None:
         """Let go of the folder, whether the run is complete or not."""
@@ -261,6 +290,12 @@ def _row(line: bytes) -> dict[str, float] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages that numbers hang on, and of the machine."""
+    machine = f"{platform.system()} {platform.machine()}"
+    return {"python": platform.python_version(), "platform": machine, **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(name: str) -> str:

@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
-from fieldsmith import checkpoints, optimizers, preflight, previews, processes
+from fieldsmith import checkpoints, optimizers, origins, preflight, previews, processes
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError, RunError
-from fieldsmith.models import load
+from fieldsmith.models import load, pipeline_folder
 from fieldsmith.models.core import LoraSpec, Model, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.preflight import Check
@@ -135,10 +135,22 @@ def run(
         console.print(f"this run is complete: {folder.folder / 'report.html'}")
         return Result.open(folder.folder)
     try:
+        if folder:
+            with processes.together():
+                folder.compare(origins.of(config, inputs, callback) | _weights(verb, config))
+            if folder.changes:
+                console.print(folder.changes)
         return _run(verb, config, inputs, model, callback, quiet, folder, console)
     finally:
         if folder:
             folder.end()
+
+
+def _weights(verb: Verb, config: Any) -> dict[str, str]:
+    """A digest of the weights that the config names; {} where they are not on this machine yet."""
+    source = getattr(config, verb.source)
+    folder = (pipeline_folder(source) or origins.snapshot(source)) if source else None
+    return {verb.source: origins.weights(folder, content=source.startswith("zoo:"))} if folder else {}
 
 
 def _run(
@@ -153,6 +165,8 @@ def _run(
 ) -> Result:
     if model is None:
         model = load_model(verb, config, inputs)
+        if folder:
+            folder.compare(_weights(verb, config))  # what a hub's id means may be known only now
     else:
         check_resolution(model, getattr(config, "resolution", None))
     job, trained = train(verb, model, config, inputs, folder, callback, quiet)
