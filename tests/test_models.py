@@ -496,9 +496,9 @@ def test_foreign_adapters_are_refused(
     for layer, (tall, wide) in wrong.items():
         save_file({f"{layer}.lora_A.weight": torch.zeros(2, wide), f"{layer}.lora_B.weight": torch.zeros(tall, 2)},
                   tmp_path / "pytorch_lora_weights.safetensors")  # fmt: skip
-        with pytest.raises(InputError, match="does not fit"):
+        with pytest.raises(InputError, match=r"does not fit|trains text_encoder too, of which nothing trains"):
             load_adapter(model, tmp_path)
-    with pytest.raises(InputError, match="holds no LoRA"):
+    with pytest.raises(InputError, match="nowhere' does not exist"):
         load_adapter(model, tmp_path / "nowhere")
     with pytest.raises(InputError, match="saved whole"):
         load_adapter(load(unet_folder), tmp_path)

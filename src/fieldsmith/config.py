@@ -102,6 +102,8 @@ class Config:
     """The run directory to write (new, empty, or this same run interrupted)."""
     seed: Seed = 0
     """Everything random follows from it."""
+    adapter: Words = ()
+    """Adapters (of any trainer) that become part of the base: FILE or FILE:scale, --adapter again for each."""
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Where else the training's numbers go while it runs, beside metrics.jsonl."""
 
@@ -133,6 +135,8 @@ class LoraConfig:
     """LoRA rank."""
     alpha: Positive | None = None
     """LoRA alpha; None: equal to the rank."""
+    continue_from: pathlib.Path | None = None
+    """--continue: a LoRA that training goes on from, in its rank, alpha and layers; the reference has it too."""
 
 
 @config

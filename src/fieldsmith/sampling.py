@@ -13,7 +13,7 @@ from torch import Tensor
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import Guidance, Sampler, sampler
 from fieldsmith.methods.sharpen.sampling import conditioned, draw, steered
-from fieldsmith.models import load, load_adapter
+from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
 from fieldsmith.paths import VariancePreserving, recalibrated, tag_schedule
@@ -31,20 +31,20 @@ def sample(
     *,
     steps: int = 28,
     guidance: float | None = None,
-    adapter: str | pathlib.Path | None = None,
+    adapter: str | pathlib.Path | Sequence[str | pathlib.Path] = (),
 ) -> list[Image.Image]:
     """n images of each prompt, prompt by prompt, as PIL pictures; equal seeds give equal noise.
 
-    `model` is a Model as it stands or a name to load, `adapter` a LoRA to attach first. Raises InputError at an unknown
-    name or word, n or steps below 1.
+    `model` is a Model as it stands or a name to load, with each `adapter`, FILE or FILE:scale, in its weights. Raises
+    InputError at an unknown name or word, n or steps below 1.
     """
     for name, value in (("n", n), ("steps", steps)):
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")
     if not isinstance(model, Model):
-        model = load(model)
-    if adapter is not None:
-        load_adapter(model, adapter)
+        model = load(model, adapter=adapter)
+    elif adapter:
+        raise InputError("adapter= goes with the name of a model; use load(name, adapter=...) for one that is loaded")
     asked = [prompt for prompt in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(n)]
     if not asked:
         raise InputError('no prompt given; name what to draw, e.g. prompts=["a red star"]')
@@ -52,11 +52,8 @@ def sample(
 
 
 def loaded(config: Any) -> Model:
-    """The model of a command's settings, with its adapter."""
-    model = load(config.model, config.resolution)
-    if config.adapter:
-        load_adapter(model, config.adapter)
-    return model
+    """The model of a command's settings, with its adapters."""
+    return load(config.model, config.resolution, adapter=config.adapter)
 
 
 def sampler_of(config: Any) -> Sampler:
@@ -84,11 +81,11 @@ def session(config: Any) -> Tensor:
 
 def _ancestral(config: Any) -> Sampler:
     """Stochastic steps, steered away from a worse network where one is named."""
-    model = load(config.model, config.resolution)
+    model = loaded(config)
     if not isinstance(model.path, VariancePreserving):
         raise InputError(f"{config.model} is on rectified flow; --worse and --variance are for DDPM schedules")
-    if config.adapter or config.schedule != "constant":
-        raise InputError("--adapter and --schedule go with DDIM steps; leave out --worse and --variance")
+    if config.schedule != "constant":
+        raise InputError("--schedule goes with DDIM steps; leave out --worse and --variance")
     variance: Any = "small" if config.variance == "none" else config.variance
     if variance == "learned" and not getattr(model, "learns_variance", False):
         raise InputError(f"{config.model} learns no variance; use --variance small or large")

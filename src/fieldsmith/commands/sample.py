@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fieldsmith.commands import arguments
-from fieldsmith.config import Count, Seed, config
+from fieldsmith.config import Count, Seed, Words, config
 from fieldsmith.errors import InputError
 from fieldsmith.models import pipeline_folder
 from fieldsmith.read import read_prompts
@@ -25,8 +25,8 @@ class SampleConfig:
     """For editors: where a session starts; the prompts are its turns, each on what the last one made."""
     model: str = "zoo:shapes-flux"
     """A diffusers pipeline folder, a hub id, or a zoo model."""
-    adapter: pathlib.Path | None = None
-    """A LoRA folder to attach first, such as a run's adapter/."""
+    adapter: Words = ()
+    """Adapters (of any trainer) in the base: FILE, FILE:scale or a run's adapter/, --adapter again for each."""
     out: pathlib.Path = pathlib.Path("sample.png")
     """The PNG to write."""
     each: Count = 8
