@@ -6,10 +6,13 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS
+from diffusers import FluxPipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +29,7 @@ from fieldsmith.models.flux import Flux
 from fieldsmith.models.sd15 import SD15
 from tests.drawn import seeded
 from tests.test_export import SMALL, stable_diffusion
+from tests.test_models import flux_images
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -220,6 +224,7 @@ def by_peft(kind: str, layer: nn.Linear, folder: pathlib.Path) -> tuple[pathlib.
     return written(state, file), merged.weight.detach(), merged.bias.detach()
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 1 LoRA tensor")  # peft's own, of the bias that it wrote itself
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_are_merged_as_peft_merges_them(base: Flux, layer: Any, kind: str, tmp_path: pathlib.Path) -> None:
     before = layer.weight.clone(), layer.bias.clone()
@@ -343,7 +348,7 @@ def file(flux_folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     model.adapt(LoraSpec("qk_dual", rank=3))
     with torch.no_grad():
         for name, parameter in model.trainable().items():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(len(name))))
+            parameter.add_(0.4 * torch.randn(parameter.shape, generator=seeded(len(name))))
     model.save(tmp_path / "given")
     return tmp_path / "given" / "pytorch_lora_weights.safetensors"
 
@@ -407,3 +412,56 @@ def test_a_loaded_model_brings_its_adapters(flux_folder: pathlib.Path, file: pat
     assert result.config.adapter == (f"{file}:0.5",)
     with pytest.raises(InputError, match=r"goes with the name of a model; this one is loaded"):
         api.erase(load(flux_folder), "red circle", "blue square", adapter=(str(file),), **settings)
+
+
+def test_sample_puts_base_and_adapter_side_by_side(
+    flux_folder: pathlib.Path, file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red square\na blue circle\n")
+    out = tmp_path / "grid.png"
+    words = ["sample", "--model", str(flux_folder), "--prompts", str(tmp_path / "prompts.txt"), "--each", "2"]
+    words += ["--steps", "2", "--seed", "7", "--adapter", str(file), "--side-by-side", "--chunk", "3"]
+    assert main([*words, "--out", str(out)]) == 0
+    names = sorted(each.name for each in (tmp_path / "grid-images").iterdir())
+    assert names == [f"{row:03}-{seed}{side}.png" for row in (0, 1) for seed in (7, 8) for side in ("-base", "")]
+    with Image.open(tmp_path / "grid-images" / "001-8.png") as one:
+        pixels, text = np.asarray(one) / 255, one.text  # type: ignore[attr-defined]
+        assert one.size == (32, 32)
+    assert text["prompt"] == "a blue circle" and text["seed"] == "8"
+    assert json.loads(text["settings"])["adapter"] == [str(file)] and json.loads(text["settings"])["steps"] == 2
+    with Image.open(out) as grid:
+        assert grid.size == (4 * (128 + 2) + 2, 2 * (128 + 2) + 2)
+    # each can be drawn again alone, and by diffusers at its seed
+    pipe = FluxPipeline.from_pretrained(flux_folder)
+    for side, expected in (("-base", None), ("", file)):
+        if expected:
+            pipe.load_lora_weights(expected)
+        theirs = flux_images(pipe, ["a blue circle"], 2, 8)[0]
+        ours = np.asarray(Image.open(tmp_path / "grid-images" / f"001-8{side}.png")) / 255
+        assert abs(ours - theirs.permute(1, 2, 0).numpy()).max() < 1 / 255
+    base = np.asarray(Image.open(tmp_path / "grid-images" / "001-8-base.png")) / 255
+    assert abs(base - pixels).max() > 0.01
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_the_suffix_is_the_format(flux_folder: pathlib.Path, tmp_path: pathlib.Path, suffix: str) -> None:
+    out = tmp_path / f"x.{suffix}"
+    words = ["sample", "--model", str(flux_folder), "--prompts", "a red square", "--each", "1", "--steps", "1"]
+    assert main([*words, "--out", str(out)]) == 0
+    for file in (out, tmp_path / "x-images" / f"000-0.{suffix}"):
+        with Image.open(file) as image:
+            assert image.format == {"jpg": "JPEG", "webp": "WEBP"}[suffix]
+    assert "prompt: a red square\nseed: 0" in image.getexif()[0x010E]
+
+
+def test_what_sample_cannot_write_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    (tmp_path / "y-images").touch()
+    (tmp_path / "none.txt").touch()
+    for words, sentence in (
+        (["--prompts", "star", "--out", "x.gif"], "out 'x.gif' has no suffix of a format; end it in .png, .jpg"),
+        (["--prompts", "star", "--out", str(tmp_path / "y.png")], "y-images' is a file; name a folder"),
+        (["--prompts", "star", "--side-by-side"], "--side-by-side goes with --adapter"),
+        (["--prompts", str(tmp_path / "none.txt")], "has no line with words in it"),
+    ):
+        assert main(["sample", *words]) == 2
+        assert sentence in capsys.readouterr().err
