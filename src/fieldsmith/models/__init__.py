@@ -8,11 +8,15 @@ imported where a model is loaded (marked `late`).
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import pathlib
 import re
+import socket
 import sys
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +37,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 )
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
+CONNECT = 3.0  # seconds for a first word with the hub
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")  # 1: the variant
 
@@ -51,7 +56,7 @@ def load(
     safetensors.
     """
     name = str(name)
-    folder = pipeline_folder(name)
+    folder = pipeline_folder(name) or offline_copy(name)
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
         index = _index(name, folder)
         family = _family(name, index)
@@ -189,7 +194,7 @@ def denoiser_of(name: str | pathlib.Path) -> Denoiser:
     Raises InputError as `load` does.
     """
     name = str(name)
-    folder = pipeline_folder(name)
+    folder = pipeline_folder(name) or offline_copy(name)
     with _quiet():
         index = _index(name, folder)
         family = _family(name, index)
@@ -215,7 +220,9 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
     if name.startswith("zoo:"):
         known = sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))
         if name not in known:
-            raise InputError(f"'{name}' is not in the zoo; known: {', '.join(known) or 'none, this zoo is empty'}")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none, this zoo is empty'}"
+            raise InputError(f"'{name}' is not in the zoo; {hint}")
         return ZOO / name.removeprefix("zoo:")
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
@@ -229,13 +236,46 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
     )
 
 
+def offline_copy(name: str) -> pathlib.Path | None:
+    """Where an earlier download of a hub id lies, where the hub cannot be asked now; None where it can.
+
+    Raises InputError, at once, where there is neither. huggingface_hub itself tries for half a minute.
+    """
+    from huggingface_hub import constants, snapshot_download  # late
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    why = f"no network: {host.hostname} cannot be reached"
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    elif urllib.request.getproxies():
+        return None  # whatever the proxy reaches
+    else:
+        try:
+            socket.create_connection((str(host.hostname), host.port or 443), timeout=CONNECT).close()
+            return None
+        except OSError:
+            pass
+    try:
+        return pathlib.Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"'{name}' is not a folder here and was not fetched before, and {why}; connect, or give a folder"
+        ) from error
+
+
 def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
     if folder is None:
         from diffusers import DiffusionPipeline  # late
+        from huggingface_hub import constants
+        from huggingface_hub.errors import GatedRepoError
 
         try:
             return dict(DiffusionPipeline.load_config(name))
         except Exception as error:
+            if isinstance(error.__context__, GatedRepoError):
+                raise InputError(
+                    f"'{name}' is gated: accept its licence at {constants.ENDPOINT}/{name}, then `hf auth login`"
+                ) from error
             raise InputError(
                 f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub; check the "
                 f"name and the network, or give a folder ({_first_line(error)})"

@@ -128,7 +128,7 @@ class MetaPrompted(Meta, Prompted):
 def meta_model(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> MetaModel:
     """As `models.load`, in seconds and without memory. Raises InputError in the same words."""
     name = str(name)
-    folder = models.pipeline_folder(name)
+    folder = models.pipeline_folder(name) or models.offline_copy(name)
     rehearsal = Rehearsal()
     with models._quiet():
         index = models._index(name, folder)
