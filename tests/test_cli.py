@@ -141,7 +141,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, tmp_path, monk
         (["sample", "--prompts", "a rde star"], "'rde'.*did you mean 'red'"),
         (["sample", "--prompts", "star", "--each", "0"], "each=0"),
         (["sample", "--prompts", "star", "--out", "."], "out '.' is a folder"),
-        (["sample", "--prompts", "star", "--adapter", "gone"], "'gone' holds no LoRA"),
+        (["sample", "--prompts", "star", "--adapter", "gone"], "the adapter 'gone' does not exist"),
         (["diagnose", "concepts", "--out", "o", "--model", "m", "--steps", "0"], "steps=0"),
         (["diagnose", "concepts", "--out", "o", "--model", "zoo:nothing"], "'zoo:nothing' is not in the zoo"),
         (["diagnose", "concepts", "--out", "o", "--model", "some/model"], "no judge knows the images of 'some/model'"),

@@ -38,8 +38,10 @@ from experiments.tiny import flux_pipeline, kontext_pipeline, word_tokenizer
 from fieldsmith.cli import main
 from fieldsmith.errors import InputError
 from fieldsmith.models import denoiser_of, export, load, load_adapter
+from fieldsmith.models.adapters import read, read_tensors
+from fieldsmith.models.changes import low_rank
 from fieldsmith.models.core import LoraSpec
-from fieldsmith.models.export import Adapter, LowRank, adapter_in, exported, imported, sizes_of, write
+from fieldsmith.models.export import Adapter, LowRank, exported, sizes_of, write
 from fieldsmith.models.families import FAMILIES
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
@@ -94,17 +96,26 @@ def some_adapter(sizes: export.Sizes, keep: str = "", even: bool = False) -> Ada
     """A LoRA on every layer with `keep` in its name; ranks and scales differ from layer to layer unless `even`."""
     generator = seeded(3)
     found = {}
-    for i, (layer, (wide, tall)) in enumerate(sizes.items()):
+    for i, (layer, (wide, tall, *kernel)) in enumerate(sizes.items()):
         rank, scale = (3, 0.5) if even else (1 + i % 3, (1.0, 0.5, 2.0, 0.125)[i % 4])
-        down, up = torch.randn(rank, wide, generator=generator), torch.randn(tall, rank, generator=generator)
+        down = torch.randn(rank, wide, *kernel, generator=generator)
+        up = torch.randn(tall, rank, *[1] * len(kernel), generator=generator)
         if keep in layer:
             found[layer] = LowRank(down, up, scale)
     return found
 
 
 def change(one: LowRank) -> Tensor:
-    """The layer's whole change, (out, in)."""
-    return one.scale * one.up @ one.down
+    """The layer's whole change, (out, in) or (out, in * height * width)."""
+    return one.scale * one.up.flatten(1) @ one.down.flatten(1)
+
+
+def imported(tensors: dict[str, Tensor], family: str, sizes: export.Sizes, name: str) -> Adapter:
+    return low_rank(read_tensors(tensors, family, sizes, name, pathlib.Path("a.safetensors")), sizes)
+
+
+def adapter_in(file: pathlib.Path, family: str, sizes: export.Sizes, name: str) -> Adapter:
+    return low_rank(read(file, family, sizes, name), sizes)
 
 
 def same(ours: Adapter, theirs: Adapter, rtol: float = 1e-6) -> None:
@@ -342,7 +353,9 @@ def test_the_change_of_an_original_checkpoint_is_ours(family: str) -> None:
     for key in [key for key in found if key.endswith(ENDS[0])]:
         name = key.removesuffix(ENDS[0])
         down, up, alpha = (found[name + end] for end in ENDS)
-        checkpoint[name.removeprefix("diffusion_model.") + ".weight"] = alpha / len(down) * up @ down
+        checkpoint[name.removeprefix("diffusion_model.") + ".weight"] = (
+            alpha / len(down) * up.flatten(1) @ down.flatten(1)
+        )
     fused = [name for name in checkpoint if family == "flux" and name.endswith("linear1.weight")]
     for name in fused:  # which diffusers splits at full width
         checkpoint[name] = torch.zeros(3 * 3072 + 12288, 1)
@@ -535,7 +548,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
     refused(capsys, run, "--out", tmp_path / "a.bin", says="is no name of a safetensors file")
     refused(capsys, run, *out, "--format", "a1111", says="invalid choice 'a1111'")
     refused(capsys, empty, *out, says="holds no LoRA")
-    refused(capsys, tmp_path / "nowhere", *out, says="holds no LoRA")
+    refused(capsys, tmp_path / "nowhere", *out, says="nowhere' does not exist; give a LoRA's")
     refused(capsys, run, *out, "--model", "zoo:nothing", says="is not in the zoo")
     refused(capsys, run, *out, "--model", unet_folder, says="family unet has no adapter files")
     shifted = empty / "a.safetensors"
@@ -546,7 +559,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
         capsys, shifted, *out, "--model", flux_folder, says="its layer 128 x 128; use the model that it was trained on"
     )
     save_file({"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.zeros(2, 4)}, shifted)
-    refused(capsys, shifted, *out, "--model", flux_folder, says="is no layer of a flux denoiser")
+    refused(capsys, shifted, *out, "--model", flux_folder, says="seems to be made for family sd15, not for flux")
     save_file({"lora_unet_txt_in.lora_down.weight": torch.zeros(2, 64)}, shifted)
     refused(capsys, shifted, *out, "--model", flux_folder, says="has one of its two weights")
     shifted.write_bytes(b"no tensors")

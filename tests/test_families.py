@@ -177,7 +177,8 @@ def test_half_precision_weights_step_in_float32(folders: dict[str, pathlib.Path]
         ("sd15", "transformer.single_transformer_blocks.0.attn.to_q", "flux"),
         ("sd15", "transformer.transformer_blocks.0.attn.add_q_proj", "flux, flux2-klein, sd3 or qwen-image"),
         ("sd3", "transformer.single_transformer_blocks.0.attn.to_q", "flux"),
-        ("sd3", "lora_unet_double_blocks_0_img_attn_qkv", "flux"),
+        ("sd3", "lora_unet_double_blocks_0_img_attn_qkv", "flux or flux2-klein"),
+        ("sd15", "diffusion_model.double_blocks.0.img_mlp.0", "flux"),
     ],
 )
 def test_a_lora_of_another_family_is_named(

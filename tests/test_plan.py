@@ -202,6 +202,7 @@ def hub(flux_folder, tmp_path, monkeypatch):
         return str(tmp_path / "hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(models, "offline_copy", lambda name: None)  # as where the hub answers
     monkeypatch.setattr(models, "_index", lambda name, _: json.loads((flux_folder / "model_index.json").read_text()))
     return asked_for
 
@@ -288,6 +289,7 @@ def test_a_hub_id_without_a_network_is_refused(monkeypatch):
     def fail(*_, **__):
         raise OSError("no route")
 
+    monkeypatch.setattr("fieldsmith.models.offline_copy", lambda name: None)  # as where the hub answered just before
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match="configs of 'org/name' could not be fetched from the hub"):
         meta_model("org/name")

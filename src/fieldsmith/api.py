@@ -352,6 +352,8 @@ def settle(
     given = {name: value for name, value in named.items() if value is not None} | settings
     if isinstance(model, Model):
         given[source] = model.name
+        if model.adapters and config is None:
+            given.setdefault("adapter", model.adapters)
     elif model is not None:
         given[source] = str(model)
     if config is None:
@@ -359,6 +361,8 @@ def settle(
     other = sorted(set(given) - {source})
     if other or preset or scale:
         raise InputError(f"config and {', '.join(other) or 'preset'} are both given; put everything into the config")
+    if isinstance(model, Model) and not config.adapter:
+        given["adapter"] = model.adapters
     return config.replace(**given), model if isinstance(model, Model) else None
 
 

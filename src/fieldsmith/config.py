@@ -106,6 +106,8 @@ class Config:
     """Everything random follows from it."""
     previews: Annotated[int, Field(ge=0)] = 3
     """How often a run directory gets a strip of pictures while the model trains, beside one before it; 0: none."""
+    adapter: Words = ()
+    """Adapters (of any trainer) that become part of the base: FILE or FILE:scale, --adapter again for each."""
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Where else the training's numbers go while it runs, beside metrics.jsonl."""
 
@@ -137,6 +139,8 @@ class LoraConfig:
     """LoRA rank."""
     alpha: Positive | None = None
     """LoRA alpha; None: equal to the rank."""
+    continue_from: pathlib.Path | None = None
+    """--continue: a LoRA that training goes on from, in its rank, alpha and layers; the reference has it too."""
 
 
 @config

@@ -67,7 +67,7 @@ class Result:
             return load(self.out / shipped)
         if not (self.out / shipped).is_dir():
             raise InputError(f"run '{self.out}' shipped no weights ({shipped})")
-        model = load(self.config["model"], self.config.get("resolution"))
+        model = load(self.config["model"], self.config.get("resolution"), adapter=self.config.get("adapter") or ())
         load_adapter(model, self.out / "adapter")
         return model
 

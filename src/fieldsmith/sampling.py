@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import Guidance, Sampler, sampler
 from fieldsmith.methods.sharpen.sampling import conditioned, draw, steered
-from fieldsmith.models import load, load_adapter
+from fieldsmith.models import load, merge_adapters
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
 from fieldsmith.paths import VariancePreserving, recalibrated, tag_schedule
@@ -31,20 +32,20 @@ def sample(
     *,
     steps: int = 28,
     guidance: float | None = None,
-    adapter: str | pathlib.Path | None = None,
+    adapter: str | pathlib.Path | Sequence[str | pathlib.Path] = (),
 ) -> list[Image.Image]:
     """n images of each prompt, prompt by prompt, as PIL pictures; equal seeds give equal noise.
 
-    `model` is a Model as it stands or a name to load, `adapter` a LoRA to attach first. Raises InputError at an unknown
-    name or word, n or steps below 1.
+    `model` is a Model as it stands or a name to load, with each `adapter`, FILE or FILE:scale, in its weights. Raises
+    InputError at an unknown name or word, n or steps below 1.
     """
     for name, value in (("n", n), ("steps", steps)):
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")
     if not isinstance(model, Model):
-        model = load(model)
-    if adapter is not None:
-        load_adapter(model, adapter)
+        model = load(model, adapter=adapter)
+    elif adapter:
+        raise InputError("adapter= goes with the name of a model; use load(name, adapter=...) for one that is loaded")
     asked = [prompt for prompt in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(n)]
     if not asked:
         raise InputError('no prompt given; name what to draw, e.g. prompts=["a red star"]')
@@ -52,19 +53,47 @@ def sample(
 
 
 def loaded(config: Any) -> Model:
-    """The model of a command's settings, with its adapter."""
-    model = load(config.model, config.resolution)
-    if config.adapter:
-        load_adapter(model, config.adapter)
+    """The model of a command's settings, with its adapters."""
+    model = load(config.model, config.resolution, adapter=config.adapter)
+    model.chunk = config.chunk
     return model
 
 
-def sampler_of(config: Any) -> Sampler:
-    """What `fieldsmith sample` draws with. Raises InputError where settings do not go together."""
-    if config.worse or config.variance != "none":
-        return _ancestral(config)
-    model = loaded(config)
-    return sampler(model, config.steps, _guidance(model, config))
+@dataclass(frozen=True)
+class Drawn:
+    """Images (n, 3, h, w) in [0, 1], how many stand in a row of their grid, and each one's name and what it is."""
+
+    images: Tensor
+    columns: int
+    about: list[tuple[str, dict[str, str]]]
+
+
+def drawn(config: Any) -> Drawn:
+    """What `fieldsmith sample` draws of prompts. Raises InputError where settings do not go together."""
+    places = [(row, k) for row in range(len(config.prompts)) for k in range(config.each)]
+    asked = [config.prompts[row] for row, _ in places]
+    if config.worse or config.variance != "none":  # whose steps draw noise for all at once, from one seed
+        about = [
+            (f"{row:03}-{k:03}", {"prompt": config.prompts[row], "seed": str(config.seed), "number": str(i)})
+            for i, (row, k) in enumerate(places)
+        ]
+        return Drawn(_ancestral(config)(asked, config.seed), config.each, about)
+    seeds = [config.seed + k for _, k in places]
+    about = [
+        (f"{row:03}-{config.seed + k}", {"prompt": config.prompts[row], "seed": str(config.seed + k)})
+        for row, k in places
+    ]
+    if not config.side_by_side:
+        model = loaded(config)
+        return Drawn(sampler(model, config.steps, _guidance(model, config))(asked, seeds), config.each, about)
+    model = load(config.model, config.resolution)
+    model.chunk = config.chunk
+    draw = sampler(model, config.steps, _guidance(model, config))
+    base = draw(asked, seeds)
+    merge_adapters(model, config.adapter)
+    pairs = torch.stack((base, draw(asked, seeds)), 1).flatten(0, 1)
+    both = [(f"{name}{side}", words) for name, words in about for side in ("-base", "")]
+    return Drawn(pairs, 2 * config.each, both)
 
 
 def session(config: Any) -> Tensor:
@@ -84,17 +113,18 @@ def session(config: Any) -> Tensor:
 
 def _ancestral(config: Any) -> Sampler:
     """Stochastic steps, steered away from a worse network where one is named."""
-    model = load(config.model, config.resolution)
+    model = loaded(config)
     if not isinstance(model.path, VariancePreserving):
         raise InputError(f"{config.model} is on rectified flow; --worse and --variance are for DDPM schedules")
-    if config.adapter or config.schedule != "constant":
-        raise InputError("--adapter and --schedule go with DDIM steps; leave out --worse and --variance")
+    if config.schedule != "constant":
+        raise InputError("--schedule goes with DDIM steps; leave out --worse and --variance")
     variance: Any = "small" if config.variance == "none" else config.variance
     if variance == "learned" and not getattr(model, "learns_variance", False):
         raise InputError(f"{config.model} learns no variance; use --variance small or large")
     worse = load(config.worse, config.resolution) if config.worse else None
 
-    def images(prompts: Sequence[str], seed: int) -> Tensor:
+    def images(prompts: Sequence[str], seed: int | Sequence[int]) -> Tensor:
+        assert isinstance(seed, int)
         field = conditioned(model, model.encode(prompts))
         if worse:
             field = steered(field, conditioned(worse, worse.encode(prompts)), config.guidance or 1.0)

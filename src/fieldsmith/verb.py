@@ -22,7 +22,8 @@ from torch import Tensor
 from fieldsmith import checkpoints, optimizers, origins, preflight, previews, processes
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError, RunError
-from fieldsmith.models import load, pipeline_folder
+from fieldsmith.models import load, load_adapter, lora_file, pipeline_folder
+from fieldsmith.models.adapters import parse
 from fieldsmith.models.core import LoraSpec, Model, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.preflight import Check
@@ -169,6 +170,11 @@ def _run(
             folder.compare(_weights(verb, config))  # what a hub's id means may be known only now
     else:
         check_resolution(model, getattr(config, "resolution", None))
+        if model.adapters != config.adapter:
+            raise InputError(
+                f"adapter={config.adapter} goes with the name of a model; this one is loaded, with {model.adapters}; "
+                "use load(name, adapter=...)"
+            )
     job, trained = train(verb, model, config, inputs, folder, callback, quiet)
     shipped = job.ship(job.model, folder.folder) if folder else ""
     for sentence in job.advice(Fit(trained.steps, trained.seconds, trained.stopped)):
@@ -340,11 +346,17 @@ def tracked(verb: Verb, config: Any, run: Run | None) -> Iterator[Callable[[int,
 def attach(
     model: Model, config: LoraConfig, output: Callable[[], Tensor], dropout: float = 0.0, seed: int = 0
 ) -> Check:
-    """Attach what trains, a LoRA or full weights; the check that the reference gives what `output` gave before."""
+    """Attach what trains, a new LoRA, one to go on from or full weights.
+
+    Gives the check that the reference gives what `output` gave before."""
     subset = config.subset or model.DEFAULT_SUBSET
     with torch.no_grad(), model.uncounted():
+        if config.continue_from:
+            load_adapter(model, config.continue_from, start=True)
         base = output()
-        if config.full:
+        if config.continue_from:
+            pass
+        elif config.full:
             model.unfreeze(subset)
         else:
             model.adapt(LoraSpec(subset, config.rank, config.alpha, dropout, seed))
@@ -358,7 +370,7 @@ def load_model(verb: Verb, config: Any, inputs: Any = None) -> Model:
     """What the config names, with its frozen weights in their type and its other parts, and the networks that the
     inputs have, where they wait."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else None
-    model = load(getattr(config, verb.source), getattr(config, "resolution", None), dtype)
+    model = load(getattr(config, verb.source), getattr(config, "resolution", None), dtype, config.adapter)
     if config.offload:
         parts = offload(model, getattr(inputs, "networks", ()))
         where = f"{', '.join(parts)} wait on the CPU" if parts else "nothing to do, the model is on the CPU already"
@@ -369,6 +381,11 @@ def load_model(verb: Verb, config: Any, inputs: Any = None) -> Model:
 def check_memory(verb: Verb, config: Any) -> None:
     """Raises InputError where the memory options do not fit what trains, or need a package that is not there."""
     optimizers.check(config.optimizer)
+    start = getattr(config, "continue_from", None)
+    if start:
+        lora_file(start)
+        if config.full:
+            raise InputError(f"continue_from '{start}' is a LoRA, but full weights train; leave out one of the two")
     if processes.sharded() and not verb.fsdp:
         raise InputError(f"{verb.name} needs the whole network in each process; launch it without FSDP (docs/scale.md)")
     if config.log_with and importlib.util.find_spec(config.log_with) is None:
@@ -408,6 +425,12 @@ def _ship(model: Model, folder: pathlib.Path) -> str:
     return name
 
 
+def _fuse(words: str) -> list[str]:
+    """How diffusers makes an adapter of the base part of it."""
+    path, scale = parse(words)
+    return [f'pipe.load_lora_weights("{path}")', f"pipe.fuse_lora(lora_scale={scale:g})", "pipe.unload_lora_weights()"]
+
+
 def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
     """How to repeat a run and, where it made an adapter, how plain diffusers loads it."""
     lines = [f"fieldsmith {verb.name} --config {run.folder / 'config.toml'} --out ANOTHER-FOLDER"]
@@ -416,6 +439,7 @@ def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
             "",
             "# in Python, with diffusers alone",
             f'pipe = DiffusionPipeline.from_pretrained("{getattr(config, verb.source)}")',
+            *(line for words in config.adapter for line in _fuse(words)),
             f'pipe.load_lora_weights("{run.folder / "adapter"}")',
         ]
     if shipped == "model":

@@ -39,6 +39,7 @@ def peek(words: Sequence[str], flag: str) -> str | None:
 
 def parse(default: C, words: Sequence[str], verb: str, notes: str = "") -> C:
     """The config with the flags applied; --help prints and exits. Raises InputError at what is no flag or no value."""
+    words = _repeated(["--continue-from" + w[10:] if w.partition("=")[0] == "--continue" else w for w in words])
     fields = [field.name.replace("_", "-") for field in dataclasses.fields(default)]  # type: ignore[arg-type]
     for word in words:
         flag = word.partition("=")[0].replace("_", "-")
@@ -56,6 +57,14 @@ def parse(default: C, words: Sequence[str], verb: str, notes: str = "") -> C:
         if not end.code:
             raise
         raise InputError(f"{_first_of_box(said.getvalue())}; see `fieldsmith {verb} --help`") from end
+
+
+def _repeated(words: list[str]) -> list[str]:
+    """`--adapter A --adapter B` as `--adapter A B`, as tyro reads lists."""
+    given = []
+    while (value := take(words, "--adapter")) is not None:
+        given.append(value)
+    return [*words, "--adapter", *given] if given else words
 
 
 def _first_of_box(text: str) -> str:

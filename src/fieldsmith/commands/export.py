@@ -45,16 +45,20 @@ def export(words: Sequence[str]) -> None:
     check_out(config.out, folder=False)
     file = lora_file(source / "adapter" if (source / "adapter").is_dir() else source)
     model = config.model or _trained_on(file)
-    from fieldsmith.models.export import adapter_in, check_format, write  # imports torch: once the words are good
+    from fieldsmith.models.adapters import read  # import torch: once the words are good
+    from fieldsmith.models.changes import low_rank
+    from fieldsmith.models.export import check_format, write
 
     denoiser = denoiser_of(model)
     family = denoiser.family.name
     if not denoiser.family.adapters:
         raise InputError(f"family {family} has no adapter files: its models are saved whole, so '{model}' has no LoRA")
     check_format(family, config.format)
-    adapter = adapter_in(file, family, denoiser.sizes, model)
+    contents = read(file, family, denoiser.sizes, model)
+    adapter = low_rank(contents, denoiser.sizes)
     write(adapter, family, denoiser.sizes, config.format, config.out)
-    print(f"{len(adapter)} layers of family {family} as {config.format}: {config.out}")
+    left = "".join(f"; {len(changes)} layers of {part} left out" for part, changes in contents.encoders.items())
+    print(f"{len(adapter)} layers of family {family} as {config.format}: {config.out}{left}")
 
 
 def _trained_on(file: pathlib.Path) -> str:

@@ -42,6 +42,8 @@ class ModelConfig(DiagnosisConfig):
 
     model: str | None = None
     """A diffusers pipeline folder, a hub id or a zoo model."""
+    adapter: Words = ()
+    """Adapters (of any trainer) in the model: FILE, FILE:scale or a run's adapter/, --adapter again for each."""
     resolution: Count | None = None
     """Image side in pixels; None: the model's own, at most 512."""
 
@@ -98,8 +100,6 @@ class SmoothnessConfig(ModelConfig, DataConfig):
 class ExposureConfig(ModelConfig):
     """Measure what an editor loses turn by turn because it edits its own results."""
 
-    adapter: pathlib.Path | None = None
-    """A LoRA folder to attach first."""
     samples: Count = 32
     """Sessions; at least 100 for narrow intervals."""
     turns: Count = 5
@@ -126,8 +126,6 @@ class ExposureConfig(ModelConfig):
 class ConceptsConfig(ModelConfig):
     """Judge what a model draws for every concept of its world."""
 
-    adapter: pathlib.Path | None = None
-    """A LoRA folder to attach first, such as a run's adapter/."""
     each: Count = 16
     """Images per prompt."""
     steps: Count = 28

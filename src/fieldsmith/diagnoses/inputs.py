@@ -18,7 +18,7 @@ from fieldsmith.errors import InputError, check_word
 from fieldsmith.measure.exposure import HELD_OUT
 from fieldsmith.methods.align.audit import Truths
 from fieldsmith.methods.sharpen.step import world_for
-from fieldsmith.models import load, load_adapter, pipeline_folder
+from fieldsmith.models import load, pipeline_folder
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor
 from fieldsmith.models.exact import Exact
@@ -39,8 +39,16 @@ EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's 
 SCENES = 24  # pixels of the scenes that a judge of edits is asked about
 
 
-def _model(given: Any, resolution: int | None) -> Model:
-    return given if isinstance(given, Model) else load(str(given), resolution)
+def _model(config: Any, resolution: int | None) -> Model:
+    """The model that a diagnosis is given, or the one that it names with its adapters."""
+    given = config.model
+    if isinstance(given, Model):
+        if config.adapter:
+            raise InputError(
+                "adapter= goes with the name of a model; use load(name, adapter=...) for one that is loaded"
+            )
+        return given
+    return load(str(given), resolution, adapter=config.adapter)
 
 
 def _name(given: Any) -> str:
@@ -51,7 +59,9 @@ def _name(given: Any) -> str:
 
 
 def guidance(config: Any) -> dict[str, Any]:
-    student, teacher = (_model(given, config.resolution) for given in (config.model, config.teacher))
+    given = config.teacher
+    student = _model(config, config.resolution)
+    teacher = given if isinstance(given, Model) else load(str(given), config.resolution)
     prompts = read_prompts(config.prompts)
     return {"model": student, "teacher": teacher, "prompts": prompts, "data": _classes(config, teacher)}
 
@@ -87,7 +97,7 @@ def image_shape(model: Model) -> tuple[int, int, int]:
 
 
 def smoothness(config: Any) -> dict[str, Any]:
-    model = _model(config.model, config.resolution)
+    model = _model(config, config.resolution)
     return {"model": model, "world": _judged_world(model, config)}
 
 
@@ -112,10 +122,8 @@ def exposure(config: Any) -> dict[str, Any]:
     world = _scenes(config)
     seed = HELD_OUT + config.seed
     sessions = world.sessions(config.samples, config.turns, seed, config.dependency)
-    model = _model(config.model, world.size)
+    model = _model(config, world.size)
     check_editor(model)
-    if config.adapter is not None:
-        load_adapter(model, config.adapter)
     return {
         "model": model, "sessions": sessions, "judge": scenes_judge.judge, "sampling_seed": seed,
         "likeness": partial(scenes_judge.likeness, world), "operations": OPERATIONS, "nothing": NOTHING,
@@ -150,9 +158,7 @@ def concepts_of(config: Any) -> dict[str, Any]:
         raise InputError(
             f"no judge knows the images of '{name}': it has no card.json that names a world; use a zoo model"
         )
-    model = _model(config.model, config.resolution)
-    if config.adapter is not None:
-        load_adapter(model, config.adapter)
+    model = _model(config, config.resolution)
     return {"model": model, "world": world.world, "concepts": world.concepts(), "groups": world.kinds()}
 
 
@@ -166,7 +172,7 @@ def audit(config: Any) -> dict[str, Any]:
         check_word(name, EXACT, "audit's exact worlds")
         check_word(str(config.reward), ("linear",), f"the rewards of {name}")
         return _triangle(config)
-    model = _model(config.model, config.resolution)
+    model = _model(config, config.resolution)
     world = world_of(name)
     if not prompts and world:
         prompts = tuple(world.world.caption(concept) for concept in world.concepts())

@@ -18,7 +18,8 @@ from fieldsmith.samplers import Field, rollout
 
 STEPS = 28  # of the sampler by which models are compared; a run that samples in more is drawn with its own
 
-Sampler = Callable[[Sequence[str], int], Tensor]  # prompts, seed -> images (n, 3, h, w) in [0, 1]
+# prompts, a seed of all or one of each -> images (n, 3, h, w) in [0, 1]
+Sampler = Callable[[Sequence[str], int | Sequence[int]], Tensor]
 Guidance = float | None | Callable[[Tensor], float]  # a scale, or a schedule of scales: the time of a step () -> scale
 
 
@@ -30,11 +31,14 @@ def sampler(model: Model, steps: int = 28, guidance: Guidance = None) -> Sampler
     """
 
     @torch.no_grad()
-    def draw(prompts: Sequence[str], seed: int) -> Tensor:
+    def draw(prompts: Sequence[str], seed: int | Sequence[int]) -> Tensor:
         images = []
         names = sorted(set(prompts))
         encoded = model.encode(names)
-        noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
+        if isinstance(seed, int):
+            noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
+        else:
+            noise = torch.cat([model.noise(1, torch.Generator().manual_seed(one)) for one in seed])
         rows = torch.tensor([names.index(prompt) for prompt in prompts])
         parts = list(processes.chunks(processes.owned(len(prompts)), model.chunk))
         with model.uncounted(), progress(f"drawing {len(prompts)} images", len(parts) * steps) as advance:

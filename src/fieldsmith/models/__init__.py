@@ -8,18 +8,23 @@ imported where a model is loaded (marked `late`).
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import pathlib
 import re
+import socket
+import sys
+import urllib.parse
+import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
-from fieldsmith.models.families import FAMILIES, Family, family_of_lora
+from fieldsmith.models.families import FAMILIES, Family, named
 
 if TYPE_CHECKING:
     import torch
@@ -32,25 +37,34 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 )
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
+CONNECT = 3.0  # seconds for a first word with the hub
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")  # 1: the variant
 
 
-def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> Model:
+def load(
+    name: str | pathlib.Path,
+    resolution: int | None = None,
+    dtype: torch.dtype | None = None,
+    adapter: str | pathlib.Path | Sequence[str | pathlib.Path] = (),
+) -> Model:
     """The model in a pipeline folder, under a hub id ('org/name') or in the zoo ('zoo:shapes-flux').
 
     `resolution` is the side of its images where it is not the family's default, `dtype` that of its weights (float32).
-    It comes on the GPU where there is one.
+    It comes on the GPU where there is one. Each `adapter`, 'FILE' or 'FILE:scale', becomes part of its frozen weights.
     Raises InputError, in a sentence with the fix, at anything that is not a whole pipeline of a known family in
     safetensors.
     """
     name = str(name)
-    folder = pipeline_folder(name)
+    folder = pipeline_folder(name) or offline_copy(name)
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
         index = _index(name, folder)
         family = _family(name, index)
         if folder:
             _check_components(name, folder, index)
+        sources = [adapter] if isinstance(adapter, (str, pathlib.Path)) else list(adapter)
+        if sources:
+            check_adapters(family.name, name, *sources)  # before gigabytes are read
         import diffusers  # late
         import torch
 
@@ -79,80 +93,99 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
     model: Model = made_by.of_folder(pipeline, name, resolution, folder)
+    merge_adapters(model, sources)
     return model
 
 
-def load_adapter(model: Model, source: str | pathlib.Path) -> None:
-    """Attach a saved LoRA, of ours, kohya's, ComfyUI's or any that diffusers reads, as if `model.adapt` had made it.
+def load_adapter(model: Model, source: str | pathlib.Path, start: bool = False) -> None:
+    """Attach a saved LoRA of the denoiser, of any trainer's keys, as if `model.adapt` had made it.
 
-    `source` is a folder that holds pytorch_lora_weights.safetensors or one other safetensors file, or that file. Raises
-    InputError where there is none, or where it does not fit the model.
+    `source` is a folder that holds pytorch_lora_weights.safetensors or one other safetensors file, or that file. With
+    `start` training goes on from it, and `model.reference()` is the model with it as it is now. Raises InputError where
+    there is none, where it does not fit the model, or is no plain LoRA.
     """
-    from fieldsmith.models import export  # late
+    from fieldsmith.models import adapters, changes, export  # late
 
-    if not hasattr(model.pipeline, "load_lora_weights"):
-        raise InputError(f"family {model.family} has no adapter files: its models are saved whole, so load '{source}'")
+    check_adapters(model.family, model.name, source)
     model._refuse_second_training()
-    file = lora_file(pathlib.Path(source))
-    sizes, tensors = export.sizes_of(model.network), export.read_file(file)[0]
-    alphas = None
-    if export.speaks_original(tensors, model.family, sizes):
-        # here and not by diffusers, which takes fused layers for those of full-size FLUX.1, loses what lies outside of
-        # its blocks and knows no such keys of SD3
-        adapter = export.imported(tensors, model.family, sizes, model.name)
-        state, metadata = export.to_diffusers(adapter, model.PART)
-    else:
-        state, alphas, metadata = _read_by_diffusers(model, file, sizes)
-    _attach(model, state, alphas, metadata)
+    file, sizes = lora_file(pathlib.Path(source)), export.sizes_of(model.network)
+    with adapters.real():
+        contents = adapters.read(file, model.family, sizes, model.name, _by_diffusers(model))
+    use = "; as part of the base it goes in with --adapter (load(..., adapter=...))"
+    if contents.encoders:
+        raise InputError(f"'{file}' trains {' and '.join(contents.encoders)} too, of which nothing trains here{use}")
+    with adapters.real():
+        adapter = changes.low_rank(contents, sizes, use)
+    model.attach(adapter, start)
 
 
-def _read_by_diffusers(model: Model, file: pathlib.Path, sizes: Mapping[str, tuple[int, int]]) -> tuple[Any, Any, Any]:
-    """Weights, alphas and metadata of a LoRA in any format that diffusers knows; each has a layer of its size."""
-    with _quiet():
+def merge_adapters(model: Model, adapter: str | pathlib.Path | Sequence[str | pathlib.Path]) -> None:
+    """Make adapters part of a model's frozen weights, one after the other: 'FILE' or 'FILE:scale' each.
+
+    Of any trainer's keys and of the kinds LoRA, LoCon, DoRA, LoHa and LoKr; text encoders' layers too. What was taken
+    is said on stderr. Raises InputError as `load_adapter`, before any weight changes.
+    """
+    from fieldsmith.models import adapters, changes, export  # late
+
+    sources = [adapter] if isinstance(adapter, (str, pathlib.Path)) else list(adapter)
+    if not sources:
+        return
+    check_adapters(model.family, model.name, *sources)
+    model._refuse_second_training()
+    sizes, convert = export.sizes_of(model.network), _by_diffusers(model)
+    parsed = [adapters.parse(source) for source in sources]
+    read = [adapters.read(lora_file(path), model.family, sizes, model.name, convert) for path, _ in parsed]
+    for contents, (_, scale) in zip(read, parsed, strict=True):
+        said = changes.merge(model, contents, scale)
+        if processes.is_main():
+            print(f"adapter {said}", file=sys.stderr)
+    model.adapters = (*model.adapters, *map(str, sources))
+
+
+def check_adapters(family: str, name: str, *sources: str | pathlib.Path) -> None:
+    """Raises InputError where the family has no adapters, or where names and headers tell that one does not fit: it is
+    no file, has a scale that is no number, or keys of another family."""
+    from safetensors import SafetensorError, safe_open  # late
+
+    from fieldsmith.models import adapters
+
+    for source in sources:
+        path = adapters.parse(source)[0]
+        if not named(family).adapters:
+            raise InputError(f"family {family} has no adapter files: its models are saved whole, so load '{source}'")
+        file = lora_file(path)
         try:
+            with safe_open(file, "pt") as weights:
+                foreign = adapters.of_another_family(weights.keys(), family, name, file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"'{file}' could not be read as a LoRA ({error}); give a safetensors file") from error
+        if foreign:
+            raise InputError(foreign)
+
+
+def _by_diffusers(model: Model) -> Callable[[pathlib.Path], dict[str, Any]]:
+    """What reads a file in any format that diffusers knows: weights and alphas under diffusers' keys."""
+
+    def convert(file: pathlib.Path) -> dict[str, Any]:
+        import torch  # late
+
+        with _quiet():
             read = model.pipeline.lora_state_dict(
                 str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True,
                 return_alphas=True, return_lora_metadata=True,
             )  # fmt: skip
-        except Exception as error:
-            unread = f"'{file}' could not be read as a LoRA ({_first_line(error)})"
-            raise InputError(_of_another_family(model, file) or unread) from error
-    state, alphas, metadata = read if len(read) == 3 else (read[0], None, read[1])  # not all know of alphas
-    for key, weight in state.items():
-        layer, _, half = key.removeprefix(f"{model.PART}.").partition(".lora")
-        size = sizes.get(layer) if key.startswith(f"{model.PART}.") and half else None
-        wide = half.startswith("_A") and size is not None and weight.shape[1] != size[0]
-        tall = half.startswith("_B") and size is not None and weight.shape[0] != size[1]
-        if size is None or wide or tall:
-            raise InputError(
-                _of_another_family(model, file)
-                or f"the LoRA in '{file}' does not fit {model.name}: '{key}' {tuple(weight.shape)} has no layer "
-                "of its size in the denoiser; load it on the model that it was trained on"
-            )
-    if not state:
-        raise InputError(_of_another_family(model, file) or f"the LoRA in '{file}' has no weights for any layer")
-    return state, alphas, metadata
+        alphas = (read[1] or {}) if len(read) == 3 else {}  # not all know of alphas
+        return {**read[0], **{key: torch.tensor(float(alpha)) for key, alpha in alphas.items()}}
 
-
-def _attach(model: Model, state: Any, alphas: Any, metadata: Any) -> None:
-    from torch import random  # late
-
-    from fieldsmith.models.core import LoraSpec
-
-    with _quiet(), random.fork_rng():  # weights are drawn before they are overwritten
-        model.network.load_lora_adapter(
-            state, network_alphas=alphas, metadata=metadata, adapter_name="default", prefix=model.PART
-        )
-    config: Any = model.network.peft_config["default"]
-    model._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, config.lora_dropout))
+    return convert
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """What a pipeline's index and its denoiser's config tell: the family, and (in, out) of every linear layer."""
+    """What a pipeline's index and its denoiser's config tell: the family, and the sizes of every layer."""
 
     family: Family
-    sizes: Mapping[str, tuple[int, int]]
+    sizes: Mapping[str, tuple[int, ...]]
 
 
 def denoiser_of(name: str | pathlib.Path) -> Denoiser:
@@ -161,7 +194,7 @@ def denoiser_of(name: str | pathlib.Path) -> Denoiser:
     Raises InputError as `load` does.
     """
     name = str(name)
-    folder = pipeline_folder(name)
+    folder = pipeline_folder(name) or offline_copy(name)
     with _quiet():
         index = _index(name, folder)
         family = _family(name, index)
@@ -187,7 +220,9 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
     if name.startswith("zoo:"):
         known = sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))
         if name not in known:
-            raise InputError(f"'{name}' is not in the zoo; known: {', '.join(known) or 'none, this zoo is empty'}")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none, this zoo is empty'}"
+            raise InputError(f"'{name}' is not in the zoo; {hint}")
         return ZOO / name.removeprefix("zoo:")
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
@@ -201,13 +236,46 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
     )
 
 
+def offline_copy(name: str) -> pathlib.Path | None:
+    """Where an earlier download of a hub id lies, where the hub cannot be asked now; None where it can.
+
+    Raises InputError, at once, where there is neither. huggingface_hub itself tries for half a minute.
+    """
+    from huggingface_hub import constants, snapshot_download  # late
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    why = f"no network: {host.hostname} cannot be reached"
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    elif urllib.request.getproxies():
+        return None  # whatever the proxy reaches
+    else:
+        try:
+            socket.create_connection((str(host.hostname), host.port or 443), timeout=CONNECT).close()
+            return None
+        except OSError:
+            pass
+    try:
+        return pathlib.Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"'{name}' is not a folder here and was not fetched before, and {why}; connect, or give a folder"
+        ) from error
+
+
 def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
     if folder is None:
         from diffusers import DiffusionPipeline  # late
+        from huggingface_hub import constants
+        from huggingface_hub.errors import GatedRepoError
 
         try:
             return dict(DiffusionPipeline.load_config(name))
         except Exception as error:
+            if isinstance(error.__context__, GatedRepoError):
+                raise InputError(
+                    f"'{name}' is gated: accept its licence at {constants.ENDPOINT}/{name}, then `hf auth login`"
+                ) from error
             raise InputError(
                 f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub; check the "
                 f"name and the network, or give a folder ({_first_line(error)})"
@@ -280,29 +348,15 @@ def lora_file(source: pathlib.Path) -> pathlib.Path:
     """The file of a LoRA folder, or the file itself. Raises InputError where there is none."""
     if source.is_file():
         return source
-    if (source / "pytorch_lora_weights.safetensors").is_file():
-        return source / "pytorch_lora_weights.safetensors"
+    if not source.exists():
+        raise InputError(f"the adapter '{source}' does not exist; give a LoRA's safetensors file, or its folder")
+    for usual in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):  # diffusers' name, and peft's
+        if (source / usual).is_file():
+            return source / usual
     files = sorted(source.glob("*.safetensors"))
     if len(files) != 1:
         raise InputError(f"'{source}' holds no LoRA: it has no pytorch_lora_weights.safetensors; name the file itself")
     return files[0]
-
-
-def _of_another_family(model: Model, file: pathlib.Path) -> str | None:
-    """The message for a LoRA whose keys name layers of another family; None where they do not."""
-    from safetensors import safe_open  # late
-
-    try:
-        with safe_open(file, "pt") as weights:  # type: ignore[no-untyped-call]
-            family = family_of_lora(weights.keys())
-    except Exception:  # safetensors has its own, and then there are no keys to tell from
-        return None
-    if family is None or any(f"{model.family}-".startswith(f"{name}-") for name in re.split(", | or ", family)):
-        return None  # an editing family takes the LoRAs of the one that it is made from
-    return (
-        f"the LoRA in '{file}' seems to be made for family {family}, not for {model.family} as {model.name} is; "
-        "load it on a model of its own family"
-    )
 
 
 def _first_line(error: Exception) -> str:

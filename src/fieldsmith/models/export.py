@@ -8,18 +8,15 @@ zeros for parts that train nothing. scale = alpha / rank everywhere.
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,13 +29,11 @@ FORMATS = ("kohya", "comfyui", "diffusers")
 Rules = tuple[tuple[str, str], ...]  # diffusers' layer (a regular expression) -> the original checkpoint's
 SAME_NAMES: Rules = ((r".*", r"\g<0>"),)  # as kohya's UNet and the original Qwen-Image have them
 _ORDER = ("to_q", "add_q_proj", "to_k", "add_k_proj", "to_v", "add_v_proj", "proj_mlp")  # in a fused layer
-# LoRA's halves under every name that the formats have: (A, B)
-_HALVES = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"))
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A layer's change, scale * up @ down: down (rank, in), up (out, rank)."""
+    """A layer's change, scale * up @ down: down (rank, in), up (out, rank); a convolution's have its kernel behind."""
 
     down: Tensor
     up: Tensor
@@ -46,22 +41,25 @@ class LowRank:
 
 
 Adapter = dict[str, LowRank]  # by diffusers' layer name
-Sizes = Mapping[str, tuple[int, int]]  # (in, out) of every linear layer of a denoiser, by diffusers' name
+# (in, out) of every linear layer of a denoiser and (in, out, height, width) of convolutions, by diffusers' name
+Sizes = Mapping[str, tuple[int, ...]]
 
 
 def sizes_of(network: nn.Module) -> Sizes:
-    """(in, out) of a denoiser's linear layers; a layer under a LoRA counts as itself."""
+    """Of a denoiser's linear layers and convolutions; a layer under a LoRA counts as itself."""
     return {
-        name.removesuffix(".base_layer"): (layer.in_features, layer.out_features)
+        name.removesuffix(".base_layer"): (layer.weight.shape[1], layer.weight.shape[0], *layer.weight.shape[2:])
         for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and ".lora_" not in name
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
     }
 
 
 def adapter_from(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> Adapter:
     """`Model.adapter_state`'s weights, under peft's names, with each layer's alpha / rank."""
-    down, up = _HALVES[1]
-    return {name: LowRank(state[name + down], state[name + up], scale) for name, scale in scales.items()}
+    return {
+        name: LowRank(state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"], scale)
+        for name, scale in scales.items()
+    }
 
 
 # to another tool's names
@@ -81,7 +79,8 @@ def exported(adapter: Adapter, family: str, sizes: Sizes, form: str) -> dict[str
     for name, parts in names.items():
         if any(part in adapter for part in parts):
             one = _fused([adapter.get(part) for part in parts], [sizes[part][1] for part in parts])
-            one = _swapped(one, name, parts)
+            if swaps(name, parts, sizes):
+                one = LowRank(one.down, torch.cat(one.up.chunk(2)[::-1]), one.scale)
             key, rank = key_of(family, name, form), len(one.down)
             # kohya reads alpha = 0 as no alpha, which is scale 1
             tensors[f"{key}.lora_down.weight"] = one.down.contiguous()
@@ -137,140 +136,42 @@ def _fused(parts: list[LowRank | None], heights: list[int]) -> LowRank:
     return LowRank(torch.cat([part.down for part in trained]), up, scale if even else 1.0)
 
 
-def _swapped(one: LowRank, name: str, parts: tuple[str, ...]) -> LowRank:
-    """Final modulations give (scale, shift) in diffusers and (shift, scale) under names of the originals' own."""
+def swaps(name: str, parts: tuple[str, ...], sizes: Sizes) -> bool:
+    """Whether a layer's halves change places: final modulations give (scale, shift) in diffusers and (shift, scale)
+    under names of the originals' own."""
     ends = parts[0] == "norm_out.linear" or parts[0].endswith(".norm1_context.linear")
-    if not ends or name == parts[0] or len(one.up) != 2 * one.down.shape[1]:  # others have more than two outputs
-        return one
-    return LowRank(one.down, torch.cat(one.up.chunk(2)[::-1]), one.scale)
-
-
-# back
-
-
-def speaks_original(keys: Collection[str], family: str, sizes: Sizes) -> bool:
-    """Whether all keys are those that kohya's scripts or ComfyUI would give to layers of this denoiser."""
-    if not named(family).exports or not keys:
-        return False
-    known = {key_of(family, name, form) for name in layout(family, sizes) for form in FORMATS[:2]}
-    return all(_split(key)[0] in known for key in keys)
-
-
-def _split(key: str) -> tuple[str, str]:
-    """A key's layer, and which of its tensors it is."""
-    for end in (*(half for pair in _HALVES for half in pair), ".alpha"):
-        if key.endswith(end):
-            return key.removesuffix(end), end
-    return key, ""
-
-
-def imported(tensors: Mapping[str, Tensor], family: str, sizes: Sizes, name: str) -> Adapter:
-    """What `exported` gives, or another tool's file of that kind, as an adapter for diffusers' layers.
-
-    A fused LoRA comes apart: each layer keeps the columns of `up` that reach it. No alpha is alpha = rank. Raises
-    InputError at a key or size that is not of this denoiser, which `name` names.
-    """
-    adapter: Adapter = {}
-    for original, parts in layout(family, sizes).items():
-        for key in {key_of(family, original, form) for form in FORMATS[:2]}:
-            one = _low_rank(tensors, key, sizes[parts[0]][0], sum(sizes[part][1] for part in parts), name)
-            if one:
-                adapter |= _apart(_swapped(one, original, parts), parts, [sizes[part][1] for part in parts])
-    return adapter
-
-
-def _low_rank(tensors: Mapping[str, Tensor], key: str, wide: int, tall: int, name: str) -> LowRank | None:
-    for down, up in _HALVES:
-        A, B = tensors.get(key + down), tensors.get(key + up)
-        if A is None and B is None:
-            continue
-        if A is None or B is None:
-            raise InputError(f"the LoRA for {name} is not whole: '{key}' has one of its two weights; export it again")
-        if A.ndim != 2 or B.ndim != 2 or A.shape[1] != wide or B.shape[0] != tall or len(A) != B.shape[1]:
-            raise InputError(
-                f"the LoRA does not fit {name}: '{key}' is {tuple(B.shape)} x {tuple(A.shape)}, its layer {tall} x "
-                f"{wide}; use the model that it was trained on"
-            )
-        alpha = tensors.get(f"{key}.alpha")
-        return LowRank(A, B, 1.0 if alpha is None or not alpha.item() else float(alpha.item()) / len(A))
-    return None
-
-
-def _apart(one: LowRank, parts: tuple[str, ...], heights: list[int]) -> Adapter:
-    if len(parts) == 1:
-        return {parts[0]: one}
-    apart = {}
-    for part, rows in zip(parts, one.up.split(heights), strict=True):
-        reached = (rows != 0).any(0) if one.up.any() else torch.ones(len(one.down), dtype=torch.bool)
-        if reached.any():
-            apart[part] = LowRank(one.down[reached], rows[:, reached], one.scale)
-    return apart
+    return ends and name != parts[0] and sizes[parts[0]][1] == 2 * sizes[parts[0]][0]  # others have more outputs
 
 
 # files
 
 
-def to_diffusers(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and metadata as diffusers writes and reads them, for the pipeline's component `part`."""
+def peft_settings(adapter: Adapter) -> dict[str, Any]:
+    """peft's settings of an adapter: r, lora_alpha, target_modules and what differs from them in some layers."""
     ranks = {layer: len(one.down) for layer, one in adapter.items()}
     alphas = {layer: one.scale * len(one.down) for layer, one in adapter.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    metadata: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(adapter)}
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(adapter)}
     for field, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
         other = {f"^{layer}": value for layer, value in values.items() if value != usual}
         if other:  # ^: this layer alone, none whose name ends alike
-            metadata[field] = other
+            settings[field] = other
+    return settings
+
+
+def to_diffusers(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata as diffusers writes and reads them, for the pipeline's component `part`."""
     state = {}
     for layer, one in adapter.items():
         state[f"{part}.{layer}.lora_A.weight"] = one.down.contiguous()
         state[f"{part}.{layer}.lora_B.weight"] = one.up.contiguous()
-    return state, {f"{part}.{field}": value for field, value in metadata.items()}
-
-
-def read_file(file: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and header. Raises InputError where it is none."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"'{file}' could not be read as a LoRA ({error}); give a safetensors file") from error
-
-
-def adapter_in(file: pathlib.Path, family: str, sizes: Sizes, name: str) -> Adapter:
-    """The adapter in a file of any of the formats. Raises InputError where it is none, or not of this denoiser."""
-    tensors, header = read_file(file)
-    if speaks_original(tensors, family, sizes):
-        return imported(tensors, family, sizes, name)
-    part = f"{part_of(family)}."
-    fields = {k.removeprefix(part): v for k, v in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
-    adapter: Adapter = {}
-    for key in tensors:
-        whole, end = _split(key)
-        layer = whole.removeprefix(part)
-        if not end or layer not in sizes or layer == whole:
-            raise InputError(
-                f"the LoRA in '{file}' does not fit {name}: '{key}' {tuple(tensors[key].shape)} is no layer of a "
-                f"{family} denoiser; name the model that it was trained on"
-            )
-        one = _low_rank(tensors, whole, *sizes[layer], name)
-        if one and layer not in adapter:
-            adapter[layer] = LowRank(one.down, one.up, _scale(fields, layer, len(one.down))) if fields else one
-    if not adapter:
-        raise InputError(f"'{file}' holds no LoRA; give an adapter folder of a run, or a LoRA's safetensors file")
-    return adapter
+    return state, {f"{part}.{field}": value for field, value in peft_settings(adapter).items()}
 
 
 def part_of(family: str) -> str:
     """The denoiser's name in the family's pipelines, with which diffusers' own keys start."""
     part: str = named(family).model_class().PART
     return part
-
-
-def _scale(fields: Mapping[str, Any], layer: str, rank: int) -> float:
-    """What peft's settings make of a layer."""
-    alphas: dict[str, float] = fields.get("alpha_pattern") or {}
-    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), fields["lora_alpha"]))
-    return alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank
 
 
 def write(adapter: Adapter, family: str, sizes: Sizes, form: str, file: pathlib.Path) -> None:

@@ -156,21 +156,31 @@ _RULES: dict[str, Callable[[Family], Support]] = {
 }
 VERBS = tuple(_RULES)
 
-# words in the keys of LoRA files that only one family's layers have, most telling first; diffusers' and kohya's names
+# words in the keys of LoRA files, dots written as underscores, that only one family's layers have; most telling first
+_BLOCK = r"(?<!single_)transformer_blocks_\d+_"
 MARKS = (
-    ("sd15", r"(unet\.|lora_unet_)(down_block|up_block|mid_block|input_block|output_block|middle_block)"),
-    ("qwen-image", r"(img|txt)_(mlp|mod)\b"),
-    (
-        "flux2-klein",
-        r"to_qkv_mlp_proj|(double|single)_stream_modulation|transformer_blocks\.\d+\.ff(_context)?\.linear_in",
-    ),
-    ("flux", r"single_transformer_blocks|(double|single)_blocks"),
-    ("sd3", r"transformer_blocks\.\d+\.attn2\.|joint_blocks"),
-    ("flux, flux2-klein, sd3 or qwen-image", r"transformer_blocks\.\d+\.attn\.add_[qkv]_proj"),
+    ("sd15", r"(down|up)_blocks_\d+_|mid_block_|(input|output)_blocks_\d+_|middle_block_"),
+    ("flux2-klein", rf"to_qkv_mlp_proj|(double|single)_stream_modulation|{_BLOCK}ff(_context)?_linear_in"),
+    ("qwen-image", rf"{_BLOCK}(img|txt)_(mlp|mod)"),
+    ("flux or flux2-klein", r"double_blocks_\d+_(img|txt)_attn|single_blocks_\d+_linear|single_transformer_blocks"),
+    ("flux", r"(double|single)_blocks_\d+_"),
+    ("sd3", rf"{_BLOCK}attn2_|joint_blocks_\d+_"),
+    ("flux, flux2-klein, sd3 or qwen-image", rf"{_BLOCK}attn_add_[qkv]_proj"),
+)
+# of keys that more than one mark fits, what tells FLUX.1 from FLUX.2, which share their names of attention
+_FLUX1 = (
+    r"(img|txt)_mod_lin|modulation_lin|single_transformer_blocks_\d+_(proj_mlp|norm_linear|attn_to_[qkv])|"
+    r"vector_in|guidance_in"
 )
 
 
 def family_of_lora(keys: Iterable[str]) -> str | None:
     """The family, or families, whose layers the keys of a LoRA file name; None where they do not tell."""
-    words = "\n".join(keys)
-    return next((name for name, mark in MARKS if re.search(mark, words)), None)
+    words = "\n".join(keys).replace(".", "_")
+    named = next((name for name, mark in MARKS if re.search(mark, words)), None)
+    return "flux" if named == "flux or flux2-klein" and re.search(_FLUX1, words) else named
+
+
+def same_family(family: str, named: str) -> bool:
+    """Whether a family is one of those that `family_of_lora` names, or an editor that is made from one."""
+    return any(f"{family}-".startswith(f"{name}-") for name in re.split(", | or ", named))

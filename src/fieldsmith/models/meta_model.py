@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fieldsmith import models
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition, LoraSpec, Model, stack
+from fieldsmith.models.export import Adapter
 from fieldsmith.models.prompted import Prompted
 from fieldsmith.models.rehearsal import Rehearsal
 
@@ -87,6 +88,14 @@ class Meta(Model):
                 super().adapt(spec)
             faked(self.network, self.rehearsal.mode)
 
+    def attach(self, adapter: Adapter, start: bool = False) -> None:
+        """Its numbers stay where they are; those that the reference would keep are too few to count."""
+        with _disable_current_modes():
+            _replace(self.network, _on_meta)
+            with torch.device("meta"):
+                super().attach(adapter)
+            faked(self.network, self.rehearsal.mode)
+
     def make_network(self, fields: dict[str, Any]) -> Any:
         with _disable_current_modes(), torch.device("meta"):
             network = super().make_network(fields)
@@ -119,7 +128,7 @@ class MetaPrompted(Meta, Prompted):
 def meta_model(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> MetaModel:
     """As `models.load`, in seconds and without memory. Raises InputError in the same words."""
     name = str(name)
-    folder = models.pipeline_folder(name)
+    folder = models.pipeline_folder(name) or models.offline_copy(name)
     rehearsal = Rehearsal()
     with models._quiet():
         index = models._index(name, folder)

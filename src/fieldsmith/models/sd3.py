@@ -40,6 +40,7 @@ NAMES: Rules = (
     (r"time_text_embed\.text_embedder\.linear_2", r"y_embedder.mlp.2"),
     (r"norm_out\.linear", r"final_layer.adaLN_modulation.1"),
     (r"proj_out", r"final_layer.linear"),
+    (r"pos_embed\.proj", r"x_embedder.proj"),
 )
 
 

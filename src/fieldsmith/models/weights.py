@@ -50,7 +50,9 @@ class Trainable:
     def __init__(self, pipeline: Any, network: nn.Module, name: str):
         self.pipeline, self.network, self.name = pipeline, network, name
         self.spec: LoraSpec | None = None
+        self.adapters: tuple[str, ...] = ()  # which are part of the frozen weights
         self._off = False
+        self._started = False  # whether the adapter was there before training, so that the reference has it too
         self._base: dict[str, nn.Parameter] = {}  # the originals of unfrozen weights
         self._parts: list[tuple[DTensor, Tensor]] = []  # weights that FSDP holds in parts, the originals' part here
         for part in pipeline.components.values():
@@ -90,6 +92,29 @@ class Trainable:
             torch.manual_seed(spec.seed)  # peft draws from the global generator
             inject_adapter_in_model(config, self.network)
         self._adapter_attached(spec)
+
+    def attach(self, adapter: export.Adapter, start: bool = False) -> None:
+        """Attach these low-rank changes as an adapter of their own ranks and layers; only its weights train.
+
+        With `start` training goes on from them: the reference has them as they are now.
+        Raises ValueError where training is under way already.
+        """
+        self._refuse_second_training()
+        metadata = export.peft_settings(adapter)
+        config = LoraConfig(**{**metadata, "target_modules": "|".join(map(re.escape, adapter))})
+        with torch.random.fork_rng():  # weights are drawn before they are overwritten
+            inject_adapter_in_model(config, self.network)
+        self._adapter_attached(LoraSpec("loaded", config.r, config.lora_alpha, 0.0))
+        with torch.no_grad():
+            for name, layer in self._tuners().items():
+                layer.lora_A["default"].weight.copy_(adapter[name].down)
+                layer.lora_B["default"].weight.copy_(adapter[name].up)
+        if start:
+            self._started = True
+            self._base = {
+                name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                for name, parameter in self.trainable().items()
+            }
 
     def _adapter_attached(self, spec: LoraSpec) -> None:
         for name, parameter in self.network.named_parameters():
@@ -153,10 +178,11 @@ class Trainable:
             self.network.set_submodule(name, layer.get_base_layer())
         self.network.__dict__.pop("peft_config", None)
         self.network.__dict__.pop("_hf_peft_config_loaded", None)  # diffusers' own mark of an adapter
-        self._swap(self._base)
+        if not self._started:  # else they are an adapter's, which is gone
+            self._swap(self._base)
         for weight, part in self._parts:
             weight.to_local().detach().copy_(part)
-        self.spec, self._base, self._parts = None, {}, []
+        self.spec, self._base, self._parts, self._started = None, {}, [], False
         self.network.requires_grad_(False)
 
     def trainable(self) -> dict[str, Tensor]:
@@ -174,7 +200,8 @@ class Trainable:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """The frozen model, inside `with`: adapter off, or the original weights in place; re-entrant.
+        """The frozen model, inside `with`: adapter off (or as training found it), or the original weights in place;
+        re-entrant.
 
         Graphs built before, inside and after each keep their own weights, so a backward may run anywhere.
         """
@@ -198,7 +225,7 @@ class Trainable:
                 part.copy_(aside)
             # peft's enable_adapters would switch requires_grad too, and so lose the gradients of a backward in here
             for layer in layers:
-                layer._disable_adapters = off
+                layer._disable_adapters = off and not self._started
             self._off = off
 
         turn(off)

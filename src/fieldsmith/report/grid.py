@@ -1,13 +1,17 @@
-"""Image tensors as Pillow pictures, and contact sheets of them (`fieldsmith sample`)."""
+"""Image tensors as Pillow pictures, files of them, and contact sheets (`fieldsmith sample`); a suffix is a format."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Mapping
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+DESCRIPTION = 0x010E  # EXIF's tag of what an image shows
 
 
 def picture(image: Tensor) -> Image.Image:
@@ -20,7 +24,7 @@ def picture(image: Tensor) -> Image.Image:
 
 
 def save_grid(images: Tensor, path: str | pathlib.Path, columns: int = 8, scale: int = 1, gap: int = 2) -> None:
-    """Write images (n, 3, h, w) in [0, 1] as one PNG sheet, row by row, each pixel `scale` wide, on white."""
+    """Write images (n, 3, h, w) in [0, 1] as one sheet, row by row, each pixel `scale` wide, on white."""
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"a grid needs images (n, 3, height, width) with n >= 1; got {tuple(images.shape)}")
     if columns < 1 or scale < 1:
@@ -32,8 +36,21 @@ def save_grid(images: Tensor, path: str | pathlib.Path, columns: int = 8, scale:
     for i, image in enumerate(images):
         place = (gap + i % columns * (width + gap), gap + i // columns * (height + gap))
         sheet.paste(picture(image).resize((width, height), Image.Resampling.NEAREST), place)
-    path = pathlib.Path(path)
+    save_picture(sheet, pathlib.Path(path), {})
+
+
+def save_picture(image: Image.Image, path: pathlib.Path, about: Mapping[str, str]) -> None:
+    """Write a picture in the format of the path's suffix, with words about it in PNG text or EXIF."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    sheet.save(beside, format="PNG")
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    if path.suffix.lower() == ".png":
+        text = PngInfo()
+        for name, words in about.items():
+            text.add_itxt(name, words)
+        image.save(beside, pnginfo=text)
+    else:
+        exif = Image.Exif()
+        if about:
+            exif[DESCRIPTION] = "\n".join(f"{name}: {words}" for name, words in about.items())
+        image.save(beside, exif=exif, quality=95)
     os.replace(beside, path)
