@@ -132,7 +132,7 @@ VERBS: dict[str, Callable[[Run], tuple[Model, int]]] = {
     "erase, retain": lambda run: erase(run, retain=0.1),
     "align, zeroth order": lambda run: align(run, estimator="reverse-noise", kl=0.1),
     "align, branches": lambda run: align(run, rollout="branches", branches=(2, 0, 0), group_by="root", anchor=0.1),
-    "align, nft": lambda run: align(run, estimator="nft", rollout="ode"),
+    "align, nft": lambda run: align(run, estimator="nft", rollout="ode", advantage="global-std", old="ramp"),
     "align, awm": lambda run: align(run, estimator="awm", rollout="ode"),
     "align, balance": lambda run: align(run, estimator="balance", auxiliary="flow"),
     "align, terminal": lambda run: align(run, estimator="terminal", rollout="ode"),

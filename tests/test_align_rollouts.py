@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fieldsmith.errors import InputError
 from fieldsmith.methods.align import guidance as G
 from fieldsmith.methods.align.collect import choose, collect, thinned
 from fieldsmith.methods.align.config import AlignConfig
@@ -360,6 +361,36 @@ def test_plans_of_settings():
     assert setting(FLOW, rollout="ode", estimator="terminal").plan.is_stochastic.tolist() == [True] * K
     early = setting(FLOW, rollout="ode", estimator="terminal", window=(0, 1)).plan
     assert early.is_stochastic.tolist() == [True] * 2 + [False] * (K - 2)
+    assert setting(FLOW, last_step="draw").plan.is_stochastic.tolist() == [True] * K
+    assert setting(FLOW, last_step="ode").plan.is_stochastic.tolist() == [True] * (K - 1) + [False]
+    with pytest.raises(InputError, match="leave no step with a density"):
+        setting(FLOW, last_step="draw", window=(K - 1, K - 1))
+
+
+@pytest.mark.parametrize("last_step", ["train", "draw", "ode"])
+def test_the_last_step_is_trained_or_only_drawn_or_the_odes(last_step):
+    """Both ways are releases': Flow-GRPO judges what the last drawn step gave, DanceGRPO the estimate of x_0 there."""
+    one = setting(FLOW, last_step=last_step)
+    batch = collect(one, 0, Log())
+    last = K if last_step == "train" else K - 1
+    assert batch.rollout.transitions.step.unique().tolist() == list(range(last))
+    some = collect(setting(FLOW, last_step=last_step, train_steps=3), 0, Log()).rollout.transitions.step
+    assert len(some) == 9 and int(some.max()) < last  # three rollouts
+    if last_step == "train":
+        assert int((some == K - 1).sum()) == 3
+
+
+def test_a_deviation_of_the_collection_is_that_of_every_endpoint():
+    one = setting(FLOW, prompts=("a", "b"), prompts_per_epoch=2, rollouts=4, advantage="global-std")
+    batch, log = collect(one, 0, Log()), Log()
+    rewards = batch.rewards.reshape(2, 4)
+    truth = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
+    for k in range(K):
+        rows = batch.rollout.transitions.step == k
+        torch.testing.assert_close(batch.advantage[rows], truth.flatten())
+    again = collect(replace(one, config=replace(one.config, advantage="global-std", estimator="nft", rollout="ode",
+                                                renoise=1)), 0, log)  # fmt: skip
+    assert again.advantage.abs().max() > 0 and log["deviation of all rewards"] > 0
 
 
 # collections

@@ -155,17 +155,36 @@ def test_gdpo_has_unit_deviation_over_the_batch() -> None:
 
 
 def test_keep_drops_turns_of_groups_that_teach_nothing() -> None:
-    advantage, score = torch.zeros(4, 3, 2), torch.full((4, 3, 2), 0.5)
-    advantage[0, 0, 1] = 1.0  # differs in one turn
-    advantage[1] = 2.0  # the same for all runs of the group
-    advantage[2, :, 0] = torch.tensor([0.02, 0.0, -0.02])
-    advantage[3, 0], score[3, :, 0] = 1.0, 0.95  # its first turn is too easy
+    reward, score = torch.zeros(4, 3, 2), torch.full((4, 3, 2), 0.5)
+    reward[0, 0, 1] = 1.0  # differs in one turn
+    reward[1] = 2.0  # the same for all runs of the group
+    reward[2, :, 0] = torch.tensor([0.02, 0.0, -0.02])
+    reward[3, 0], score[3, :, 0] = 1.0, 0.95  # its first turn is too easy
+    apart = credit.spread((reward,), (1.0,), "advantage")
     yes, no = True, False
-    assert credit.keep(advantage, score, 1e-6, 1.0).tolist() == [[no, yes], [no, no], [yes, no], [yes, yes]]
-    assert credit.keep(advantage, score, 0.05, 1.0).tolist() == [[no, yes], [no, no], [no, no], [yes, yes]]
-    assert credit.keep(advantage, score, 1e-6, 0.9).tolist() == [[no, yes], [no, no], [yes, no], [no, yes]]
+    assert credit.keep(apart, score, 1e-6, 1.0).tolist() == [[no, yes], [no, no], [yes, no], [yes, yes]]
+    assert credit.keep(apart, score, 0.05, 1.0).tolist() == [[no, yes], [no, no], [no, no], [yes, yes]]
+    assert credit.keep(apart, score, 1e-6, 0.9).tolist() == [[no, yes], [no, no], [yes, no], [no, yes]]
     perfect = torch.ones(4, 3, 2)
-    assert credit.keep(advantage, perfect, 1e-6, 1.0).sum() == 4  # 1 leaves none out
+    assert credit.keep(apart, perfect, 1e-6, 1.0).sum() == 4  # 1 leaves none out
+
+
+@pytest.mark.parametrize("fusion", ["reward", "advantage", "gdpo"])
+def test_groups_are_filtered_by_the_deviation_of_rewards_and_not_of_what_was_normalised(fusion) -> None:
+    """Deviations of .3, .04 and .01 with Edit-R1's threshold: its release keeps the first alone."""
+    deviations = torch.tensor([0.3, 0.04, 0.01]).double()
+    f = 0.5 + deviations[:, None, None] * torch.tensor([-1, 1, 1, -1])[:, None]  # (3 groups, 4 runs, 1 turn)
+    apart = credit.spread((f, f), (1.0, 1.0), fusion)
+    torch.testing.assert_close(apart, deviations[:, None])
+    assert credit.keep(apart, f, 0.05, 0.9).flatten().tolist() == [True, False, False]
+    opposed = credit.spread((f, 1 - f), (1.0, 1.0), fusion)  # which cancel in a sum
+    assert float(opposed.max()) == pytest.approx(0 if fusion == "reward" else 0.3)
+
+
+def test_a_deviation_of_all_groups_leaves_each_groups_own_spread() -> None:
+    f = torch.tensor([[[0.2], [0.8]], [[0.49], [0.51]]]).double()
+    found = credit.fuse((f,), (1.0,), "reward", 1e-9, over_all=True)
+    torch.testing.assert_close(found, (f - 0.5) / f.std(correction=0))
 
 
 # a two-turn editor whose policy gradient is known: x_t = a x_{t-1} + theta + s z_t, f_t = exp(-(x_t - g_t)^2 / 2 c^2)

@@ -85,6 +85,7 @@ class Optimisation:
     cosine: bool = False  # decay to 0 over `steps`
     clip: float | None = None  # largest gradient norm
     ema: float | None = None  # decay of the weights that are kept
+    ema_every: int = 1  # steps from one update of them to the next
     checkpoint_every: int = 50
     block: int = 1  # steps that share what the first of them drew: checkpoints fall between blocks only
     seed: int = 0
@@ -147,7 +148,7 @@ def fit(
                 ending = bool(log.pop(ASKED, 0)) or ending
                 whole = False  # an interrupt from here on finds parameters, averages and log at different steps
                 optimizer.step()
-                if ema and optimisation.ema:
+                if ema and optimisation.ema and (done + 1) % optimisation.ema_every == 0:
                     # a short memory at first, so that the average forgets the random start
                     decay = min(optimisation.ema, (1 + done) / (10 + done))
                     torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - decay)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fieldsmith import processes
 from fieldsmith.methods.align import guidance as G
-from fieldsmith.methods.align.config import REGRESSIONS
+from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
 from fieldsmith.methods.align.context import AlignContext
-from fieldsmith.methods.policy.advantages import advantages
+from fieldsmith.methods.policy.advantages import NORMALISED, advantages
 from fieldsmith.methods.policy.losses import log_ratio, over, square
 from fieldsmith.methods.policy.rollouts import Rollout, Transitions, numbered, renoise, soft_returns
 from fieldsmith.rewards.reward import check_images
@@ -67,9 +67,7 @@ def collect(context: AlignContext, epoch: int, log: Log) -> Batch:
     log["reward calls"] = float(len(every))
     if config.estimator in ("nft", "awm"):
         return renoised(context, rollout, rewards, len(every), generator, log).numbered()
-    kept = torch.arange(len(rollout.transitions))
-    if config.train_steps:
-        kept = thinned(rollout, config.train_steps, len(every), generator)
+    kept = trained(rollout, config, len(every), generator)
     if config.estimator in REGRESSIONS:
         return regression(context, rollout, rewards, kept).numbered()
     return policy(context, rollout, rewards, kept, log).numbered()
@@ -91,7 +89,7 @@ def choose(context: AlignContext, generator: torch.Generator) -> Tensor:
 def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tensor, log: Log) -> Batch:
     """Advantages of drawn transitions."""
     config, rows, s = context.config, rollout.transitions, context.schedule
-    free = config.advantage == "std" and config.auxiliary == "none" and not config.soft  # of alpha: it cancels
+    free = config.advantage in NORMALISED and config.auxiliary == "none" and not config.soft  # of alpha: it cancels
     scaled = rewards if free else rewards / config.temperature
     if config.soft:
         with torch.no_grad(), context.model.reference():
@@ -101,7 +99,7 @@ def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tenso
     else:
         returns = rollout.mean_over_endpoints(scaled)
     unit = rows.root if config.group_by == "root" else rows.prompt
-    advantage = centred(context, returns, unit * len(s) + rows.step, log)
+    advantage = centred(context, returns, unit * len(s) + rows.step, scaled, log)
     if context.helper and config.auxiliary == "baseline":
         with torch.no_grad():
             x = rows.x.to(context.model.device)
@@ -110,14 +108,20 @@ def policy(context: AlignContext, rollout: Rollout, rewards: Tensor, kept: Tenso
     return Batch(rollout, rewards, advantage, returns)[kept]
 
 
-def centred(context: AlignContext, returns: Tensor, group: Tensor, log: Log) -> Tensor:
-    """Advantages within groups, clipped where they are normalised."""
+def centred(context: AlignContext, returns: Tensor, group: Tensor, rewards: Tensor, log: Log) -> Tensor:
+    """Advantages of returns (n,) within groups (n,), clipped where they are normalised; `rewards` (m,) are those of
+    this process's endpoints, whose deviation over all processes is global-std's."""
     config = context.config
     if config.advantage != "raw":
         spread = advantages(returns, group, "mean").abs()
         log.mean("rows without signal", spread < 1e-9)
-    advantage = advantages(returns, group, config.advantage)
-    return advantage.clamp(-config.advantage_clip, config.advantage_clip) if config.advantage == "std" else advantage
+    deviation = None
+    if config.advantage == "global-std":
+        deviation = log["deviation of all rewards"] = processes.gather(rewards).double().std(correction=0).item()
+    advantage = advantages(returns, group, config.advantage, deviation=deviation)
+    return (
+        advantage.clamp(-config.advantage_clip, config.advantage_clip) if config.advantage in NORMALISED else advantage
+    )
 
 
 def renoised(
@@ -131,8 +135,8 @@ def renoised(
     with torch.no_grad():
         output = context.output(rows.x, rows.step, prompt)
     rows = replace(rows, output_old=output, prompt=prompt)
-    scaled = rewards if config.advantage == "std" else rewards / config.temperature
-    advantage = centred(context, scaled, rollout.prompt, log)  # of endpoints, at whatever times
+    scaled = rewards if config.advantage in NORMALISED else rewards / config.temperature
+    advantage = centred(context, scaled, rollout.prompt, scaled, log)  # of endpoints, at whatever times
     return Batch(replace(rollout, transitions=rows), rewards, advantage[rows.root])
 
 
@@ -256,6 +260,26 @@ def log_ratio_slope(context: AlignContext, rows: Transitions) -> Tensor:
                 base = misses()
             (slope[at],) = torch.autograd.grad((base - own) / (2 * float(s.sigma[k]) ** 2), x)
     return slope
+
+
+def trained(rollout: Rollout, config: AlignConfig, everyone: int, generator: torch.Generator) -> Tensor:
+    """Rows that are trained: all, or without the sampler's last step, or `train_steps` of an endpoint's; `everyone`
+    counts the endpoints of all processes."""
+    rows = torch.arange(len(rollout.transitions))
+    if config.last_step == "draw":
+        rows = rows[rollout.transitions.step < rollout.lineage.shape[1] - 1]
+    if not config.train_steps:
+        return rows
+    if config.last_step == "train":
+        return thinned(rollout, config.train_steps, everyone, generator)
+    return picked(rollout, config.train_steps, rollout.transitions.step[rows].unique(), everyone, generator)
+
+
+def picked(rollout: Rollout, keep: int, steps: Tensor, everyone: int, generator: torch.Generator) -> Tensor:
+    """Rows left when every endpoint keeps `keep` of `steps` (k,), drawn without repeats, as DanceGRPO has it."""
+    order = torch.rand(everyone, len(steps), generator=generator).argsort(1)[rollout.end, :keep]
+    rows = rollout.lineage.gather(1, steps[order])
+    return rows[rows >= 0].unique()
 
 
 def thinned(rollout: Rollout, keep: int, everyone: int, generator: torch.Generator) -> Tensor:

@@ -68,12 +68,12 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Subtract the later steps' log-ratios to the reference from the reward (r_tilde: no bias)."""
     auxiliary: Literal["none", "baseline", "flow", "residual", "value"] = "none"
     """A learned helper: DPOK's baseline, DAG's flow, residual nabla-DB's g_phi, VGG-Flow's value gradient."""
-    advantage: Literal["std", "mean", "leave-one-out", "raw"] = "std"
-    """How rewards are centred within a group."""
+    advantage: Literal["std", "global-std", "mean", "leave-one-out", "raw"] = "std"
+    """How rewards are centred within a group; global-std divides by the deviation of the whole collection."""
     group_by: Literal["prompt", "root"] = "prompt"
     """Whose rewards are compared at a step: those of a prompt, or of the branches of one state."""
     advantage_clip: Positive = 5.0
-    """Largest advantage of 'std'."""
+    """Largest advantage of 'std' and 'global-std'."""
     temperature: Positive = 1.0
     """alpha: the target is p_ref exp(r / alpha); recipes with a normalised advantage see it through `kl` only."""
 
@@ -92,7 +92,10 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     renoise: Count = 4
     """Times at which each endpoint is re-noised (nft, awm)."""
     train_steps: Count | None = None
-    """Train the last step and one of each block, this many in all; None: all."""
+    """Train the last step and one of each block, this many in all (where the last is not trained, any so many);
+    None: all."""
+    last_step: Literal["train", "draw", "ode"] = "train"
+    """The sampler's last step: trained as the others, drawn but not trained (Flow-GRPO), or the ODE's (DanceGRPO)."""
 
     strength: Literal[
         "ratio", "tempflow", "pcpo", "guard", "discount", "squared", "base-snr", "quadratic", "linear", "jacobian"
@@ -106,12 +109,19 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Weight of |f - f_old|^2 on the network's output (C2)."""
     kl: NonNegative = 0.0
     """Weight of the exact KL to the reference at every trained step."""
+    kl_scale: Literal["exact", "dt"] = "exact"
+    """dt: each step's KL is multiplied by its length in time, as Flow-GRPO has it."""
     anchor: NonNegative = 0.0
     """Weight of the same on the root's ODE states where nothing branches."""
     nft_beta: Positive = 0.1
     """NFT's distance of the two implied policies."""
     adaptive: bool = True
     """NFT: divide each branch by its own mean absolute error."""
+    old: Literal["fresh", "ramp", "late"] = "fresh"
+    """NFT's old policy after an epoch: the new one; or theta_old <- eta theta_old + (1 - eta) theta with eta rising by
+    0.001 an update to 0.5, or by 0.0075 from update 75 on to 0.999."""
+    awm_weight: Literal["uniform", "ghuber"] = "uniform"
+    """AWM's pseudo-log-likelihood of an error e at time t: -e, or -4 t e^(1/4)."""
 
     steps: Count = 10
     """Sampler steps in training."""
@@ -138,6 +148,8 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Largest gradient norm."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the averaged weights that are kept."""
+    ema_every: Count = 1
+    """Updates from one step of that average to the next."""
     evaluate: NonNegativeInt = 8
     """Images per prompt in the report's evaluation, of up to 64 prompts; 0 trains and saves only."""
 
@@ -189,6 +201,23 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
         whole = self.estimator in ("adjoint", "balance") or self.auxiliary == "value"
         if whole and self.window and self.window[1] < self.steps - 1:
             raise InputError(f"window {self.window} hides the end from estimator '{self.estimator}'; drop it")
+        if self.last_step != "train":
+            if whole or self.rollout == "ode":
+                raise InputError(
+                    f"last_step '{self.last_step}' leaves out a step that estimator '{self.estimator}' on rollout "
+                    f"'{self.rollout}' needs; use --last-step train"
+                )
+            if self.steps < 2:
+                raise InputError(
+                    f"last_step '{self.last_step}' leaves none of steps={self.steps} to train; use 2 or more"
+                )
+        if self.old != "fresh" and self.estimator != "nft":
+            raise InputError(f"old '{self.old}' is NFT's; estimator '{self.estimator}' has no old policy to keep")
+        if self.ema and self.ema_every > self.epochs * self.updates:
+            raise InputError(
+                f"ema_every={self.ema_every} is more than the {self.epochs * self.updates} updates of this run, so "
+                "that the average would keep the weights from before it; use --ema-every 1"
+            )
         policy = self.estimator in ("reverse-noise", "balance")
         if policy and self.strength not in ("ratio", "tempflow", "pcpo", "guard"):
             raise InputError(
@@ -228,17 +257,22 @@ RECIPES: dict[str, Settings] = {
     "vgg-flow": {
         "estimator": "tweedie", "state": "current", "jacobian": "identity", "rollout": "ode", "strength": "quadratic",
     },
-    "flow-grpo": {**PPO, "kl": 0.004},
-    "dance-grpo": {**PPO, "sde": "dance-sde", "shared_noise": True, "train_steps": 6},
+    "flow-grpo": {**PPO, "advantage": "global-std", "last_step": "draw", "kl": 0.04, "kl_scale": "dt"},
+    "dance-grpo": {**PPO, "sde": "dance-sde", "shared_noise": True, "last_step": "ode", "train_steps": 5},
     "branch-grpo": {**PPO, "rollout": "tree", "branches": (2, 1, 2, 1, 1, 2, 1, 1, 1, 1), "rollouts": 1},
-    "grpo-guard": {"trust": "guard-hinge", "strength": "guard", "kl": 0.004},
+    "grpo-guard": {"trust": "guard-hinge", "strength": "guard", "last_step": "draw", "kl": 0.004},
     "pcpo-diffusion": {"trust": "hinge", "strength": "pcpo", "sde": "ddim-uniform"},
-    "pcpo-flow": {"trust": "hinge", "strength": "pcpo"},
+    "pcpo-flow": {"trust": "hinge", "strength": "pcpo", "last_step": "draw"},
     "tempflow-grpo": {
         **PPO, **BRANCHES, "branches": (6, 6, 6, 6, 6, 6, 6, 6, 6, 0), "strength": "tempflow", "kl": 0.004,
     },
-    "nft": {"estimator": "nft", "rollout": "ode", "kl": 0.0001},
-    "awm": {"estimator": "awm", "rollout": "ode", "clip": 0.001},
+    "nft": {
+        "estimator": "nft", "rollout": "ode", "advantage": "global-std", "nft_beta": 1.0, "old": "ramp", "kl": 0.0001,
+    },
+    "awm": {
+        "estimator": "awm", "rollout": "ode", "advantage": "global-std", "awm_weight": "ghuber", "clip": 1.0,
+        "kl": 0.001,
+    },
     "rsm-terminal-sd15": {**TERMINAL, "rollout": "sde", "strength": "base-snr", "train_steps": 6, "proximal": 1.0},
     "rsm-terminal-sd35": {**TERMINAL, "state": "current", "strength": "linear"},
     "rsm-branch-sd15": {
@@ -259,7 +293,7 @@ RECIPES: dict[str, Settings] = {
 # sums, so 1e-4 there is 6.6, 1.6 here. Other recipes have no published size here.
 SD35: Settings = {
     "guidance": 4.5, "rank": 32, "alpha": 64, "lr": 3e-4, "prompts_per_epoch": 48, "epochs": 1081, "updates": 2,
-    "clip": 6.6, "ema": 0.9, "chunk": 12,
+    "clip": 6.6, "ema": 0.9, "ema_every": 8, "chunk": 12,
 }  # fmt: skip
 SD15: Settings = {
     "guidance": 5.0, "steps": 50, "rank": 16, "lr": 3e-4, "epochs": 300, "updates": 2, "clip": 1.6, "rollouts": 16,
@@ -276,7 +310,12 @@ SD35_FIRST: Settings = {
 PAPER: dict[str, Settings] = {
     **{name: {**SD35, "rollouts": 24} for name in ("flow-grpo", "grpo-guard", "pcpo-flow")},
     **{name: {**SD35, "rollouts": 4} for name in ("tempflow-grpo", "rsm-branch-sd35")},
-    **dict.fromkeys(("ddpo", "dpok", "dance-grpo", "pcpo-diffusion", "sqdf", "reinforce"), SD15),
+    "nft": {
+        "rank": 32, "alpha": 64, "lr": 3e-4, "prompts_per_epoch": 48, "rollouts": 24, "epochs": 1081, "ema": 0.9,
+        "renoise": 9, "chunk": 12,
+    },
+    **dict.fromkeys(("ddpo", "dpok", "pcpo-diffusion", "sqdf", "reinforce"), SD15),
+    "dance-grpo": {**SD15, "train_steps": None},
     # the released anchor has 4.5 where the log-ratio's weight is 0.44 at most steps: 8e-5 there is 8.4e-3 here
     "rsm-branch-sd15": {
         **SD15, "rollouts": 5, "branches": tuple(4 if k % 10 == 0 else 0 for k in range(50)), "sde": "ddim-uniform",

@@ -176,11 +176,15 @@ def _plan(config: AlignConfig, s: Schedule) -> Plan:
         if config.window:
             drawn[: config.window[0]] = False
             drawn[config.window[1] + 1 :] = False
-    elif config.estimator not in ("nft", "awm", "pathwise") and not bool(drawn.any()):
-        raise InputError(
-            f"steps={config.steps} and window={config.window} leave no step with a density, which estimator "
-            f"'{config.estimator}' learns from; use more steps, or a window that is not the deterministic last step"
-        )
+    else:
+        if config.last_step == "ode":
+            drawn[-1] = False
+        learns = drawn if config.last_step == "train" else drawn[:-1]
+        if config.estimator not in ("nft", "awm", "pathwise") and not bool(learns.any()):
+            raise InputError(
+                f"steps={config.steps} and window={config.window} leave no step with a density, which estimator "
+                f"'{config.estimator}' learns from; use more steps, or a window that is not the last step"
+            )
     branches = torch.ones(K, dtype=torch.long)
     if config.rollout in ("branches", "tree"):
         given = list(config.branches) * (K if len(config.branches) == 1 else 1)

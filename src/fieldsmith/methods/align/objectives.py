@@ -16,7 +16,7 @@ from fieldsmith.methods.align.config import REGRESSIONS
 from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.losses import balance_loss, rsm_loss
 from fieldsmith.methods.policy import losses as L
-from fieldsmith.methods.policy.advantages import optimality
+from fieldsmith.methods.policy.advantages import NORMALISED, optimality
 from fieldsmith.methods.policy.rollouts import OdeStates, Transitions, here
 from fieldsmith.training import Log
 
@@ -49,6 +49,8 @@ def transition_losses(context: AlignContext, batch: Batch, log: Log) -> Tensor:
         distance = config.estimator in ("nft", "awm")
         kl = L.square(f - reference) if distance else L.gaussian_kl(f, reference, s.w[rows.step].to(f))
         log.mean("kl to reference", kl)
+        if config.kl_scale == "dt" and not distance:
+            kl = kl * s.dt[rows.step].to(kl)
         loss = loss + config.kl * kl / dim
     return loss
 
@@ -69,10 +71,14 @@ def _renoised(context: AlignContext, f: Tensor, rows: Transitions, advantage: Te
     config, s = context.config, context.schedule
     target = s.target(rows.x_next, rows.noise, rows.step)
     if config.estimator == "awm":
-        return L.awm_loss(f, rows.output_old, target, advantage, config.clip)
+        t = s.t[rows.step] if config.awm_weight == "ghuber" else None
+        if config.advantage in NORMALISED:
+            advantage = advantage / config.advantage_clip
+        return L.awm_loss(f, rows.output_old, target, advantage, config.clip, t)
     gain = s.gain[rows.step].abs() if config.adaptive else None
     r = optimality(advantage, config.advantage_clip)
-    return L.nft_loss(f, rows.output_old, target, r, config.nft_beta, gain)
+    scale = config.advantage_clip / config.nft_beta  # what the weight of the distance to the reference is against
+    return scale * L.nft_loss(f, rows.output_old, target, r, config.nft_beta, gain)
 
 
 def _balance(context: AlignContext, f: Tensor, reference: Tensor, rows: Transitions, batch: Batch) -> Tensor:

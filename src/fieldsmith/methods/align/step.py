@@ -20,6 +20,7 @@ from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.align.objectives import anchor_losses, transition_losses
 from fieldsmith.methods.policy.checks import rounding
 from fieldsmith.methods.policy.collections import Collections
+from fieldsmith.methods.policy.old import copies, follow, in_place
 from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
 from fieldsmith.preflight import Check
@@ -58,27 +59,33 @@ def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
     t = context.schedule.times[0].to(x)
     first = context.condition[torch.tensor([0])]
     attached = attach(model, config, lambda: model.predict(x, t, first, config.guidance).velocity, seed=config.seed)
-    updates = Pathwise(context) if config.estimator == "pathwise" else Updates(context)
+    old = copies(model, config.old)
+    updates = Pathwise(context) if config.estimator == "pathwise" else Updates(context, old)
 
     def checks(resumes: bool) -> list[Check]:
         memory = preflight.memory(model, config.chunk)
         preflight.require([memory], quiet=True)  # before anything large runs
         return [attached, *([] if resumes else updates.checks()), memory]
 
+    def stop(done: int, log: dict[str, float]) -> None:
+        if done % config.updates == 0:
+            follow(model, old, config.old, done)  # here, so that a checkpoint holds what makes the next collection
+
     optimisation = Optimisation(
         config.epochs * config.updates, config.lr, config.weight_decay, clip=config.gradient_clip, ema=config.ema,
-        checkpoint_every=10 * config.updates, block=updates.block, seed=config.seed, optimizer=config.optimizer,
+        ema_every=config.ema_every, checkpoint_every=10 * config.updates, block=updates.block, seed=config.seed,
+        optimizer=config.optimizer,
     )  # fmt: skip
     helper = {f"auxiliary.{name}": p for name, p in context.helper.named_parameters()} if context.helper else {}
-    parameters = {**model.trainable(), **helper}
-    return Job(model, updates.losses, optimisation, parameters, checks, inputs=inputs, context=context)
+    parameters = {**model.trainable(), **helper, **old}
+    return Job(model, updates.losses, optimisation, parameters, checks, stop, inputs=inputs, context=context)
 
 
 class Updates:
     """Updates on collections: what all recipes but the pathwise ones do."""
 
-    def __init__(self, context: AlignContext):
-        self.context = context
+    def __init__(self, context: AlignContext, old: dict[str, Tensor] | None = None):
+        self.context, self.old = context, old or {}
         self.block = context.config.updates  # updates that share a collection
         self.collections = Collections(context.model, self._collect)
         self.rounding = rounding(context.config.trust, context.config.clip, context.schedule, context.model)
@@ -117,7 +124,8 @@ class Updates:
         return processes.chunks(own, self.context.config.chunk)
 
     def _collect(self, epoch: int, log: Log) -> Batch:
-        batch = collect(self.context, epoch, log)
+        with in_place(self.context.model, self.old):
+            batch = collect(self.context, epoch, log)
         config, rollout = self.context.config, batch.rollout
         if config.estimator not in ("reverse-noise", "balance"):
             return batch

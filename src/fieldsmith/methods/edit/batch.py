@@ -67,11 +67,12 @@ def advantages(collection: Collection, config: EditConfig, log: Log) -> tuple[Te
             last = config.scoring == "last"
             rewards.append(credit.returns(score, config.credit, config.aggregate, config.discount, last))
             weights.append(weight)
-    advantage = credit.fuse(rewards, weights, config.fusion, config.floor)
+    advantage = credit.fuse(rewards, weights, config.fusion, config.floor, config.advantage == "global-std")
+    apart = credit.spread(rewards, weights, config.fusion)
     score = torch.stack((collection.following, collection.consistency)).mean(0)
     if config.credit != "turn":  # every turn answers for the session
         score = score.mean(2, keepdim=True).expand_as(score)
-    teaches = credit.keep(advantage, score, config.min_spread, config.max_mean)
+    teaches = credit.keep(apart, score, config.min_spread, config.max_mean)
     log["groups with a signal"] = teaches.float().mean().item()
     log["deviation of following"] = collection.following.std(1, correction=0).mean().item()
     log["deviation of consistency"] = collection.consistency.std(1, correction=0).mean().item()

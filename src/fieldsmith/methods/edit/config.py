@@ -35,8 +35,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "to-go-nft": {"credit": "to-go"},
     "last-nft": {"scoring": "last"},
     "edit-r1": {
-        "sources": "clean", "credit": "turn", "fusion": "reward", "old": "ramp", "kl": 1e-4, "floor": 1e-4,
-        "advantage_clip": 5.0, "min_spread": 0.05, "consistency": 1.0,
+        "sources": "clean", "credit": "turn", "fusion": "reward", "advantage": "global-std", "old": "ramp",
+        # released 1e-4, beside a policy term with the factor adv_clip_max = 5, which this one has not
+        "kl": 2e-5, "floor": 1e-4, "advantage_clip": 5.0, "min_spread": 0.05, "consistency": 1.0,
     },
     "supervised": {"objective": "supervised", "sources": "clean"},
     "self-supervised": {"objective": "supervised"},
@@ -102,12 +103,14 @@ class EditConfig(Config, DataConfig, LoraConfig, OptimConfig, MemoryConfig):
     """Weight of content consistency."""
     against: Literal["first", "previous"] = "first"
     """What consistency is measured against: the session's first image (EdiVal), or the turn's own source."""
+    advantage: Literal["std", "global-std"] = "std"
+    """What centred rewards are divided by: the deviation of their group, or of the whole collection."""
     floor: Positive = 0.05
     """Least deviation by which a group's rewards are divided: near the judge's own noise."""
     advantage_clip: Positive = 2.0
     """A_max: advantages are clipped to it; 5 as released leaves NFT's r near a half."""
     min_spread: NonNegative = 1e-6
-    """Groups whose advantages spread less teach nothing and are left out."""
+    """Groups whose rewards have a standard deviation of no more teach nothing and are left out."""
     max_mean: float = 0.9
     """Groups (turns of them, with credit 'turn') whose mean score reaches this are left out; 1: none."""
     identity: NonNegative = 0.0

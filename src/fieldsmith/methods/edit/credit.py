@@ -53,32 +53,49 @@ def returns(scores: Tensor, credit: Credit, how: Aggregate, discount: float = 1.
     return to_go
 
 
-def normalise(values: Tensor, floor: float) -> Tensor:
-    """(value - mean) / max(deviation, floor) over the group, dimension 1; the deviation without Bessel's correction.
+def normalise(values: Tensor, floor: float, over_all: bool = False) -> Tensor:
+    """(value - mean) / max(deviation, floor) over the group, dimension 1; the deviation without Bessel's correction,
+    of the group or of all groups.
 
     The floor keeps a reward that hardly differs, such as consistency among siblings that drift alike, from being blown
     up to unit variance.
     """
-    return (values - values.mean(1, keepdim=True)) / values.std(1, correction=0, keepdim=True).clamp(min=floor)
+    spread = values.std((0, 1) if over_all else 1, correction=0, keepdim=True)
+    return (values - values.mean(1, keepdim=True)) / spread.clamp(min=floor)
 
 
-def fuse(rewards: Sequence[Tensor], weights: Sequence[float], fusion: Fusion, floor: float) -> Tensor:
+def fuse(
+    rewards: Sequence[Tensor], weights: Sequence[float], fusion: Fusion, floor: float, over_all: bool = False
+) -> Tensor:
     """Advantages (P, G, T) of several rewards' returns (P, G, T).
 
-    reward: z(sum w R), equation (21), where whichever varies most owns the gradient. advantage: sum w z(R) over the
-    root of sum w^2, equation (22). gdpo: that, normalised once more over the whole batch.
+    reward: z(sum w R / sum w), equation (21), where whichever varies most owns the gradient. advantage: sum w z(R) over
+    the root of sum w^2, equation (22). gdpo: that, normalised once more over the whole batch.
     """
     if fusion == "reward":
-        return normalise(sum(w * r for w, r in zip(weights, rewards, strict=True)), floor)  # type: ignore[arg-type]
+        return normalise(_mean(rewards, weights), floor, over_all)
     length = sum(w * w for w in weights) ** 0.5
-    advantage = torch.stack([w / length * normalise(r, floor) for w, r in zip(weights, rewards, strict=True)]).sum(0)
+    advantage = torch.stack(
+        [w / length * normalise(r, floor, over_all) for w, r in zip(weights, rewards, strict=True)]
+    ).sum(0)
     if fusion == "gdpo":
         advantage = (advantage - advantage.mean()) / advantage.std(correction=0).clamp(min=floor)
     return advantage
 
 
-def keep(advantage: Tensor, score: Tensor, min_spread: float, max_mean: float) -> Tensor:
-    """Which turns of which groups teach anything, (P, T) bool: advantages spread over the group, and the score that
-    they come from is below `max_mean` on average (1 or more: whatever it is). advantage and score (P, G, T)."""
+def spread(rewards: Sequence[Tensor], weights: Sequence[float], fusion: Fusion) -> Tensor:
+    """How far apart a group's rewards are, (P, T): the deviation of their mean where they are fused as rewards, else
+    the largest of their deviations. Of rewards as they are: normalised ones all have deviation 1."""
+    apart = [_mean(rewards, weights)] if fusion == "reward" else rewards
+    return torch.stack([r.std(1, correction=0) for r in apart]).amax(0)
+
+
+def _mean(rewards: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([w * r for w, r in zip(weights, rewards, strict=True)]).sum(0) / sum(weights)
+
+
+def keep(apart: Tensor, score: Tensor, min_spread: float, max_mean: float) -> Tensor:
+    """Which turns of which groups teach anything, (P, T) bool: `apart` (P, T), the deviation of the group's rewards, is
+    above `min_spread`, and their score (P, G, T) is below `max_mean` on average (1 or more: whatever it is)."""
     hard = (score.mean(1) < max_mean) | torch.tensor(max_mean >= 1)
-    return (advantage.std(1, correction=0) > min_spread) & hard
+    return (apart > min_spread) & hard

@@ -5,7 +5,6 @@ In: an editing model, a configuration, sessions and their judge. Out: a Job for 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,6 +20,7 @@ from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import optimality
 from fieldsmith.methods.policy.checks import Rounding, rounding
 from fieldsmith.methods.policy.collections import Collections
+from fieldsmith.methods.policy.old import copies, follow, in_place
 from fieldsmith.methods.policy.rollouts import Transitions, here
 from fieldsmith.models.core import Model
 from fieldsmith.models.editing import check_editor
@@ -43,14 +43,13 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     x, step = model.noise(1, step_generator(config.seed, 0, stream=1)), torch.zeros(1, dtype=torch.long)
     source = torch.zeros_like(x)
     attached = attach(model, config, lambda: context.output(x, step, context.nothing, source), seed=config.seed)
-    # as parameters without gradient, so that checkpoints hold them
-    old = {f"old.{name}": p.detach().clone() for name, p in model.trainable().items()} if config.old != "fresh" else {}
+    old = copies(model, config.old)
     silent = 0  # collections in a row without a signal
     noise = rounding(config.trust, config.clip, context.schedule, model)
 
     def collect(epoch: int, log: Log) -> Batch:
         nonlocal silent
-        with _swapped(model, old):
+        with in_place(model, old):
             batch = (rollout_batch if config.rolls else planned_batch)(context, epoch, log)
             if config.objective == "grpo" and batch.everyone:
                 batch = _settled(context, batch, epoch, noise)
@@ -80,8 +79,7 @@ def prepare(model: Model, config: EditConfig, inputs: Inputs) -> Job:
     def stop(done: int, log: dict[str, float]) -> str | None:
         if done % config.updates:
             return None
-        if old:  # here, so that a checkpoint holds what the next collection is made with
-            _follow(model, old, config, done)
+        follow(model, old, config.old, done)  # here, so that a checkpoint holds what makes the next collection
         if silent >= config.patience:
             return NO_VARIANCE
         return "budget" if config.budget and log["nfe"] >= config.budget else None
@@ -167,34 +165,6 @@ def _advice(config: EditConfig, done: Fit) -> list[str]:
         f"[bold]{config.patience} collections in a row taught nothing[/bold]: the judge gives every session of a group "
         "the same; raise --rollouts or --steps, ask for harder sessions, or lower --min-spread"
     ]
-
-
-def _follow(model: Model, old: dict[str, Tensor], config: EditConfig, step: int) -> None:
-    """theta_old <- eta theta_old + (1 - eta) theta, after an epoch that ends with `step` steps done."""
-    eta = {"ramp": min(0.001 * step, 0.5), "late": min(max(0.0075 * (step - 75), 0.0), 0.999), "slow": 0.8}[config.old]
-    with torch.no_grad():
-        for name, p in model.trainable().items():
-            before = old[f"old.{name}"]
-            before.copy_(eta * before + (1 - eta) * p)
-
-
-@contextlib.contextmanager
-def _swapped(model: Model, old: dict[str, Tensor]) -> Iterator[None]:
-    """The old policy in the present one's place, where there is one."""
-
-    def swap() -> None:
-        with torch.no_grad():
-            for name, p in model.trainable().items() if old else ():
-                before = old[f"old.{name}"]
-                present = p.detach().clone()
-                p.copy_(before)
-                before.copy_(present)
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
 
 
 def row_losses(context: EditContext, batch: Batch, rows: Transitions) -> Tensor:

@@ -289,9 +289,13 @@ def concept_ablation(model: Model, config: EraseConfig, pairs: list[Pair]) -> Me
     return Method(losses, config.batch)
 
 
+LOG_Z, LOG_Z_LR = -0.1953, 5e-4  # where EraseFlow's log Z starts and its learning rate, as released
+
+
 def eraseflow(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
     """EraseFlow: trajectory balance on the student's own anchor trajectories (1.3); memory grows with `steps`."""
-    log_z = torch.zeros((), requires_grad=True)
+    # log Z = LOG_Z + (LOG_Z_LR / lr) moved: one optimiser, in whose steps it moves at the rate of its own
+    moved, rate = torch.zeros((), requires_grad=True), LOG_Z_LR / config.lr
     grid = model.grid(config.steps)
 
     def log_prob(pred: Prediction, after: Tensor, t_next: Tensor) -> Tensor:
@@ -315,11 +319,12 @@ def eraseflow(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
             pred = model.predict(states[k], t, pair.target, config.rollout_guidance)  # as the anchor's, to cancel
             on_target.append(log_prob(pred, states[k + 1], t_next))
+        log_z = LOG_Z + rate * moved
         loss = L.flow_balance(torch.stack(on_target), torch.stack(on_anchor), log_z, config.beta)
         log["log_z"] = log_z.item()
         yield loss.sum() / config.batch
 
-    return Method(losses, config.batch * config.steps, {"eraseflow.log_z": log_z})
+    return Method(losses, config.batch * config.steps, {"eraseflow.log_z": moved})
 
 
 def eraseanything(model: Model, config: EraseConfig, pairs: list[Pair]) -> Method:

@@ -7,14 +7,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Advantage = Literal["std", "mean", "leave-one-out", "raw"]
+Advantage = Literal["std", "global-std", "mean", "leave-one-out", "raw"]
+NORMALISED = ("std", "global-std")  # blind to the reward's scale
 
 
-def advantages(returns: Tensor, group: Tensor, kind: Advantage, floor: float = 1e-4) -> Tensor:
+def advantages(
+    returns: Tensor, group: Tensor, kind: Advantage, floor: float = 1e-4, deviation: float | None = None
+) -> Tensor:
     """Rewards (n,) centred within groups (n,) of integers; (n,).
 
-    std: over (deviation + floor), the deviation without Bessel's correction as GRPO releases have it. mean: the group's
-    mean includes the row itself, so k siblings shrink the estimate by 1 - 1 / k. leave-one-out: the mean of the others,
+    std: over (deviation + floor), the deviation of the group without Bessel's correction, as Flow-GRPO has it.
+    global-std: over (`deviation` + floor), that of all rewards of the collection, or of these where None is given, so
+    that a group whose rewards hardly differ is not blown up to unit variance. mean: the group's mean includes the row
+    itself, so k siblings shrink the estimate by 1 - 1 / k. leave-one-out: the mean of the others,
     unbiased; a row alone in its group has advantage 0. raw: as they are.
     """
     if kind == "raw":
@@ -28,8 +33,10 @@ def advantages(returns: Tensor, group: Tensor, kind: Advantage, floor: float = 1
         return centred
     if kind == "leave-one-out":
         return centred * (n / (n - 1).clamp(min=1))[at]
-    deviation = (zero.index_add(0, at, centred.square()) / n).sqrt()
-    return centred / (deviation[at] + floor)
+    if kind == "global-std":
+        return centred / ((returns.std(correction=0) if deviation is None else deviation) + floor)
+    within = (zero.index_add(0, at, centred.square()) / n).sqrt()
+    return centred / (within[at] + floor)
 
 
 def optimality(advantage: Tensor, clip: float) -> Tensor:

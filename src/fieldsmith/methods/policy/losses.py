@@ -106,9 +106,18 @@ def nft_loss(
     return optimality * error(plus) + (1 - optimality) * error(minus)
 
 
-def awm_loss(output: Tensor, old: Tensor, target: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """AWM: PPO on the pseudo-likelihood exp(-|v - v*|^2), mean over a row's dimensions; (n,)."""
+def awm_loss(
+    output: Tensor, old: Tensor, target: Tensor, advantage: Tensor, clip: float, t: Tensor | None = None
+) -> Tensor:
+    """AWM: PPO on the pseudo-likelihood exp(-e), e = |v - v*|^2 the mean over a row's dimensions; (n,).
+
+    With times t (n,) it is exp(-4 t e^(1/4)), the generalised Huber weighting that AWM is released with.
+    """
     dim = output[0].numel()
-    gain = (square(old - target) - square(output - target)) / dim
-    rho = gain.exp()
+
+    def penalty(of: Tensor) -> Tensor:
+        e = square(of - target) / dim
+        return e if t is None else 4 * t.to(e) * (e + 1e-10) ** 0.25  # whose slope at 0 is infinite
+
+    rho = (penalty(old) - penalty(output)).exp()
     return -torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
