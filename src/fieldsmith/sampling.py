@@ -14,7 +14,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import Guidance, Sampler, sampler
 from fieldsmith.methods.sharpen.sampling import conditioned, draw, steered
 from fieldsmith.models import load, load_adapter
-from fieldsmith.models.core import Model
+from fieldsmith.models.core import Model, check_kept
 from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
 from fieldsmith.paths import VariancePreserving, recalibrated, tag_schedule
 from fieldsmith.read import read_json
@@ -43,6 +43,7 @@ def sample(
             raise InputError(f"{name}={value} must be at least 1")
     if not isinstance(model, Model):
         model = load(model)
+    check_kept(model, {f"n={n}": n})
     if adapter is not None:
         load_adapter(model, adapter)
     asked = [prompt for prompt in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(n)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from fieldsmith.commands import arguments
-from fieldsmith.config import Count, Seed, config
+from fieldsmith.config import Pixels, SamplerSteps, Seed, config
 from fieldsmith.errors import InputError
 from fieldsmith.models import pipeline_folder
 from fieldsmith.read import read_prompts
@@ -29,9 +31,9 @@ class SampleConfig:
     """A LoRA folder to attach first, such as a run's adapter/."""
     out: pathlib.Path = pathlib.Path("sample.png")
     """The PNG to write."""
-    each: Count = 8
+    each: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Images per prompt."""
-    steps: Count = 28
+    steps: SamplerSteps = 28
     """Sampler steps."""
     guidance: float | None = None
     """Guidance scale, against no prompt or, with --worse, against that network; none and 1 are off."""
@@ -41,7 +43,7 @@ class SampleConfig:
     """DDPM's ancestral steps under this variance; none: DDIM, or small with --worse."""
     schedule: str = "constant"
     """constant; tag: from 1 at noise to 4 at data; or a metrics.json of `diagnose`: its a*(t) multiplies --guidance."""
-    resolution: Count | None = None
+    resolution: Pixels | None = None
     """Image side in pixels; None: the model's own, at most 512."""
     seed: Seed = 0
     """Equal seeds give equal noise."""

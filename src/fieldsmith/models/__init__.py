@@ -8,7 +8,6 @@ imported where a model is loaded (marked `late`).
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import pathlib
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
+from fieldsmith.models import folders
 from fieldsmith.models.families import FAMILIES, Family, family_of_lora
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 )
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")  # 1: the variant
 
 
@@ -49,11 +48,14 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
         index = _index(name, folder)
         family = _family(name, index)
-        if folder:
-            _check_components(name, folder, index)
         import diffusers  # late
         import torch
 
+        from fieldsmith.models.core import check_size
+
+        folders.check_index(name, index)
+        if folder:
+            folders.check_components(name, folder, index)
         made_by = family.model_class()
         variant = _variant(name, folder, index) if folder else None
         try:
@@ -78,7 +80,15 @@ def load(name: str | pathlib.Path, resolution: int | None = None, dtype: torch.d
             pipeline.to(processes.device())
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
-    model: Model = made_by.of_folder(pipeline, name, resolution, folder)
+    with processes.together():
+        folders.check_sound(name, pipeline.components)
+    try:
+        model: Model = made_by.of_folder(pipeline, name, resolution, folder)
+    except InputError:
+        raise
+    except Exception as error:  # what our families make of entries that no pipeline has
+        raise InputError(f"the configs of '{name}' make no model ({_first_line(error)}); save it again") from error
+    check_size(model)
     return model
 
 
@@ -121,17 +131,38 @@ def _read_by_diffusers(model: Model, file: pathlib.Path, sizes: Mapping[str, tup
     for key, weight in state.items():
         layer, _, half = key.removeprefix(f"{model.PART}.").partition(".lora")
         size = sizes.get(layer) if key.startswith(f"{model.PART}.") and half else None
-        wide = half.startswith("_A") and size is not None and weight.shape[1] != size[0]
-        tall = half.startswith("_B") and size is not None and weight.shape[0] != size[1]
-        if size is None or wide or tall:
+        matrix = weight.ndim > 1
+        wide = half.startswith("_A") and size is not None and matrix and weight.shape[1] != size[0]
+        tall = half.startswith("_B") and size is not None and matrix and weight.shape[0] != size[1]
+        if size is None or wide or tall or not (matrix or half == "_alpha"):
             raise InputError(
                 _of_another_family(model, file)
                 or f"the LoRA in '{file}' does not fit {model.name}: '{key}' {tuple(weight.shape)} has no layer "
                 "of its size in the denoiser; load it on the model that it was trained on"
             )
+    _check_pairs(file, state)
     if not state:
         raise InputError(_of_another_family(model, file) or f"the LoRA in '{file}' has no weights for any layer")
     return state, alphas, metadata
+
+
+def _check_pairs(file: pathlib.Path, state: Any) -> None:
+    """Raises InputError at a layer that has one of a LoRA's two weights, or two of different ranks."""
+    for key, weight in state.items():
+        half = next((half for half in (".lora_A", ".lora_B") if half in key), None)
+        if half is None:
+            continue
+        other = state.get(key.replace(half, ".lora_B" if half == ".lora_A" else ".lora_A"))
+        if other is None:
+            raise InputError(
+                f"the LoRA in '{file}' is not whole: '{key}' has no other half; download or export it again"
+            )
+        A, B = (weight, other) if half == ".lora_A" else (other, weight)
+        if A.shape[0] != B.shape[1]:
+            raise InputError(
+                f"the LoRA in '{file}' is not whole: the halves of '{key}' are {tuple(B.shape)} and {tuple(A.shape)}, "
+                "which do not multiply; download or export it again"
+            )
 
 
 def _attach(model: Model, state: Any, alphas: Any, metadata: Any) -> None:
@@ -212,14 +243,7 @@ def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
                 f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub; check the "
                 f"name and the network, or give a folder ({_first_line(error)})"
             ) from error
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise InputError(f"'{name}' is not a diffusers pipeline folder: it has no model_index.json")
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"model_index.json in '{name}' is not JSON; save the pipeline again") from error
-    return index if isinstance(index, dict) else {}
+    return folders.read_index(name, folder)
 
 
 def _family(name: str, index: dict[str, Any]) -> Family:
@@ -229,26 +253,6 @@ def _family(name: str, index: dict[str, Any]) -> Family:
             return family
     known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
     raise InputError(f"'{name}' is a {kind}, which is not supported; supported: {known}")
-
-
-def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) -> None:
-    """Every component that the index lists is there, and has safetensors where it has weights."""
-    for part, made_by in index.items():
-        if part.startswith("_") or not isinstance(made_by, list) or not all(made_by):
-            continue  # a setting, or a component that the pipeline does without
-        inside = folder / part
-        if not inside.is_dir() or not any(inside.iterdir()):
-            raise InputError(f"'{name}' is not whole: its component '{part}' is missing; download or save it again")
-        if not (inside / "config.json").is_file():
-            continue  # schedulers and tokenizers hold no weights
-        if not any(inside.glob("*.safetensors")):
-            pickled = next((file for file in inside.iterdir() if file.suffix in PICKLES), None)
-            if pickled:
-                raise InputError(
-                    f"'{name}' holds {part}/{pickled.name}, which is not safetensors and could run code; convert it "
-                    "where you trust it: pipe.save_pretrained(folder, safe_serialization=True)"
-                )
-            raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
 
 
 def _variant(name: str, folder: pathlib.Path, index: dict[str, Any]) -> str | None:
@@ -305,8 +309,7 @@ def _of_another_family(model: Model, file: pathlib.Path) -> str | None:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+_first_line = folders.first_sentence
 
 
 @contextlib.contextmanager

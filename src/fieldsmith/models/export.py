@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.families import named
+from fieldsmith.models.folders import first_sentence
 
 FORMATS = ("kohya", "comfyui", "diffusers")
 
@@ -226,12 +227,19 @@ def to_diffusers(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def read_file(file: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and header. Raises InputError where it is none."""
+    """A safetensors file's tensors and header. Raises InputError where it is none, and at NaN or infinity."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            header = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"'{file}' could not be read as a LoRA ({error}); give a safetensors file") from error
+        raise InputError(
+            f"'{file}' could not be read as a LoRA ({first_sentence(error)}); give a safetensors file"
+        ) from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"'{key}' of the LoRA in '{file}' holds NaN or infinity; take an earlier or another one")
+    return tensors, header
 
 
 def adapter_in(file: pathlib.Path, family: str, sizes: Sizes, name: str) -> Adapter:
