@@ -13,13 +13,13 @@ import os
 import pathlib
 import platform
 import tempfile
-import tomllib
 from typing import Any
 
 import tomli_w
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
+from fieldsmith.read import read_toml
 
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -80,8 +80,7 @@ class Run:
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise InputError(f"out folder '{self.folder}' holds other files; name one that is new or empty")
             return
-        with path.open("rb") as file:
-            earlier = tomllib.load(file)
+        earlier = read_toml(path)
         earlier.pop("versions", None)
         if earlier != self.settings:
             differs = [k for k in {*earlier, *self.settings} if earlier.get(k) != self.settings.get(k)]
