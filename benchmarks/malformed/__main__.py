@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.claims import claim
 from benchmarks.malformed import corpus
 from benchmarks.malformed.case import bounded
 from benchmarks.malformed.pipelines import Bases
@@ -49,13 +50,28 @@ def main() -> None:
     if part:
         return
     counts = collections.Counter(tuple(outcome.name.split("/")[:2]) for outcome in outcomes)
+    share = (len(outcomes) - len(fell)) / len(outcomes)
+    claims = [
+        claim("reliability.malformed_inputs", "malformed inputs that were tried over every command and the Python API",
+              len(outcomes), "inputs", len(outcomes) >= 500, COMMAND),
+        claim("reliability.malformed_refused_share", "of these, refused with exit code 2 or InputError in one sentence "
+              "that names the value, without a traceback, nothing left on disk", share, "share", not fell, COMMAND),
+    ]  # fmt: skip
     rows = {
-        "command": COMMAND, "inputs": len(outcomes), "refused": len(outcomes) - len(fell),
+        "claims": claims, "command": COMMAND, "inputs": len(outcomes), "refused": len(outcomes) - len(fell),
         "by group and command": {"/".join(key): n for key, n in sorted(counts.items())},
         "fell through": [dataclasses.asdict(outcome) for outcome in fell],
         "sentences": {outcome.name: outcome.sentence for outcome in outcomes},
     }  # fmt: skip
     write_atomically(OUT / "malformed.json", json.dumps(rows, indent=1) + "\n")
+    summarise()
+
+
+def summarise(folder: pathlib.Path = OUT) -> None:
+    """summary.json of the claims of all parts beside it, each of which a script of its own writes."""
+    parts = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.name != "summary.json"]
+    claims = [one for part in parts for one in part.get("claims", [])]
+    write_atomically(folder / "summary.json", json.dumps({"claims": claims}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

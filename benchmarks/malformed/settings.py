@@ -47,7 +47,13 @@ def valid(command: str, bases: Bases) -> dict[str, Any]:
         case "edit":
             file = str(bases.sessions / "sessions.jsonl")
             judge = f"{pathlib.Path(__file__).with_name('judges.py')}:edits"
-            return {"model": str(bases.kontext), "sessions": file, "judge": judge, "turns": 2}
+            return {
+                "model": str(bases.kontext),
+                "sessions": file,
+                "judge": judge,
+                "turns": 2,
+                "identity_prompt": "red circle",
+            }
         case "distill":
             return {"teacher": str(bases.unet), "data": str(bases.images)}
         case "sharpen":

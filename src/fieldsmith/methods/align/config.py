@@ -85,7 +85,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """The stochastic step; auto: flow-sde on flows, ddim elsewhere."""
     noise_level: Positive | None = None
     """Its noise; None: 0.7 for flow-sde, 0.3 for dance-sde, 0.8 for cps, 1 for ddim, 4.5 for ddim-uniform."""
-    branches: tuple[int, ...] = (4,)
+    branches: tuple[Annotated[int, Field(ge=0, le=1_000)], ...] = (4,)
     """Children by step of branches and trees; one number: at every noisy step."""
     window: tuple[int, int] | None = None
     """First and last step that is drawn and trained; the ODE elsewhere. None: every step with a density."""
