@@ -22,8 +22,12 @@ from fieldsmith.read import read_toml
 
 T = TypeVar("T")
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+MOST = 10**12  # of anything that is counted; what a machine can hold is asked once the model is known
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+SamplerSteps = Annotated[int, Field(ge=1, le=10_000)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]  # a side
+Threads = Annotated[int, Field(ge=1, le=1_024)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -171,7 +175,7 @@ class FitConfig(Config, OptimConfig):
     """Largest gradient norm."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights that are kept; 0: none."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """Torch threads; None: as many as torch wants."""
 
 

@@ -24,6 +24,6 @@ class RewardError(RunError):
 def check_word(word: str, vocabulary: Sequence[str], name: str) -> None:
     """Raise InputError if the word is not in a closed vocabulary, with the nearest word that is."""
     if word not in vocabulary:
-        near = difflib.get_close_matches(word, vocabulary, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(word), vocabulary, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known words: {', '.join(sorted(vocabulary))}"
         raise InputError(f"'{word}' is not in the vocabulary of {name}; {hint}")

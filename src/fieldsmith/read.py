@@ -13,13 +13,18 @@ from typing import Any
 
 from fieldsmith.errors import InputError
 
+LARGEST = 2**28  # bytes of a text file
+
 
 def read_text(path: str | pathlib.Path, kind: str) -> str:
     """A file's text, with '\\n' at the end of each line. Raises InputError where it is not there or is not UTF-8."""
     try:
-        content = pathlib.Path(path).read_bytes()
+        size = pathlib.Path(path).stat().st_size
+        content = b"" if size > LARGEST else pathlib.Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{kind} '{path}' cannot be read: {error.strerror}; fix its name") from error
+    if size > LARGEST:
+        raise InputError(f"{kind} '{path}' has {size:,} bytes, and {LARGEST:,} are read at most; split it")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,17 +44,19 @@ def read_lines(path: str | pathlib.Path, kind: str) -> list[tuple[int, str]]:
 
 def read_toml(path: str | pathlib.Path, kind: str = "config file") -> dict[str, Any]:
     """A TOML file's settings. Raises InputError where it cannot be read or is no TOML."""
+    text = read_text(path, kind)
     try:
-        return tomllib.loads(read_text(path, kind))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{kind} '{path}' is not TOML: {error}") from error
 
 
 def read_json(path: str | pathlib.Path, kind: str) -> Any:
     """What a JSON file holds. Raises InputError where it cannot be read or is no JSON."""
+    text = read_text(path, kind)
     try:
-        return json.loads(read_text(path, kind))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{kind} '{path}' is not JSON: {error}") from error
 
 
@@ -62,7 +69,7 @@ def read_json_lines(path: str | pathlib.Path, kind: str, example: str) -> list[t
     for number, line in read_lines(path, kind):
         try:
             entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"line {number} of '{path}' is no JSON; write {example}") from error
         if not isinstance(entry, dict):
             raise InputError(f"line {number} of '{path}' is no JSON object but {line[:80]}; write {example}")

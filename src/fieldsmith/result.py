@@ -7,7 +7,6 @@ import io
 import json
 import pathlib
 import shutil
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,12 +21,14 @@ from fieldsmith.errors import InputError, check_word
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Model
 from fieldsmith.models.export import check_format, sizes_of, write
+from fieldsmith.read import read_json, read_toml
 from fieldsmith.report.grid import picture
 from fieldsmith.report.page import Pair, png_uri
 from fieldsmith.run import plain, write_atomically
 
 Format = Literal["diffusers", "kohya", "comfyui", "merged"]
 FORMATS = ("diffusers", "kohya", "comfyui", "merged")
+SIDES = ("before", "after")
 SHOWN = 8  # rows of `show`
 
 
@@ -46,10 +47,15 @@ class Result:
     def open(folder: str | pathlib.Path) -> Result:
         """The result of a finished run directory. Raises InputError where the folder is no finished run."""
         folder = pathlib.Path(folder)
-        if not (folder / "metrics.json").is_file() or not (folder / "config.toml").is_file():
-            raise InputError(f"'{folder}' is no finished run: it has no metrics.json; repeat its command to finish it")
-        settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        for name in ("config.toml", "metrics.json"):
+            if not (folder / name).is_file():
+                raise InputError(f"'{folder}' is no finished run: it has no {name}; repeat its command to finish it")
+        settings = read_toml(folder / "config.toml")
+        if not isinstance(settings.get("verb"), str) or "versions" not in settings:
+            raise InputError(f"'{folder / 'config.toml'}' is no whole record of a run; repeat its command elsewhere")
+        metrics = read_json(folder / "metrics.json", "record of numbers")
+        if not isinstance(metrics, dict) or not metrics:
+            raise InputError(f"'{folder / 'metrics.json'}' holds no numbers by name; delete it and repeat the command")
         return Result(settings.pop("verb"), settings, metrics, tuple(_load_samples(folder / "samples")), folder)
 
     @property
@@ -194,10 +200,28 @@ def save_samples(pairs: Sequence[Pair], folder: pathlib.Path) -> None:
 
 
 def _load_samples(folder: pathlib.Path) -> Iterator[Pair]:
-    if not (folder / "samples.json").is_file():
+    file = folder / "samples.json"
+    if not file.is_file():
         return
-    for row in json.loads((folder / "samples.json").read_text(encoding="utf-8")):
+    rows = read_json(file, "list of samples")
+    whole = isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and isinstance(row.get("label"), str)
+        and isinstance(row.get("images"), int)
+        and row["images"] > 0
+        # a name and no path: what is shown comes from this folder alone
+        and all(isinstance(row.get(side), str) and row[side] == pathlib.Path(row[side]).name for side in SIDES)
+        for row in rows
+    )
+    if not whole:
+        raise InputError(f"'{file}' is no list of pictures before and after; delete it, or repeat the run elsewhere")
+    for row in rows:
         sides = []
-        for side in ("before", "after"):
-            sides.append(read_strip(folder / row[side], row["images"]))
+        for side in SIDES:
+            try:
+                sides.append(read_strip(folder / row[side], row["images"]))
+            except Exception as error:  # Pillow raises errors of every kind on damaged files
+                raise InputError(
+                    f"picture '{folder / row[side]}' cannot be read; delete the folder samples/, or repeat the run"
+                ) from error
         yield Pair(row["label"], sides[0], sides[1])

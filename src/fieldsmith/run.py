@@ -16,7 +16,6 @@ import platform
 import re
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ import tomli_w
 
 from fieldsmith import disk, owner, processes
 from fieldsmith.errors import InputError
+from fieldsmith.read import read_toml
 
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
 FOLDERS = ("checkpoints", "adapter", "model", "samples")
@@ -115,8 +115,7 @@ class Run:
             if self.folder.is_dir() and not all(BESIDE.fullmatch(file.name) for file in self.folder.iterdir()):
                 raise InputError(f"out folder '{self.folder}' holds other files; name one that is new or empty")
             return
-        with path.open("rb") as file:
-            earlier = tomllib.load(file)
+        earlier = read_toml(path)
         earlier_versions, self._began = earlier.pop("versions", {}), earlier.pop("origins", {})
         if earlier != self.settings:
             differs = [k for k in {*earlier, *self.settings} if earlier.get(k) != self.settings.get(k)]

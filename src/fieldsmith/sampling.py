@@ -15,7 +15,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import Guidance, Sampler, sampler
 from fieldsmith.methods.sharpen.sampling import conditioned, draw, steered
 from fieldsmith.models import load, merge_adapters
-from fieldsmith.models.core import Model
+from fieldsmith.models.core import Model, check_kept
 from fieldsmith.models.editing import check_editor, edit, encode_unique, quantised
 from fieldsmith.paths import VariancePreserving, recalibrated, tag_schedule
 from fieldsmith.read import read_json
@@ -46,6 +46,7 @@ def sample(
         model = load(model, adapter=adapter)
     elif adapter:
         raise InputError("adapter= goes with the name of a model; use load(name, adapter=...) for one that is loaded")
+    check_kept(model, {f"n={n}": n})
     asked = [prompt for prompt in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(n)]
     if not asked:
         raise InputError('no prompt given; name what to draw, e.g. prompts=["a red star"]')

@@ -195,8 +195,14 @@ def _session(entry: Mapping[str, Any], number: int, where: str, folder: Path) ->
         if not isinstance(image, (str, Path)) or not str(image):
             raise InputError(f"{where} names no image; write {LINE}")
         path = folder / image
-        if not path.is_file():
-            raise InputError(f"image '{image}' of {where} does not exist; put it into '{folder}' or fix the path")
+        try:
+            there = path.is_file()
+        except (OSError, ValueError):  # a name that is too long, or with a zero in it
+            there = False
+        if not there:
+            raise InputError(
+                f"image '{str(image)[:200]}' of {where} does not exist; put it into '{folder}' or fix the path"
+            )
         image = path.resolve()
     return Session(str(name), image, _instructions(entry.get("instructions"), where))
 

@@ -24,7 +24,7 @@ from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import load, load_adapter, lora_file, pipeline_folder
 from fieldsmith.models.adapters import parse
-from fieldsmith.models.core import LoraSpec, Model, check_resolution
+from fieldsmith.models.core import LoraSpec, Model, check_kept, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.preflight import Check
 from fieldsmith.previews import Preview
@@ -109,6 +109,8 @@ class Verb:
     source: str = "model"  # the config's field that names what is loaded
     # how many groups the processes share, and the field that says so
     groups: Callable[[Any], tuple[int, str]] = lambda config: (config.batch, "batch")
+    # how many states a run keeps at once, by the settings that say so
+    states: Callable[[Any], dict[str, int]] = lambda config: {f"batch={config.batch}": config.batch}
     evaluated: str = "evaluate"  # the config's field that says how much is measured; 0: nothing
     fsdp: bool = True  # whether the network may be held in parts
     frozen: Callable[[Any], bool] = lambda config: not config.full  # whether some weights of the network stay as are
@@ -237,6 +239,7 @@ def train(
         job = None
         try:
             with processes.together():
+                check_kept(model, verb.states(config) | _measured(verb, config))
                 model.chunk = getattr(config, "chunk", None) or max(getattr(config, "batch", 1), model.chunk)
                 job = verb.prepare(model, config, inputs)
                 if job.model is not model:  # a student or a guide has a count of its own
@@ -315,6 +318,11 @@ def _looking(verb: Verb, config: Any, job: Job, run: Run | None) -> Callable[[in
     return look
 
 
+def _measured(verb: Verb, config: Any) -> dict[str, int]:
+    n = getattr(config, verb.evaluated)
+    return {f"{verb.evaluated}={n}": n}
+
+
 @contextlib.contextmanager
 def _mixed_precision(model: Model) -> Iterator[None]:
     """Inside, the network computes in the type that the launcher names: bf16 on GPUs unless it says otherwise."""
@@ -359,11 +367,23 @@ def attach(
         elif config.full:
             model.unfreeze(subset)
         else:
+            check_rank(model, config.rank, subset)
             model.adapt(LoraSpec(subset, config.rank, config.alpha, dropout, seed))
         with model.reference():
             gap = (output() - base).abs().max().item()
     fix = "this is a defect of fieldsmith: please report it"
     return Check("adapter off against base", gap, "0", gap == 0, fix)
+
+
+def check_rank(model: Model, rank: int, subset: str) -> None:
+    """Raises InputError where an adapter of that rank, its gradients and moments are more than memory holds."""
+    layers = [model.network.get_submodule(name) for name in model._modules(subset)]
+    need, free = 16 * rank * sum(layer.in_features + layer.out_features for layer in layers), model.free_memory()
+    if need > free:
+        raise InputError(
+            f"rank={rank}: an adapter on the {len(layers)} layers of '{subset}' takes {need / 1e9:,.1f} GB to train, "
+            f"and {free / 1e9:,.1f} GB are free; lower it"
+        )
 
 
 def load_model(verb: Verb, config: Any, inputs: Any = None) -> Model:

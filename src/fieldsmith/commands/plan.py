@@ -39,7 +39,7 @@ def plan(words: Sequence[str]) -> None:
     check_word(verb, PLANNED, "the verbs that are planned")
     config = verbs.settings(verb, words)
     config.check()
-    pipeline_folder(getattr(config, "model", None) or config.teacher)  # an unknown zoo model is refused now
+    pipeline_folder(config.model if hasattr(config, "model") else config.teacher)  # an unknown zoo model is refused now
     planning = importlib.import_module("fieldsmith.planning")  # imports torch: only once the words are known to be good
     made = planning.plan(verb, config)
     if as_json:

@@ -9,10 +9,12 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from fieldsmith.commands import arguments
-from fieldsmith.config import Count, Seed, Words, config
+from fieldsmith.config import Count, Pixels, SamplerSteps, Seed, Words, config
 from fieldsmith.errors import InputError
 from fieldsmith.models import pipeline_folder
 from fieldsmith.read import read_prompts
@@ -39,9 +41,9 @@ class SampleConfig:
     out: pathlib.Path = pathlib.Path("sample.png")
     """The grid to write: .png, .jpg or .webp; the images go into the folder NAME-images beside it, in the same format,
     with prompt, seed and settings in each (PNG text, or EXIF)."""
-    each: Count = 8
+    each: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Images per prompt."""
-    steps: Count = 28
+    steps: SamplerSteps = 28
     """Sampler steps."""
     guidance: float | None = None
     """Guidance scale, against no prompt or, with --worse, against that network; none and 1 are off."""
@@ -51,7 +53,7 @@ class SampleConfig:
     """DDPM's ancestral steps under this variance; none: DDIM, or small with --worse."""
     schedule: str = "constant"
     """constant; tag: from 1 at noise to 4 at data; or a metrics.json of `diagnose`: its a*(t) multiplies --guidance."""
-    resolution: Count | None = None
+    resolution: Pixels | None = None
     """Image side in pixels; None: the model's own, at most 512."""
     chunk: Count | None = None
     """Images that are drawn at once; None: fewer the larger they are."""

@@ -46,6 +46,6 @@ def run(verb: str, words: Sequence[str]) -> None:
     config.check()
     if config.out is None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{verb}")
-    pipeline_folder(getattr(config, "model", None) or config.teacher)  # an unknown zoo model is refused now
+    pipeline_folder(config.model if hasattr(config, "model") else config.teacher)  # an unknown zoo model is refused now
     api = importlib.import_module("fieldsmith.api")  # imports torch: only once the words are known to be good
     getattr(api, verb)(config=config)

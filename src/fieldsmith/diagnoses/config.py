@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fieldsmith.config import Count, DataConfig, NonNegative, Positive, Seed, Share, Words, config
+from fieldsmith.config import (
+    Count,
+    DataConfig,
+    Natural,
+    NonNegative,
+    Pixels,
+    Positive,
+    SamplerSteps,
+    Seed,
+    Share,
+    Words,
+    config,
+)
 from fieldsmith.errors import InputError
 
 KINDS = {
@@ -20,7 +32,7 @@ KINDS = {
 }
 
 
-Eight = Annotated[int, Field(ge=8)]
+Eight = Annotated[Count, Field(ge=8)]
 
 
 @config
@@ -44,7 +56,7 @@ class ModelConfig(DiagnosisConfig):
     """A diffusers pipeline folder, a hub id or a zoo model."""
     adapter: Words = ()
     """Adapters (of any trainer) in the model: FILE, FILE:scale or a run's adapter/, --adapter again for each."""
-    resolution: Count | None = None
+    resolution: Pixels | None = None
     """Image side in pixels; None: the model's own, at most 512."""
 
 
@@ -62,11 +74,11 @@ class GuidanceConfig(ModelConfig, DataConfig):
     """States of each kind at which both are asked; below about 1000, bins are noisy."""
     bins: Count = 10
     """Equal bins of time."""
-    steps: Count = 25
+    steps: SamplerSteps = 25
     """Sampler steps of the teacher's path, and of the images for liveness."""
     scale: NonNegative = 2.0
     """Guidance scale of the teacher's path."""
-    samples: Annotated[int, Field(ge=0)] = 32
+    samples: Natural = 32
     """Images of each model at each of two scales for liveness; 0 leaves it out."""
     reference: Positive | None = None
     """E_c + E_u of another student, the yardstick of drift; None: the teacher's own mean squared gap."""
@@ -82,7 +94,7 @@ class SmoothnessConfig(ModelConfig, DataConfig):
     """columns, cards or a folder of images; None: what the model's card names."""
     judge: str | None = None
     """With a folder: file.py:name, package.module:name or http:// address that says what is valid."""
-    steps: Count = 25
+    steps: SamplerSteps = 25
     """Sampler steps of a path."""
     samples: Count = 32
     """Paths; detectors watch four times as many."""
@@ -104,11 +116,11 @@ class ExposureConfig(ModelConfig):
     """Sessions; at least 100 for narrow intervals."""
     turns: Count = 5
     """Turns of a session."""
-    steps: Count = 25
+    steps: SamplerSteps = 25
     """Sampler steps of every turn."""
     dependency: Share = 0.7
     """How often a turn refers to what an earlier turn made."""
-    still: Annotated[int, Field(ge=0)] = 5
+    still: Natural = 5
     """Turns that ask for nothing, for the drift of identity; 0 leaves it out."""
     contrast: Positive = 1.0
     """Between turns: factor on the distance from mid grey."""
@@ -128,7 +140,7 @@ class ConceptsConfig(ModelConfig):
 
     each: Count = 16
     """Images per prompt."""
-    steps: Count = 28
+    steps: SamplerSteps = 28
     """Sampler steps."""
     guidance: float | None = None
     """Guidance scale; None and 1 are off."""
@@ -144,11 +156,11 @@ class AuditConfig(ModelConfig):
     """A reward, or a weighted sum of rewards, e.g. `classifier` or `right+0.1*brightness`; world:triangle: `linear`."""
     prompts: Words = ()
     """Prompts to look at, or one text file with a prompt a line; empty: the world's own captions."""
-    steps: Count = 10
+    steps: SamplerSteps = 10
     """Sampler steps."""
     times: Count = 5
     """At how many of them to measure."""
-    states: Annotated[int, Field(ge=2)] = 16
+    states: Annotated[Count, Field(ge=2)] = 16
     """States at each time."""
     samples: Eight = 128
     """Rollouts from each state for the reference; its noise is subtracted, what it hides falls as 1 / samples."""

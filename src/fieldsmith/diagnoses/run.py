@@ -13,7 +13,7 @@ from fieldsmith.diagnoses import Diagnosis, config_of
 from fieldsmith.diagnoses.inputs import INPUTS
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.measure.progress import CONSOLE
-from fieldsmith.models.core import Model
+from fieldsmith.models.core import Model, check_kept
 from fieldsmith.run import Run
 
 NEEDED = {
@@ -52,6 +52,9 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
         return Diagnosis(numbers, numbers["words"], None)
     asked = SimpleNamespace(**{field.name: getattr(config, field.name) for field in fields(config)} | objects)
     inputs = INPUTS[kind](asked)
+    kept = {name: getattr(config, name, 0) for name in ("samples", "tuples", "states", "each")}
+    if isinstance(inputs["model"], Model):
+        check_kept(inputs["model"], {f"{name}={n}": n for name, n in kept.items()})
     began = time.monotonic()
     module = importlib.import_module(f"fieldsmith.diagnoses.{kind}")
     diagnosis: Diagnosis = module.diagnosis(inputs.pop("model"), config, **inputs)

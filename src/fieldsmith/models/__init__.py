@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import pathlib
 import re
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
+from fieldsmith.models import folders
 from fieldsmith.models.families import FAMILIES, Family, named
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 
 ZOO = pathlib.Path(__file__).parent.parent / "zoo"
 CONNECT = 3.0  # seconds for a first word with the hub
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")  # 1: the variant
 
 
@@ -60,14 +59,17 @@ def load(
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
         index = _index(name, folder)
         family = _family(name, index)
-        if folder:
-            _check_components(name, folder, index)
         sources = [adapter] if isinstance(adapter, (str, pathlib.Path)) else list(adapter)
         if sources:
             check_adapters(family.name, name, *sources)  # before gigabytes are read
         import diffusers  # late
         import torch
 
+        from fieldsmith.models.core import check_size
+
+        folders.check_index(name, index)
+        if folder:
+            folders.check_components(name, folder, index)
         made_by = family.model_class()
         variant = _variant(name, folder, index) if folder else None
         try:
@@ -92,7 +94,15 @@ def load(
             pipeline.to(processes.device())
         except Exception as error:  # diffusers, transformers and safetensors each have their own
             raise InputError(f"'{name}' could not be loaded, is it whole? ({_first_line(error)})") from error
-    model: Model = made_by.of_folder(pipeline, name, resolution, folder)
+    with processes.together():
+        folders.check_sound(name, pipeline.components)
+    try:
+        model: Model = made_by.of_folder(pipeline, name, resolution, folder)
+    except InputError:
+        raise
+    except Exception as error:  # what our families make of entries that no pipeline has
+        raise InputError(f"the configs of '{name}' make no model ({_first_line(error)}); save it again") from error
+    check_size(model)
     merge_adapters(model, sources)
     return model
 
@@ -280,14 +290,7 @@ def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
                 f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub; check the "
                 f"name and the network, or give a folder ({_first_line(error)})"
             ) from error
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise InputError(f"'{name}' is not a diffusers pipeline folder: it has no model_index.json")
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"model_index.json in '{name}' is not JSON; save the pipeline again") from error
-    return index if isinstance(index, dict) else {}
+    return folders.read_index(name, folder)
 
 
 def _family(name: str, index: dict[str, Any]) -> Family:
@@ -297,26 +300,6 @@ def _family(name: str, index: dict[str, Any]) -> Family:
             return family
     known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
     raise InputError(f"'{name}' is a {kind}, which is not supported; supported: {known}")
-
-
-def _check_components(name: str, folder: pathlib.Path, index: dict[str, Any]) -> None:
-    """Every component that the index lists is there, and has safetensors where it has weights."""
-    for part, made_by in index.items():
-        if part.startswith("_") or not isinstance(made_by, list) or not all(made_by):
-            continue  # a setting, or a component that the pipeline does without
-        inside = folder / part
-        if not inside.is_dir() or not any(inside.iterdir()):
-            raise InputError(f"'{name}' is not whole: its component '{part}' is missing; download or save it again")
-        if not (inside / "config.json").is_file():
-            continue  # schedulers and tokenizers hold no weights
-        if not any(inside.glob("*.safetensors")):
-            pickled = next((file for file in inside.iterdir() if file.suffix in PICKLES), None)
-            if pickled:
-                raise InputError(
-                    f"'{name}' holds {part}/{pickled.name}, which is not safetensors and could run code; convert it "
-                    "where you trust it: pipe.save_pretrained(folder, safe_serialization=True)"
-                )
-            raise InputError(f"'{name}' is not whole: '{part}' has no weights; download or save it again")
 
 
 def _variant(name: str, folder: pathlib.Path, index: dict[str, Any]) -> str | None:
@@ -359,8 +342,7 @@ def lora_file(source: pathlib.Path) -> pathlib.Path:
     return files[0]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+_first_line = folders.first_sentence
 
 
 @contextlib.contextmanager

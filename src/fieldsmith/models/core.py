@@ -6,8 +6,9 @@ A family (flux.py, unet.py) adds encode, predict, decode and the time grid over 
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,6 +97,38 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)
+
+
+def check_size(model: Model, decodes: bool = True) -> None:
+    """Raises InputError where not even one state and (`decodes`) its image fit the device's memory.
+
+    Before either is allocated: a system without memory may end the process instead of saying so.
+    """
+    pixels = (model.resolution or 0) ** 2
+    channels = getattr(getattr(model.pipeline, "vae", None), "config", {}).get("block_out_channels", (3,))
+    need = 4 * (math.prod(model.latent_shape) + (pixels * max(3, channels[0]) if decodes else 0))
+    free = free_memory(model.device)
+    if need > free:
+        size = f"resolution {model.resolution}" if model.resolution else f"states {tuple(model.latent_shape)}"
+        raise InputError(
+            f"{size} of {model.name}: one image alone takes {need / 1e9:,.0f} GB or more, and {free / 1e9:,.1f} GB are "
+            "free; lower the resolution"
+        )
+
+
+def check_kept(model: Model, states: Mapping[str, int]) -> None:
+    """Raises InputError where as many states as a setting asks for, by its name, are more than the memory that is free.
+
+    Nothing is allocated yet; what a network needs beside its states is the preflight's matter.
+    """
+    free = model.free_memory()
+    for name, n in states.items():
+        need = 4 * n * math.prod(model.latent_shape)
+        if need > free:
+            raise InputError(
+                f"{name} ask for {n:,} states of {model.name} at once, which alone take {need / 1e9:,.1f} GB, and "
+                f"{free / 1e9:,.1f} GB are free; lower {'one of them' if ' x ' in name else 'it'}"
+            )
 
 
 @dataclass(eq=False)

@@ -218,12 +218,15 @@ def class_names(name: str, folder: pathlib.Path | None) -> tuple[list[str] | Non
         return None, None
     try:
         output = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         output = None
     both = isinstance(output, dict)
     classes, scales = (output.get("classes"), output.get("guidance_scales")) if both else (output, None)
     if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
         raise InputError(f"classes.json in '{name}' is not a list of class names")
+    twice = next((word for word in classes if classes.count(word) > 1), None)
+    if twice is not None:
+        raise InputError(f"classes.json in '{name}' has the class '{twice}' twice; give each class a name of its own")
     if both and not (isinstance(scales, list) and scales and all(type(scale) in (int, float) for scale in scales)):
         raise InputError(f"classes.json in '{name}' holds no list of numbers under 'guidance_scales'")
     return classes, scales

@@ -13,6 +13,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 
+from fieldsmith.errors import InputError
 from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.core import Condition
 from fieldsmith.models.export import Rules
@@ -69,6 +70,12 @@ class Flux(Prompted):
         native, multiple = min(512, pipeline.vae.config.sample_size), 2 * pipeline.vae_scale_factor
         super().__init__(pipeline, name, resolution, native, multiple)
         check_flow(pipeline.scheduler, name)
+        shape = pipeline.transformer.config
+        if sum(shape.axes_dims_rope) != shape.attention_head_dim:
+            raise InputError(
+                f"axes_dims_rope = {list(shape.axes_dims_rope)} in the transformer's config of {name} must sum to "
+                f"attention_head_dim, {shape.attention_head_dim}; save the pipeline again"
+            )
         side = self.resolution // multiple
         self.tokens = side * side
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)

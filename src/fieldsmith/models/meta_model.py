@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fieldsmith import models
 from fieldsmith.errors import InputError
-from fieldsmith.models.core import Condition, LoraSpec, Model, stack
+from fieldsmith.models import folders
+from fieldsmith.models.core import Condition, LoraSpec, Model, check_size, stack
 from fieldsmith.models.export import Adapter
 from fieldsmith.models.prompted import Prompted
 from fieldsmith.models.rehearsal import Rehearsal
@@ -133,8 +134,9 @@ def meta_model(name: str | pathlib.Path, resolution: int | None = None, dtype: t
     with models._quiet():
         index = models._index(name, folder)
         family = models._family(name, index)
+        folders.check_index(name, index)
         if folder:
-            models._check_components(name, folder, index)
+            folders.check_components(name, folder, index)
         inside = folder or _fetched(name)
         try:
             parts, downloads = _parts(inside, index, dtype or torch.float32, rehearsal)
@@ -144,7 +146,15 @@ def meta_model(name: str | pathlib.Path, resolution: int | None = None, dtype: t
     made_by = family.model_class()
     base = MetaPrompted if issubclass(made_by, Prompted) else Meta
     shapes: Any = type(made_by.__name__, (base, made_by), {"rehearsal": rehearsal})
-    model: Model = shapes.of_folder(pipeline, name, resolution, inside)
+    try:
+        model: Model = shapes.of_folder(pipeline, name, resolution, inside)
+    except InputError:
+        raise
+    except Exception as error:  # as in models.load
+        raise InputError(
+            f"the configs of '{name}' make no model ({models._first_line(error)}); save it again"
+        ) from error
+    check_size(model, decodes=False)  # a plan needs one state, and no image
     return MetaModel(model, rehearsal, 0 if folder else downloads)
 
 

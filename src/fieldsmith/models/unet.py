@@ -59,6 +59,8 @@ class UNet(ClassDDPM):
         least = 2 ** (len(shape.block_out_channels) - 1)
         if any(side % least for side in size):
             raise InputError(f"resolution {size[0]} is not a multiple of {least} for {name}")
+        if min(size) < 1:
+            raise InputError(f"sample_size = {shape.sample_size} in the unet's config of {name} is no size of images")
         super().__init__(pipeline, pipeline.unet, name, size, shape.num_class_embeds or 0, classes, scales)
         self.resolution = size[0] * fold if size[0] == size[1] else None
         if self.learns_variance and self.variance not in ("learned", "learned_range"):
@@ -93,7 +95,7 @@ def _fold(name: str, folder: pathlib.Path | None) -> int:
         return 1
     try:
         fold = json.loads(file.read_text(encoding="utf-8"))["fold"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         fold = None
     if type(fold) is not int or fold < 1:
         raise InputError(f"states.json in '{name}' should hold {{\"fold\": a whole number from 1}}")

@@ -16,9 +16,12 @@ from fieldsmith.config import (
     Count,
     LoraConfig,
     MemoryConfig,
+    Natural,
     NonNegative,
     OptimConfig,
+    Pixels,
     Positive,
+    SamplerSteps,
     Words,
     config,
 )
@@ -29,7 +32,6 @@ from fieldsmith.rewards import parse
 Estimator = Literal["reverse-noise", "nft", "awm", "tweedie", "terminal", "adjoint", "pathwise", "balance"]
 FIRST_ORDER = ("tweedie", "terminal", "adjoint", "pathwise")
 REGRESSIONS = ("tweedie", "terminal", "adjoint")
-NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 @config
@@ -47,7 +49,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Prompts to train on, or one text file with a prompt a line; a zoo model's captions where empty."""
     held_out_rewards: Words = ()
     """Rewards that are only measured, before and after, to see reward hacking."""
-    resolution: Count | None = None
+    resolution: Pixels | None = None
     """Image side in pixels; None: the model's own, at most 512."""
     preset: str = ""
     """The recipe that these settings came from; a name for the record."""
@@ -58,7 +60,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Where a first-order gradient is taken; next-state ones carry omega."""
     jacobian: Literal["full", "identity"] = "full"
     """Of the Tweedie estimate: through the network, or with its output held constant."""
-    lookahead: NonNegativeInt = 0
+    lookahead: Annotated[int, Field(ge=0, le=1_000)] = 0
     """ODE steps of the sampler before the Tweedie estimate is read off."""
     truncate: Count = 1
     """Pathwise: how many last steps the gradient passes (DRaFT-K)."""
@@ -83,7 +85,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """The stochastic step; auto: flow-sde on flows, ddim elsewhere."""
     noise_level: Positive | None = None
     """Its noise; None: 0.7 for flow-sde, 0.3 for dance-sde, 0.8 for cps, 1 for ddim, 4.5 for ddim-uniform."""
-    branches: tuple[int, ...] = (4,)
+    branches: tuple[Annotated[int, Field(ge=0, le=1_000)], ...] = (4,)
     """Children by step of branches and trees; one number: at every noisy step."""
     window: tuple[int, int] | None = None
     """First and last step that is drawn and trained; the ODE elsewhere. None: every step with a density."""
@@ -123,7 +125,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     awm_weight: Literal["uniform", "ghuber"] = "uniform"
     """AWM's pseudo-log-likelihood of an error e at time t: -e, or -4 t e^(1/4)."""
 
-    steps: Count = 10
+    steps: SamplerSteps = 10
     """Sampler steps in training."""
     guidance: float | None = None
     """Guidance scale in rollouts and loss; None: off."""
@@ -150,7 +152,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Decay of the averaged weights that are kept."""
     ema_every: Count = 1
     """Updates from one step of that average to the next."""
-    evaluate: NonNegativeInt = 8
+    evaluate: Natural = 8
     """Images per prompt in the report's evaluation, of up to 64 prompts; 0 trains and saves only."""
 
     @classmethod

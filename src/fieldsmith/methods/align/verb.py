@@ -9,4 +9,8 @@ from fieldsmith.verb import Verb
 ALIGN = Verb(
     "align", AlignConfig, prepare, measure, report, preview,
     groups=lambda config: (min(config.prompts_per_epoch, len(config.prompts) or 1), "prompts_per_epoch"),
+    states=lambda config: {
+        f"prompts_per_epoch={config.prompts_per_epoch} x rollouts={config.rollouts}": config.prompts_per_epoch
+        * config.rollouts
+    },
 )  # fmt: skip

@@ -12,7 +12,18 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 
-from fieldsmith.config import GIVEN, Count, DataConfig, FitConfig, MemoryConfig, Natural, NonNegative, Positive, config
+from fieldsmith.config import (
+    GIVEN,
+    Count,
+    DataConfig,
+    FitConfig,
+    MemoryConfig,
+    Natural,
+    NonNegative,
+    Positive,
+    SamplerSteps,
+    config,
+)
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.methods.distill.objectives import BY_ROW, FEATURES, OBJECTIVES, WEIGHTS, Name, Objective
 from fieldsmith.read import read_json
@@ -96,7 +107,7 @@ class DistillConfig(FitConfig, DataConfig, MemoryConfig):
     evaluate: Natural = 300
     """Images a guidance scale for the page, and a measure of the states that are compared and of how long the page's
     classifier trains; unless it is given, a run of fewer than 1,500 steps has a fifth of them. 0 only trains."""
-    sampler_steps: Count = 20
+    sampler_steps: SamplerSteps = 20
     """Sampler steps for the page."""
 
     @classmethod

@@ -15,10 +15,14 @@ from fieldsmith.config import (
     DataConfig,
     LoraConfig,
     MemoryConfig,
+    Natural,
     NonNegative,
     OptimConfig,
+    Pixels,
     Positive,
+    SamplerSteps,
     Share,
+    Threads,
     config,
 )
 from fieldsmith.errors import InputError, check_word
@@ -65,7 +69,7 @@ class EditConfig(Config, DataConfig, LoraConfig, OptimConfig, MemoryConfig):
     judge: str = "exact"
     """exact (worlds only); remote:http://HOST:PORT/v1?model=M&mode=expected&n=4, a server that sees images; or
     `file.py:name`, a function judge(before, after, instructions) that returns (following, consistency)."""
-    resolution: Count | None = None
+    resolution: Pixels | None = None
     """Image side in pixels; None: the model's own, at most 512."""
     preset: str = ""
     """The recipe that these settings came from; a name for the record."""
@@ -144,7 +148,7 @@ class EditConfig(Config, DataConfig, LoraConfig, OptimConfig, MemoryConfig):
     kl: NonNegative = 0.0
     """GRPO: weight of the exact KL to the reference; NFT: of |v - v_ref|^2."""
 
-    steps: Annotated[int, Field(ge=2)] = 6
+    steps: Annotated[SamplerSteps, Field(ge=2)] = 6
     """Sampler steps in training."""
     guidance: float | None = None
     """Guidance scale in rollouts and loss; None: off, or the embedded scale 1."""
@@ -168,15 +172,15 @@ class EditConfig(Config, DataConfig, LoraConfig, OptimConfig, MemoryConfig):
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the averaged weights that are kept."""
 
-    evaluate: Annotated[int, Field(ge=0)] = 200
+    evaluate: Natural = 200
     """Held-out sessions, before and after; 0 trains and saves only."""
     evaluate_turns: Count = 3
     """Their turns; sessions of a file have as many as in training."""
-    evaluate_steps: Count = 8
+    evaluate_steps: SamplerSteps = 8
     """Sampler steps there."""
-    still: Annotated[int, Field(ge=0)] = 5
+    still: Natural = 5
     """Turns that ask for nothing, for the drift of identity."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """Torch threads; None: as many as torch wants."""
 
     @classmethod

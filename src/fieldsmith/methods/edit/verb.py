@@ -6,4 +6,7 @@ from fieldsmith.methods.edit.report import report
 from fieldsmith.methods.edit.step import prepare
 from fieldsmith.verb import Verb
 
-EDIT = Verb("edit", EditConfig, prepare, measure, report, preview, groups=lambda config: (config.groups, "groups"))
+EDIT = Verb(
+    "edit", EditConfig, prepare, measure, report, preview, groups=lambda config: (config.groups, "groups"),
+    states=lambda config: {f"groups={config.groups} x rollouts={config.rollouts}": config.groups * config.rollouts},
+)  # fmt: skip

@@ -12,9 +12,12 @@ from fieldsmith.config import (
     Count,
     LoraConfig,
     MemoryConfig,
+    Natural,
     NonNegative,
     OptimConfig,
+    Pixels,
     Positive,
+    SamplerSteps,
     Words,
     config,
 )
@@ -58,7 +61,7 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     dozen everyday ones. Empty: the empty prompt."""
     synonyms: Words = ()
     """Other words for the target (EraseAnything's contrast only); empty: the target itself."""
-    resolution: Count | None = None
+    resolution: Pixels | None = None
     """Image side in pixels; None: the model's own, at most 512."""
 
     eta: NonNegative = 1.0
@@ -76,7 +79,7 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     """State evaluations to spend; GEM's released budget is 250 (23 steps of 11 states)."""
     batch: Count = 1
     """Rollouts per step."""
-    steps: Count = 28
+    steps: SamplerSteps = 28
     """Sampler steps of a whole rollout."""
     window: tuple[int, int] = (1, 11)
     """First and last supervised state of a GEM rollout; state k lives at the grid's time k."""
@@ -119,7 +122,7 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     """Stop when the mean progress from target (0) to anchor (1) exceeds this."""
     stop_drift: float | None = None
     """Stop when the relative drift on kept prompts exceeds this."""
-    evaluate: Annotated[int, Field(ge=0)] = 16
+    evaluate: Natural = 16
     """Images per prompt in the report's evaluation; 0 trains and saves only."""
     attacks: bool = False
     """Also try to bring the concept back (learned word, free embeddings, relearning, other samplers and scales)."""

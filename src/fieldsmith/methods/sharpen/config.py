@@ -21,6 +21,7 @@ from fieldsmith.config import (
     Natural,
     NonNegative,
     Positive,
+    SamplerSteps,
     Share,
     config,
 )
@@ -72,7 +73,7 @@ class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
     """Noise levels sigma in which training times are drawn; the decision window is about 0.2 0.8 of images."""
     min_snr: Positive | None = None
     """Weigh the eps error by min(1, this / SNR): 5 suits networks that predict x_0; None: by 1, as published."""
-    bank: Annotated[int, Field(ge=2)] = 512
+    bank: Annotated[Count, Field(ge=2)] = 512
     """neighbours: rows of data whose posterior mean is the target in place of one draw of noise."""
     off_path: Share = 0.0
     """neighbours: share of rows at states between two noised images, where no data path goes."""
@@ -93,7 +94,7 @@ class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
     samples: Natural = 200
     """Images before and after, at equal noise, for the judge and the page; unless it is given, a run of fewer steps
     than 400 has half of them. 0 trains and saves only."""
-    sampler_steps: Count = 40
+    sampler_steps: SamplerSteps = 40
     """Ancestral steps of them."""
     extractor: str | None = None
     """Folder or hub id of a CLIP or DINOv2 model whose features the page's distances use; None: 8 x 8 pixels."""
