@@ -67,8 +67,8 @@ def outside(*names: str) -> tuple[str, ...]:
 ORDER = (
     "errors", "processes", "functions", "read", "pictures", "data", "servers", "paths", "samplers", "config", "disk",
     "owner", "origins", "run", "sessions", "optimizers", "checkpoints", "interrupts", "training", "models", "preflight",
-    "worlds", "rewards", "report", "result", "previews", "verb", "measure", "methods", "diagnoses", "sampling", "zoo",
-    "api", "planning", "commands", "cli",
+    "worlds", "rewards", "report", "result", "previews", "trackers", "verb", "measure", "methods", "diagnoses",
+    "sampling", "zoo", "api", "planning", "commands", "cli",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from benchmarks.claims import claim
 from benchmarks.malformed import corpus
 from benchmarks.malformed.case import bounded
 from benchmarks.malformed.pipelines import Bases
+from benchmarks.reliability import summarise
 from fieldsmith.run import write_atomically
 
 OUT = pathlib.Path("results/reliability")
@@ -64,14 +65,7 @@ def main() -> None:
         "sentences": {outcome.name: outcome.sentence for outcome in outcomes},
     }  # fmt: skip
     write_atomically(OUT / "malformed.json", json.dumps(rows, indent=1) + "\n")
-    summarise()
-
-
-def summarise(folder: pathlib.Path = OUT) -> None:
-    """summary.json of the claims of all parts beside it, each of which a script of its own writes."""
-    parts = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.name != "summary.json"]
-    claims = [one for part in parts for one in part.get("claims", [])]
-    write_atomically(folder / "summary.json", json.dumps({"claims": claims}, indent=1) + "\n")
+    summarise(OUT)
 
 
 if __name__ == "__main__":

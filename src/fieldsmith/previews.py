@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fieldsmith import processes
 from fieldsmith.result import read_strip, write_strip
+from fieldsmith.run import Run
 
 FOLDER = "samples"
 FEW = 4  # pictures in a strip
@@ -35,6 +36,19 @@ def times(most: int, steps: int) -> set[int]:
 def save(images: Tensor, folder: pathlib.Path, done: int) -> None:
     if processes.is_main():
         write_strip(images, folder / FOLDER / f"step-{done:08d}.png")
+
+
+def looking(preview: Preview | None, run: Run | None, most: int, job: Any) -> Callable[[int], None]:
+    """What is told the steps done, and draws a strip at some of them from what `job` (verb.py) trains."""
+    when = times(most, job.optimisation.steps)
+
+    def look(done: int) -> None:
+        if run and preview and done in when:
+            with job.model.uncounted():
+                images = preview.draw(job.trained if job.trained is not None else job.model)
+            save(images, run.folder, done)
+
+    return look
 
 
 def found(folder: pathlib.Path, n: int) -> list[tuple[str, Tensor]]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
@@ -28,9 +27,10 @@ from fieldsmith.models.core import LoraSpec, Model, check_kept, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.preflight import Check
 from fieldsmith.previews import Preview
-from fieldsmith.report.page import Page, Panel
+from fieldsmith.report.page import Page
 from fieldsmith.result import Result, save_samples
 from fieldsmith.run import Run, plain
+from fieldsmith.trackers import tracked
 from fieldsmith.training import Fit, Log, Losses, Optimisation, fit
 
 CURVES = 1000  # points of a curve on a page, and at most twice as many
@@ -270,7 +270,8 @@ def train(
         carried: list[int] = []  # what an interrupted run had spent before this process took over
         if callback and processes.is_main():
             callback(0, {})
-        look = _looking(verb, config, job, run)
+        shown = verb.preview(config, job) if run and verb.preview and getattr(config, verb.evaluated) else None
+        look = previews.looking(shown, run, config.previews if job.parameters else 0, job)
         if not resumes:
             look(0)
 
@@ -291,7 +292,7 @@ def train(
             return reason or (job.stop(done, log) if job.stop else None)
 
         prepared = nfe.total
-        track = stack.enter_context(tracked(verb, config, run))
+        track = stack.enter_context(tracked(verb.name, config, run.folder if run else pathlib.Path(".")))
         nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
         try:
             done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
@@ -300,22 +301,6 @@ def train(
         last = run.last() if run else None
         spent = int(last["nfe"]) if last else sum(processes.exchange(nfe.total))
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
-
-
-def _looking(verb: Verb, config: Any, job: Job, run: Run | None) -> Callable[[int], None]:
-    """What is told the steps done, and draws a strip at some of them."""
-    if not (run and verb.preview and getattr(config, verb.evaluated) and job.parameters):
-        return lambda done: None
-    preview, folder = verb.preview(config, job), run.folder
-    when = previews.times(config.previews, job.optimisation.steps)
-
-    def look(done: int) -> None:
-        if done in when:
-            with job.model.uncounted():
-                images = preview.draw(job.trained if job.trained is not None else job.model)
-            previews.save(images, folder, done)
-
-    return look
 
 
 def _measured(verb: Verb, config: Any) -> dict[str, int]:
@@ -331,24 +316,6 @@ def _mixed_precision(model: Model) -> Iterator[None]:
         yield
     finally:
         model.precision = before
-
-
-@contextlib.contextmanager
-def tracked(verb: Verb, config: Any, run: Run | None) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """What sends each step's log to the trackers that the config names, of accelerate."""
-    if config.log_with is None:
-        yield lambda step, log: None
-        return
-    folder = run.folder if run else pathlib.Path(".")
-    accelerator = Accelerator(log_with=config.log_with, project_dir=folder)
-    settings = {
-        name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in plain(config).items()
-    }
-    accelerator.init_trackers(f"fieldsmith-{verb.name}", config=settings)
-    try:
-        yield lambda step, log: accelerator.log(log, step=step)
-    finally:
-        accelerator.end_training()
 
 
 def attach(
@@ -417,25 +384,6 @@ def check_memory(verb: Verb, config: Any) -> None:
             "dtype 'bf16' is for frozen weights, but this run trains full ones, which need float32; leave out --dtype, "
             "or train a LoRA"
         )
-
-
-def curves(page: Page, outcome: Outcome, panels: Mapping[str, tuple[str, ...]]) -> None:
-    """A section with the training curves: panel title -> keys of metrics.jsonl; what was never logged is left out."""
-    drawn = []
-    for title, keys in panels.items():
-        series = {}
-        for key in keys:
-            rows = [row for row in outcome.history if key in row]
-            if rows:
-                series[key] = ([row["step"] for row in rows], [row[key] for row in rows])
-        if series:
-            drawn.append(Panel(title, series, "step"))
-    done = outcome.metrics
-    calls = int(sum(row.get("reward calls", 0) for row in outcome.run.rows())) if outcome.run else 0
-    judged = f", {calls:,} reward calls" if calls else ""
-    cost = f"{done['nfe']:,.0f} network evaluations (a forward of one state is 1, its backward 2)"
-    if drawn:
-        page.curves("The run", drawn, note=f"{done['steps']} steps, {done['seconds']:.0f} s, {cost}{judged}.")
 
 
 def _ship(model: Model, folder: pathlib.Path) -> str:

@@ -10,8 +10,9 @@ from fieldsmith.measure.side_effects import compare
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.measure import Measured, asked, other_prompts
 from fieldsmith.report.page import Caption, Page, Pair
+from fieldsmith.report.run_curves import curves
 from fieldsmith.training import step_generator
-from fieldsmith.verb import Outcome, curves
+from fieldsmith.verb import Outcome
 
 SHOWN = 6  # prompts with pictures
 CURVES = {

@@ -13,7 +13,8 @@ from fieldsmith.measure.guidance import measure as fidelity
 from fieldsmith.measure.sweep import Sweep, best
 from fieldsmith.methods.distill.measure import Measured, sweep_of
 from fieldsmith.report.page import Caption, Page, Pair, Panel
-from fieldsmith.verb import Outcome, curves
+from fieldsmith.report.run_curves import curves
+from fieldsmith.verb import Outcome
 
 SHOWN = 5  # classes
 EACH = 8  # images of a class

@@ -8,7 +8,8 @@ from fieldsmith.measure.editing import MEASURES
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.measure import Measured
 from fieldsmith.report.page import Caption, Page, Pair, Panel
-from fieldsmith.verb import Outcome, curves
+from fieldsmith.report.run_curves import curves
+from fieldsmith.verb import Outcome
 
 NAMES = {
     **MEASURES,

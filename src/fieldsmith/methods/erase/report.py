@@ -12,8 +12,9 @@ from fieldsmith.measure.side_effects import compare
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.measure import Concept, kept_prompts
 from fieldsmith.report.page import Caption, Page, Pair
+from fieldsmith.report.run_curves import curves
 from fieldsmith.training import step_generator
-from fieldsmith.verb import Outcome, curves
+from fieldsmith.verb import Outcome
 
 GROUPS = {"target": "What was asked for", "neighbours": "Near it", "unrelated": "Unrelated prompts"}
 CURVES = {

@@ -19,7 +19,8 @@ from fieldsmith.measure.intervals import share
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.measure import Samples
 from fieldsmith.report.page import Caption, Page, Pair
-from fieldsmith.verb import Outcome, curves
+from fieldsmith.report.run_curves import curves
+from fieldsmith.verb import Outcome
 
 SHOWN = 16
 WHAT = {
