@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import reliability
-from benchmarks.claims import claim
+from benchmarks.claims import share_claim
 from benchmarks.plan_error import ALIGN, DISTILL, EDIT, ERASE, INPUTS, PIPELINES, SHARPEN
 from fieldsmith import checkpoints, disk, planning, verb
 from fieldsmith.models import load
@@ -231,14 +231,14 @@ def kill(name: str, number: int, folder: pathlib.Path, of: Whole) -> Trial:
 
 
 def claims_of(trials: list[Trial], command: str) -> list[dict[str, Any]]:
-    share = sum(trial.same for trial in trials) / len(trials)
     counts = collections.Counter(trial.verb for trial in trials)
     each = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()))
     statement = (
         f"runs killed at random moments whose repetition ended with the weights, checkpoint and log of an undisturbed "
         f"run, of {len(trials)} ({each})"
     )
-    return [claim("reliability.kills_resumed_share", statement, share, "share", share == 1, command)]
+    same = sum(trial.same for trial in trials)
+    return [share_claim("reliability.kills_resumed_share", statement, same, len(trials), command)]
 
 
 def main(words: list[str] | None = None) -> int:

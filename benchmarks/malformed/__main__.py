@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.claims import claim
+from benchmarks.claims import claim, share_claim
 from benchmarks.malformed import corpus
 from benchmarks.malformed.case import bounded
 from benchmarks.malformed.pipelines import Bases
@@ -51,12 +51,12 @@ def main() -> None:
     if part:
         return
     counts = collections.Counter(tuple(outcome.name.split("/")[:2]) for outcome in outcomes)
-    share = (len(outcomes) - len(fell)) / len(outcomes)
     claims = [
         claim("reliability.malformed_inputs", "malformed inputs that were tried over every command and the Python API",
               len(outcomes), "inputs", len(outcomes) >= 500, COMMAND),
-        claim("reliability.malformed_refused_share", "of these, refused with exit code 2 or InputError in one sentence "
-              "that names the value, without a traceback, nothing left on disk", share, "share", not fell, COMMAND),
+        share_claim("reliability.malformed_refused_share", "of these, refused with exit code 2 or InputError in one "
+                    "sentence that names the value, without a traceback, nothing left on disk",
+                    len(outcomes) - len(fell), len(outcomes), COMMAND),
     ]  # fmt: skip
     rows = {
         "claims": claims, "command": COMMAND, "inputs": len(outcomes), "refused": len(outcomes) - len(fell),
