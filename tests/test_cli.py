@@ -270,6 +270,11 @@ def test_nan_in_training_is_code_3_and_the_last_checkpoint_stays(capsys, tmp_pat
     assert not (out / "adapter").exists() and not (out / "metrics.json").exists()
 
 
+def test_a_message_moves_no_cursor(capsys):
+    assert main(["erase", *PAIR, "--model", "org/\x1b[2Jname\n\rfieldsmith: done"]) == 2
+    assert not set(capsys.readouterr().err[:-1]) & {"\x1b", "\r", "\n"}
+
+
 def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys, tmp_path, flux_folder, monkeypatch):
     gradient, calls = training._gradient, []
 

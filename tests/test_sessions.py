@@ -52,17 +52,29 @@ def test_lines_are_read_in_order(folder):
 def test_images_are_found_from_the_file_and_not_from_here(folder, monkeypatch):
     (folder / "deep").mkdir()
     monkeypatch.chdir(folder / "deep")
-    (one,) = read_sessions(written(folder / "deep", line(image="../a.png")))
+    (one,) = read_sessions(written(folder, line(image="deep/../a.png")))
     assert one.image == (folder / "a.png").resolve()
-    absolute = written(folder / "deep", line(image=str(folder / "b.png")))
+    absolute = written(folder, line(image=str(folder / "b.png")))
     assert read_sessions(absolute)[0].image == (folder / "b.png").resolve()
+
+
+def test_images_outside_of_the_files_folder_are_read_only_where_that_is_allowed(folder):
+    (folder / "deep").mkdir()
+    (folder / "deep" / "link.png").symlink_to(folder / "a.png")
+    for image in ("../a.png", str(folder / "a.png"), "link.png"):
+        path = written(folder / "deep", line(image=image))
+        with pytest.raises(
+            InputError, match=r"at line 1 of '.*' lies outside of '.*deep'; move it there.*outside-images"
+        ):
+            read_sessions(path)
+        assert read_sessions(path, outside=True)[0].image == (folder / "a.png").resolve()
 
 
 def test_what_is_written_is_read_back(folder):
     sessions = read_sessions(written(folder, line(), line(image="b.png", id="é")))
     path = folder / "new" / "place" / "again.jsonl"
     write_sessions(path, sessions)
-    assert read_sessions(path) == sessions
+    assert read_sessions(path, outside=True) == sessions
     assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["image"] == "../../a.png"
 
 

@@ -218,7 +218,8 @@ def edit_inputs(
             lambda n, seed, turns: world.sessions(n, turns, seed, config.dependency), scores, channel, plan
         )
     source = config.sessions if sessions is None else sessions
-    own = UserSessions.of(source, frame_of(size or config.resolution or 512, config.fit, config.background))
+    frame = frame_of(size or config.resolution or 512, config.fit, config.background)
+    own = UserSessions.of(source, frame, config.outside_images)
     if own.turns < config.turns:
         raise InputError(f"turns={config.turns}, but the sessions of '{config.sessions}' have {own.turns}; lower it")
     return EditInputs(own.sample, scores, channel)

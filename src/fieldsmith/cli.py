@@ -122,8 +122,13 @@ def _terminated(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _visible(text: str) -> str:
+    """The text with control characters written out, so that no file name or answer of a server moves the cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _stop(sentence: str, code: int) -> int:
-    print(f"fieldsmith: {sentence}", file=sys.stderr)
+    print(f"fieldsmith: {_visible(sentence)}", file=sys.stderr)
     return code
 
 

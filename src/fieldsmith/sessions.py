@@ -72,18 +72,26 @@ def sessions_of(entries: Iterable[Any]) -> list[Session]:
     return _checked(rows, "these sessions", "session")
 
 
-def read_sessions(path: str | Path) -> list[Session]:
+def read_sessions(path: str | Path, outside: bool = False) -> list[Session]:
     """The sessions of a file, in its order; '.csv' is read as EdiVal's, all else as JSON lines.
 
     All have the same number of turns and different ids (without one, the line's number). Of EdiVal's rows, which repeat
     an image's instructions up to each turn, the longest counts; its images lie beside the file or in
-    'input_images_resize_512' there. Raises InputError, with the line's number, at anything else.
+    'input_images_resize_512' there. Images lie in the file's folder or below, links resolved, unless `outside` allows
+    others. Raises InputError, with the line's number, at anything else.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"sessions file '{path}' does not exist; name a file of lines such as {LINE}")
-    rows = _edival(path) if path.suffix.lower() == ".csv" else _json_lines(path)
-    return _checked(list(rows), f"sessions file '{path}'", "line")
+    rows = list(_edival(path) if path.suffix.lower() == ".csv" else _json_lines(path))
+    folder = path.resolve().parent
+    for number, one in rows:
+        if not outside and isinstance(one.image, Path) and not one.image.is_relative_to(folder):
+            raise InputError(
+                f"image '{one.image}' at line {number} of '{path}' lies outside of '{folder}'; move it there or, if "
+                "you trust the file, allow that with --outside-images (outside_images=True)"
+            )
+    return _checked(rows, f"sessions file '{path}'", "line")
 
 
 def _checked(rows: list[tuple[int, Session]], source: str, unit: str) -> list[Session]:
@@ -107,7 +115,8 @@ def _checked(rows: list[tuple[int, Session]], source: str, unit: str) -> list[Se
 
 
 def write_sessions(path: str | Path, sessions: Sequence[Session]) -> None:
-    """JSON lines that `read_sessions` reads back; image paths become relative to the file's folder."""
+    """JSON lines that `read_sessions` reads back, those of images outside of the file's folder with `outside`; image
+    paths become relative to that folder."""
     path = Path(path)
     folder = path.resolve().parent
     lines = []
@@ -146,9 +155,9 @@ class UserSessions:
     turns: int
 
     @staticmethod
-    def of(source: str | Path | Iterable[Any], frame: Frame) -> UserSessions:
+    def of(source: str | Path | Iterable[Any], frame: Frame, outside: bool = False) -> UserSessions:
         """Every session of a file or of an iterable. Raises InputError as `read_sessions` and `pictures.look` do."""
-        sessions = read_sessions(source) if isinstance(source, (str, Path)) else sessions_of(source)
+        sessions = read_sessions(source, outside) if isinstance(source, (str, Path)) else sessions_of(source)
         for session in sessions:
             look(session.image, _what(session))
         load_images(sessions[:1], frame)

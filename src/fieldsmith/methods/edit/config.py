@@ -66,6 +66,8 @@ class EditConfig(Config, DataConfig, LoraConfig, OptimConfig, MemoryConfig):
     """A diffusers pipeline folder, a hub id, or a zoo model, that edits images."""
     sessions: str = "auto"
     """auto: the world that the model's card names; or a .jsonl file, a line {"image": ..., "instructions": [...]}."""
+    outside_images: bool = False
+    """Let a sessions file name images outside of its own folder."""
     judge: str = "exact"
     """exact (worlds only); remote:http://HOST:PORT/v1?model=M&mode=expected&n=4, a server that sees images; or
     `file.py:name`, a function judge(before, after, instructions) that returns (following, consistency)."""
