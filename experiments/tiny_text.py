@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
@@ -56,6 +57,44 @@ def sd15_pipeline(
         vae=vae.eval(), text_encoder=clip.eval(), tokenizer=word_tokenizer(words, text_length, bos=True),
         unet=unet.eval(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def sdxl_pipeline(
+    words: Sequence[str],
+    *,
+    size: int = 16,
+    widths: Sequence[int] = (16, 32),
+    text_width: int = 32,
+    text_length: int = 8,
+    seed: int = 0,
+) -> StableDiffusionXLPipeline:
+    """A StableDiffusionXLPipeline with random weights for images of `size` pixels, with DDIM's steps.
+
+    Its scheduler has SDXL's betas and offset; guidance leads away from zeros, as SDXL's does.
+    """
+    pooled, numbers = text_width // 2, 8  # of the second encoder; features a number of the size is told in
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # module constructors draw from the global generator
+        unet: Any = UNet2DConditionModel(
+            sample_size=size // 2, in_channels=4, out_channels=4, block_out_channels=tuple(widths), layers_per_block=1,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(widths) - 1),
+            up_block_types=("CrossAttnUpBlock2D",) * (len(widths) - 1) + ("UpBlock2D",),
+            transformer_layers_per_block=(1,) + (2,) * (len(widths) - 1), use_linear_projection=True,
+            cross_attention_dim=text_width + pooled, attention_head_dim=2, norm_num_groups=8,
+            addition_embed_type="text_time", addition_time_embed_dim=numbers,
+            projection_class_embeddings_input_dim=pooled + 6 * numbers,
+        )  # fmt: skip
+        vae: Any = small_vae(VAE_CHANNELS, 4, size, scaling_factor=0.13025)
+        clip = CLIPTextModel(clip_config(words, text_width, text_length, layers=2, heads=2))
+        second = CLIPTextModelWithProjection(clip_config(words, pooled, text_length, layers=2, heads=2))
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+    )  # fmt: skip
+    tokenizers: list[Any] = [word_tokenizer(words, text_length, bos=True) for _ in range(2)]
+    return StableDiffusionXLPipeline(
+        vae=vae.eval(), text_encoder=clip.eval(), text_encoder_2=second.eval(), tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1], unet=unet.eval(), scheduler=scheduler, add_watermarker=False,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

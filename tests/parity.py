@@ -160,7 +160,7 @@ def check_gradient(tiny: Tiny, folder: pathlib.Path, guidance: float | None) -> 
     model.unfreeze(tiny.subset)
     x, t = model.noise(2, seeded()), model.grid(4)[1:3]
     goal = model.noise(2, seeded(1))
-    condition, null = model.encode(PROMPTS[:2]), model.encode(["", ""])
+    condition, null = model.encode(PROMPTS[:2]), model.null.repeat(2)
     weights = list(model.trainable().values())
 
     def gradients(field: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:

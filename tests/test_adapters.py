@@ -393,7 +393,7 @@ def test_bad_adapters_are_refused_before_weights_are_read(
     cases = [
         ([*base, "--adapter", "gone.safetensors", *out], "the adapter 'gone.safetensors' does not exist"),
         ([*base, "--adapter", f"{file}:strong", *out], "the scale 'strong' of adapter"),
-        ([*base, "--adapter", str(other), *out], "seems to be made for family sd15, not for flux"),
+        ([*base, "--adapter", str(other), *out], "seems to be made for family sd15 or sdxl, not for flux"),
         ([*base, "--continue", "gone", *out], "the adapter 'gone' does not exist"),
         ([*base, "--continue", str(file), "--full", *out], "is a LoRA, but full weights train; leave out one"),
         (["sample", "--model", str(unet_folder), "--prompts", "cat", "--adapter", str(file)], "has no adapter files"),

@@ -96,7 +96,7 @@ def test_help_is_success(capsys, words):
         (["erase", *PAIR, "--preset", "papre"], "'papre'.*did you mean 'paper'"),
         (["erase", *PAIR, "--method", "gme"], "'gme'.*did you mean 'gem'"),
         (["erase", *PAIR, "--subset", "heads"], "'heads' is unknown.*known: qk_dual"),
-        (["erase", *PAIR, "--model", "zoo:shape-flux"], "'zoo:shape-flux' is not in the zoo; known: .*zoo:shapes-flux"),
+        (["erase", *PAIR, "--model", "zoo:shape-flux"], "'zoo:shape-flux' is not in.*did you mean 'zoo:shapes-flux'"),
         (["erase", *PAIR, "--model", "nowhere"], "the folder 'nowhere' does not exist; give"),
         (["erase", *PAIR, "--budgt", "3"], "'--budgt'.*did you mean '--budget'"),
         (["erase", *PAIR, "--budget", "many"], "--budget.*'many'"),

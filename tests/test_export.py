@@ -559,7 +559,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
         capsys, shifted, *out, "--model", flux_folder, says="its layer 128 x 128; use the model that it was trained on"
     )
     save_file({"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.zeros(2, 4)}, shifted)
-    refused(capsys, shifted, *out, "--model", flux_folder, says="seems to be made for family sd15, not for flux")
+    refused(capsys, shifted, *out, "--model", flux_folder, says="made for family sd15 or sdxl, not for flux")
     save_file({"lora_unet_txt_in.lora_down.weight": torch.zeros(2, 64)}, shifted)
     refused(capsys, shifted, *out, "--model", flux_folder, says="has one of its two weights")
     shifted.write_bytes(b"no tensors")

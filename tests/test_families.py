@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.tiny import flux_pipeline, unet_pipeline
-from experiments.tiny_text import sd3_pipeline, sd15_pipeline
+from experiments.tiny_text import sd3_pipeline, sd15_pipeline, sdxl_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec
@@ -52,6 +52,17 @@ def sd15_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     return output
 
 
+def sdxl_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    index, side = (1000 * t - 1).round().long(), model.resolution
+    told = {
+        "text_embeds": condition.parts["pooled"],
+        "time_ids": torch.tensor([[side, side, 0.0, 0.0, side, side]] * len(x)),
+    }
+    embeds = condition.parts["embeds"]
+    output: Tensor = model.network(x, index, encoder_hidden_states=embeds, added_cond_kwargs=told).sample
+    return output
+
+
 def sd3_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     output: Tensor = model.network(
         hidden_states=x, timestep=1000 * t, pooled_projections=condition.parts["pooled"],
@@ -70,6 +81,11 @@ FAMILIES = {
     "sd15": Tiny(
         lambda: sd15_pipeline(WORDS), "sd15", (16, 24),
         lambda w, negative: {"guidance_scale": w or 1.0, "negative_prompt": negative}, sd15_raw, 17,
+    ),
+    "sdxl": Tiny(
+        lambda: sdxl_pipeline(WORDS), "sdxl", (16, 24),
+        lambda w, negative: {"guidance_scale": w or 1.0, "negative_prompt": negative if any(negative) else None},
+        sdxl_raw, 17,
     ),
     "sd3": Tiny(
         lambda: sd3_pipeline(WORDS), "sd3", (16, 24, 64),
@@ -169,8 +185,8 @@ def test_half_precision_weights_step_in_float32(folders: dict[str, pathlib.Path]
 @pytest.mark.parametrize(
     ("name", "key", "family"),
     [
-        ("flux", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "sd15"),
-        ("flux", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "sd15"),
+        ("flux", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "sd15 or sdxl"),
+        ("flux", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "sd15 or sdxl"),
         ("flux", "transformer.transformer_blocks.0.img_mlp.net.2", "qwen-image"),
         ("flux", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "flux2-klein"),
         ("flux", "transformer.transformer_blocks.0.attn2.to_q", "sd3"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
 from experiments.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
-from experiments.tiny_text import sd3_pipeline, sd15_pipeline
+from experiments.tiny_text import sd3_pipeline, sd15_pipeline, sdxl_pipeline
 from fieldsmith.cli import main
 from fieldsmith.commands import arguments
 from fieldsmith.commands.families import markdown
@@ -43,6 +43,7 @@ from fieldsmith.models.qwen_image import QwenImage
 from fieldsmith.models.qwen_image_edit import QwenImageEdit
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
+from fieldsmith.models.sdxl import SDXL
 from fieldsmith.models.text_layers import check_text_layers
 from fieldsmith.models.unet import UNet
 from fieldsmith.paths import RectifiedFlow
@@ -57,6 +58,7 @@ MAKERS: dict[str, Callable[[], Model]] = {
     "flux": lambda: Flux(flux_pipeline(WORDS, **SMALL), "tiny"),
     "flux-kontext": lambda: FluxKontext(kontext_pipeline(WORDS, size=24, **SMALL), "tiny"),
     "sd15": lambda: SD15(sd15_pipeline(WORDS), "tiny"),
+    "sdxl": lambda: SDXL(sdxl_pipeline(WORDS), "tiny"),
     "sd3": lambda: SD3(sd3_pipeline(WORDS), "tiny"),
     "flux2-klein": lambda: Flux2Klein(flux2_klein_pipeline(WORDS), "tiny", 16),
     "qwen-image": lambda: QwenImage(qwen_image_pipeline(WORDS), "tiny", 16),

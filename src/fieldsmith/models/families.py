@@ -54,6 +54,7 @@ FAMILIES = (
     ),
     Family("sd15", ("StableDiffusionPipeline",), "sd15:SD15", path="variance-preserving", exports=("kohya", "comfyui"),
            words_enter="inputs"),
+    Family("sdxl", ("StableDiffusionXLPipeline",), "sdxl:SDXL", path="variance-preserving", words_enter="inputs"),
     Family("sd3", ("StableDiffusion3Pipeline",), "sd3:SD3", exports=("kohya", "comfyui"), words_enter="attention"),
     Family("flux2-klein", ("Flux2KleinPipeline",), "flux2_klein:Flux2Klein", sources="optional",
            exports=("kohya", "comfyui")),
@@ -159,7 +160,7 @@ VERBS = tuple(_RULES)
 # words in the keys of LoRA files, dots written as underscores, that only one family's layers have; most telling first
 _BLOCK = r"(?<!single_)transformer_blocks_\d+_"
 MARKS = (
-    ("sd15", r"(down|up)_blocks_\d+_|mid_block_|(input|output)_blocks_\d+_|middle_block_"),
+    ("sd15 or sdxl", r"(down|up)_blocks_\d+_|mid_block_|(input|output)_blocks_\d+_|middle_block_"),
     ("flux2-klein", rf"to_qkv_mlp_proj|(double|single)_stream_modulation|{_BLOCK}ff(_context)?_linear_in"),
     ("qwen-image", rf"{_BLOCK}(img|txt)_(mlp|mod)"),
     ("flux or flux2-klein", r"double_blocks_\d+_(img|txt)_attn|single_blocks_\d+_linear|single_transformer_blocks"),
