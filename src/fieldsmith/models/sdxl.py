@@ -14,14 +14,13 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition
-from fieldsmith.models.export import Rules
 from fieldsmith.models.schedulers import network_index
 from fieldsmith.models.sd15 import SD15
 
 
 class SDXL(SD15):
     family = "sdxl"
-    ORIGINAL_NAMES: Rules = ()  # other tools' keys of it are not written; files that have them diffusers converts
+    ORIGINAL_NAMES = ()  # other tools' keys of it are not written; files that have them diffusers converts
 
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
