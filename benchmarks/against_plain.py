@@ -131,8 +131,12 @@ def aligning(
     """flow-grpo or nft at laptop settings; with `fork` a prompt's rollouts branch off one ODE at that step."""
     method = "nft" if name == "NFT" else "flow-grpo"
     config = AlignConfig.preset_of(method, "laptop", {}).replace(
-        prompts=prompts, prompts_per_epoch=groups, rollouts=rollouts, **sizes
+        prompts=prompts, prompts_per_epoch=groups, rollouts=rollouts, advantage="std", **sizes
     )
+    if method == "nft":
+        config = config.replace(nft_beta=0.1, old="fresh")
+    else:
+        config = config.replace(last_step="train", kl=0.004, kl_scale="exact")
     states = config.renoise if method == "nft" else config.steps - fork  # of a rollout, in an update or another
     config = config.replace(chunk=groups * rollouts * states // config.updates)  # the plain loop has no chunks
     if fork:

@@ -172,7 +172,7 @@ def test_identifiability_is_told_without_a_run(capsys):
         (["--objective", "fitnets", "--bank", "100"], "'fitnets'.*--bank 0"),
         (["--curriculum", "tirt", "--curriculum-from", "teacher"], "no curriculum.safetensors.*--curriculum-from fit"),
         (["--curriculum", "edm2", "--curriculum-from", "teacher"], "'edm2' is not stored"),
-        (["--teacher", "zoo:digit-unet"], "not in the zoo; known:.*digits-unet"),
+        (["--teacher", "zoo:digit-unet"], "not in the zoo; did you mean 'zoo:digits-unet'"),
         (["--data", "nowhere"], "'nowhere' is no folder"),
         (["--data", "shapes"], "shapes world"),
         (["--student", "nowhere.json"], "'nowhere.json' cannot be read"),

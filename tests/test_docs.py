@@ -39,7 +39,7 @@ def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo:
     """An empty folder to stand in, where the zoo's names are tiny pipelines and defaults that take time are small."""
     for name, number in {"budget": 264, "steps": 12, "evaluate": 4}.items():
         monkeypatch.setitem(config.LAPTOP, name, number)
-    monkeypatch.setitem(config.DEMO, "budget", 264)
+    monkeypatch.setitem(config.PROTECT, "budget", 264)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

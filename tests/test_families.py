@@ -215,7 +215,7 @@ def test_an_adapter_of_ours_is_refused_by_the_other_families(
     for name, tiny in FAMILIES.items():
         trained(tiny, folders[name]).save(tmp_path / name)
         for other in FAMILIES.keys() - {name}:
-            with pytest.raises(InputError, match=f"made for family {name}, not for {other}|does not fit"):
+            with pytest.raises(InputError, match=f"made for family .*{name}.*, not for {other}|does not fit"):
                 load_adapter(load(folders[other]), tmp_path / name)
 
 

@@ -18,7 +18,8 @@ from fieldsmith.commands import demo, verbs
 def test_one_prompt_and_one_image_have_no_interval(flux_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     result = fs.align(
         str(flux_folder), reward=lambda images, prompts: images.mean((1, 2, 3)), prompts=["a red circle"],
-        preset="flow-grpo", epochs=1, prompts_per_epoch=1, rollouts=2, steps=2, evaluate=1, out=tmp_path / "run",
+        preset="flow-grpo", epochs=1, prompts_per_epoch=1, rollouts=2, steps=2, ema_every=1, evaluate=1,
+        out=tmp_path / "run",
     )  # fmt: skip
     (after,) = result.metrics["after"].values()
     assert after["n"] == 1 and after.get("low") is None

@@ -63,6 +63,7 @@ def nft(
             with torch.no_grad(), reference(net, second) as teacher:
                 v_ref = velocity(pipe, teacher, x_t[at], t[at], given)
             losses = contrast(v, v_old[at], x_t[at], t[at], x_0[at], r[at], beta)
+            losses = 5 / beta * losses  # the advantages' clip over beta, as released
             loss = (losses + kl * (v - v_ref).square().flatten(1).mean(1)).mean()
             optimizer.zero_grad()
             loss.backward()

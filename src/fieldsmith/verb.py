@@ -140,7 +140,8 @@ def run(
     try:
         if folder:
             with processes.together():
-                folder.compare(origins.of(config, inputs, callback) | _weights(verb, config))
+                weights = _weights(verb, config) if model is None else {}  # an object may have any name
+                folder.compare(origins.of(config, inputs, callback) | weights)
             if folder.changes:
                 console.print(folder.changes)
         return _run(verb, config, inputs, model, callback, quiet, folder, console)
@@ -177,7 +178,7 @@ def _run(
                 f"adapter={config.adapter} goes with the name of a model; this one is loaded, with {model.adapters}; "
                 "use load(name, adapter=...)"
             )
-    job, trained = train(verb, model, config, inputs, folder, callback, quiet)
+    job, trained = train(verb, model, config, inputs, folder, callback, quiet, shows=True)
     shipped = job.ship(job.model, folder.folder) if folder else ""
     for sentence in job.advice(Fit(trained.steps, trained.seconds, trained.stopped)):
         console.print(sentence)
@@ -223,8 +224,10 @@ def train(
     run: Run | None = None,
     callback: Callback | None = None,
     quiet: bool = True,
+    shows: bool = False,
 ) -> tuple[Job, Trained]:
-    """Prepare, check and train, in place; `callback(steps, log)` is called before the first step and after each.
+    """Prepare, check and train, in place; `callback(steps, log)` is called before the first step and after each. With
+    `shows` pictures are drawn into the run's folder meanwhile.
 
     Raises InputError before anything is trained or written, RunError where training breaks.
     """
@@ -270,7 +273,7 @@ def train(
         carried: list[int] = []  # what an interrupted run had spent before this process took over
         if callback and processes.is_main():
             callback(0, {})
-        shown = verb.preview(config, job) if run and verb.preview and getattr(config, verb.evaluated) else None
+        shown = verb.preview(config, job) if shows and verb.preview and getattr(config, verb.evaluated) else None
         look = previews.looking(shown, run, config.previews if job.parameters else 0, job)
         if not resumes:
             look(0)

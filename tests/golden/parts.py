@@ -333,9 +333,9 @@ def every_preset(verb: str) -> dict[str, dict[str, Any]]:
     if verb == "erase":
         asked = {
             f"{name}, {method}": (name, method)
-            for name in (*config.PRESETS, "tiny", "demo")
+            for name in (*config.PRESETS, "tiny", "protect")
             for method in config.METHODS
-            if method == "gem" or name in ("paper", "tiny", "demo")
+            if method == "gem" or name in ("paper", "tiny")
         }
     else:
         names = config.RECIPES if verb == "align" else config.PRESETS

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pathlib
 import re
 import struct
@@ -21,7 +22,11 @@ from fieldsmith.read import read_json
 LIBRARIES = ("diffusers", "transformers")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 LARGEST = 2**40  # of a number in a config
-LIMITS = {"layers": (0, 1_000), "num_train_timesteps": (1, 100_000)}  # of entries with such words in their names
+LIMITS = {
+    "layers": (0, 1_000),
+    "num_train_timesteps": (1, 100_000),
+    "lambda_min": (-math.inf, LARGEST),
+}  # of entries with such words in their names
 OLD_ATTENTION = r"\.(query|key|value|proj_attn)\.weight$"  # which diffusers renames as it loads
 SAVE_AGAIN = "download or save it again"
 

@@ -104,11 +104,13 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
         if config.retain:
             states = torch.randint(len(kept), (method.states_per_step // 4 or 1,), generator=generator)
             own = states[processes.owned(len(states))]
-            for at in own.split(config.chunk):
+            for at, weight in processes.chunks(own, config.chunk):  # some processes may have none
                 some = kept[at].to(model.device)
                 distance = L.norm(_field(model, some.x, some.t, some.condition, config) - some.field)
-                log.mean("retain", distance)
-                yield config.retain * (config.gamma if config.method == "gem" else 1.0) * distance.sum() / len(states)
+                if weight:
+                    log.mean("retain", distance)
+                strength = weight * config.retain * (config.gamma if config.method == "gem" else 1.0)
+                yield strength * distance.sum() / len(states)
         if step % 5 == 0:
             log.mean("drift", drift(model, watched, config))
 
