@@ -18,13 +18,15 @@ import torch
 import yaml
 
 from experiments.tiny import flux_pipeline
-from fieldsmith import processes
+from fieldsmith import processes, verb
+from fieldsmith.api import erase_inputs
 from fieldsmith.cli import main
 from fieldsmith.commands import verbs
 from fieldsmith.errors import InputError
+from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load
 from fieldsmith.run import Run
-from tests import several, trained
+from tests import several
 
 HERE = pathlib.Path(__file__).parent
 # sums of many numbers differ in their order alone
@@ -163,7 +165,8 @@ def test_the_command_line_in_two_processes(tmp_path: pathlib.Path) -> None:
     with launched(accelerate, [*WORDS, "--out", "two"], tmp_path) as process:
         assert process.wait(600) == 0, (tmp_path / "err").read_text()[-3000:]
     assert (tmp_path / "err").read_text().count("page: ") == 1  # one process speaks
-    trained.erase(load("zoo:shapes-flux"), verbs.settings("erase", WORDS[1:]), Run(tmp_path / "one", "erase", {}))
+    config, inputs = erase_inputs(verbs.settings("erase", WORDS[1:]))
+    verb.train(ERASE, load("zoo:shapes-flux"), config, inputs, Run(tmp_path / "one", "erase", {}))
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 2
     for ours, theirs in zip(one, two, strict=True):

@@ -34,12 +34,12 @@ def listening(wanted: bool, speaks: bool) -> Iterator[Asked]:
         yield asked
         return
 
-    def hear(*_: Any) -> None:
+    def hear(number: int, frame: Any) -> None:
         if asked.end:
             asked.at_once = True
             raise KeyboardInterrupt
         asked.end = True
-        if speaks:
+        if speaks and number == signal.SIGINT:  # a person; SIGTERM comes from launchers and systems
             with contextlib.suppress(OSError):
                 os.write(2, NOTE)  # print is not to be called in the middle of another print
 
