@@ -112,5 +112,6 @@ class Perceptron(Model):
     def _encode_images(self, images: Tensor) -> Tensor:
         return images
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(n, self.d, generator=generator)
+    @property
+    def latent_shape(self) -> tuple[int]:
+        return (self.d,)
