@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import importlib
 import json
 import os
@@ -61,8 +60,9 @@ def main() -> None:
     rows = {
         "claims": claims, "command": COMMAND, "inputs": len(outcomes), "refused": len(outcomes) - len(fell),
         "by group and command": {"/".join(key): n for key, n in sorted(counts.items())},
-        "fell through": [dataclasses.asdict(outcome) for outcome in fell],
-        "sentences": {outcome.name: outcome.sentence for outcome in outcomes},
+        "fell through": [
+            {"name": one.name, "fault": one.fault, "sentence": one.sentence.replace(folder, "")} for one in fell
+        ],
     }  # fmt: skip
     write_atomically(OUT / "malformed.json", json.dumps(rows, indent=1) + "\n")
     summarise(OUT)

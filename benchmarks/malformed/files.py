@@ -23,7 +23,7 @@ SPARSE = b"a file of 5 GB without content"
 DEEP = "[" * 100_000
 RUN = {
     "erase": {"preset": "tiny", "steps": 4, "window": [1, 2], "batch": 1, "budget": 4, "evaluate": 0},
-    "align": {"steps": 3, "epochs": 1, "prompts_per_epoch": 2, "rollouts": 2, "evaluate": 0},
+    "align": {"steps": 3, "epochs": 1, "prompts_per_epoch": 2, "rollouts": 2, "evaluate": 0, "ema_every": 1},
     "edit": {"epochs": 1, "groups": 2, "rollouts": 2, "turns": 2, "steps": 3, "evaluate": 0},
     "distill": {"preset": "dash-uniform", "steps": 2, "batch": 8, "shrink": 2.0, "evaluate": 0},
     "sharpen": {"preset": "plain", "steps": 2, "batch": 4, "samples": 0},

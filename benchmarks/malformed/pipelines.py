@@ -61,10 +61,10 @@ class Bases:
 
     @functools.cached_property
     def images(self) -> pathlib.Path:
-        """Six 16-pixel images of two classes."""
+        """Twelve 16-pixel images of each class."""
         place = self.folder / "images"
         draw = torch.Generator().manual_seed(0)
-        for name in CLASSES[:2]:
+        for name in CLASSES:
             (place / name).mkdir(parents=True)
             for row in range(12):
                 pixels = torch.randint(256, (16, 16, 3), generator=draw, dtype=torch.uint8)

@@ -108,7 +108,7 @@ class Config:
     """Go on with an interrupted run although its code, data or weights are no longer those that it began with."""
     seed: Seed = 0
     """Everything random follows from it."""
-    previews: Annotated[int, Field(ge=0)] = 3
+    previews: Annotated[int, Field(ge=0, le=1_000)] = 3
     """How often a run directory gets a strip of pictures while the model trains, beside one before it; 0: none."""
     adapter: Words = ()
     """Adapters (of any trainer) that become part of the base: FILE or FILE:scale, --adapter again for each."""
