@@ -15,7 +15,8 @@ from fieldsmith.api import erase_inputs
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.methods.erase import states, step
 from fieldsmith.methods.erase.config import METHODS, EraseConfig
-from fieldsmith.methods.erase.step import Projected, encoded
+from fieldsmith.methods.erase.pairs import encoded
+from fieldsmith.methods.erase.step import Projected
 from fieldsmith.models import load
 from fieldsmith.models.core import Model
 from fieldsmith.run import Run

@@ -18,7 +18,8 @@ from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.step import Projected, encoded
+from fieldsmith.methods.erase.pairs import encoded
+from fieldsmith.methods.erase.step import Projected
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.shrink import shrink

@@ -74,6 +74,7 @@ def test_a_process_number_that_was_given_out_again_is_no_owner(tmp_path):
         path = tmp_path / "run" / owner.FILE
         path.write_text(json.dumps(json.loads(path.read_text()) | {"began": psutil.Process(pid).create_time() - 3600}))
         Run(tmp_path / "run", "erase", {"lr": 1}).begin()
+        assert json.loads(path.read_text())["process"] == os.getpid()  # it is ours now
 
 
 def test_the_owner_on_another_machine_is_named_with_what_to_remove(tmp_path):

@@ -22,7 +22,8 @@ from fieldsmith.measure import attacks
 from fieldsmith.measure.detection import Asked, ask_groups, detected, erasure
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.step import Inputs, Projected, encoded
+from fieldsmith.methods.erase.pairs import encoded
+from fieldsmith.methods.erase.step import Inputs, Projected
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load
 from fieldsmith.models.core import Model

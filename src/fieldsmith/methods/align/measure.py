@@ -53,7 +53,9 @@ def measure(model: Any, config: AlignConfig, job: Job, side: Side) -> Measured:
 def preview(config: AlignConfig, job: Job) -> Preview:
     """Some of the run's prompts."""
     few = [config.prompts[i * len(config.prompts) // FEW] for i in range(FEW)]
-    return Preview(few, lambda model: sampler(model, max(28, config.steps), config.guidance)(few, config.seed + 7))
+    return Preview(
+        few, lambda model: sampler(model, max(drawing.STEPS, config.steps), config.guidance)(few, config.seed + 7)
+    )
 
 
 def asked(config: AlignConfig) -> list[str]:

@@ -68,7 +68,8 @@ def preview(config: EraseConfig, job: Job) -> Preview:
     """Targets and kept prompts."""
     asked = list(dict.fromkeys((*config.targets[: FEW // 2], *config.keep)))[:FEW]
     return Preview(
-        asked, lambda model: sampler(model, max(28, config.steps), config.rollout_guidance)(asked, config.seed)
+        asked,
+        lambda model: sampler(model, max(drawing.STEPS, config.steps), config.rollout_guidance)(asked, config.seed),
     )
 
 
