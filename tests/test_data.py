@@ -224,6 +224,7 @@ def test_a_dataset_gives_its_images_one_by_one_and_the_names_of_its_labels():
 def test_datasets_that_cannot_be_drawn_from_are_refused():
     splits = SimpleNamespace(column_names={"train": ["image"], "test": ["image"]})
     assert "has the splits train, test; give one of them, as dataset['train']" in refused(splits, FRAME)
+    assert "data is a dict; give a folder, a dataset, or a list" in refused({"a": 1}, FRAME)
     streams = SimpleNamespace(column_names=["image"], features={})
     assert "load it without streaming=True" in refused(streams, FRAME)
     assert "no images among its columns photo; name one 'image'" in refused(Dataset(photo=[flat(0)]), FRAME)

@@ -50,6 +50,10 @@ def load(source: Any, frame: Frame, captioned: bool = False, name: str = "data")
     if isinstance(columns, Mapping):
         first = next(iter(columns), "")
         raise InputError(f"this dataset has the splits {', '.join(columns)}; give one of them, as dataset['{first}']")
+    if isinstance(source, Mapping):
+        raise InputError(
+            f"{name} is a dict; give a folder, a dataset, or a list of images or of pairs (image, caption)"
+        )
     if columns:
         return _dataset(source, list(columns), frame, captioned, name)
     return _items(source, frame, captioned, name)
