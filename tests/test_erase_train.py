@@ -259,6 +259,17 @@ def test_without_a_world_everyday_prompts_are_kept(tmp_path):
     assert "a person" in config.keep and "a dog" not in config.keep
 
 
+def test_of_very_many_pairs_some_are_looked_at_first_and_prompts_are_encoded_once(model, monkeypatch):
+    asked: list[str] = []
+    encode = model._encode
+    monkeypatch.setattr(model, "_encode", lambda prompts: asked.extend(prompts) or encode(prompts))
+    pairs = encoded(model, [("red circle", "blue circle"), ("red square", "blue square")] * 50)
+    assert not asked
+    x, t = model.noise(1, seeded()), torch.tensor(0.8)
+    assert 10 <= len(step._separations(model, QUICK, pairs, x, t)) <= step.CHECKED
+    assert sorted(asked) == sorted({prompt for pair in pairs[::7] for prompt in pair.words})
+
+
 def test_pairs_are_drawn_from_all_targets(model, monkeypatch):
     drawn: list[str] = []
     contrast = step._contrast
