@@ -1,7 +1,7 @@
 """Emoji on pastel grounds: pictures that anyone names at a glance, with captions that have a grammar.
 
-One to three objects of 48, whole, apart from each other, large, middling or small; six backgrounds. A fifth of the
-pairs of objects never meets in training. emoji_captions.py has the grammar, emoji_judge.py reads pictures back.
+One to three objects of 48, whole, apart from each other, large, middling or small; six backgrounds. Objects begin at
+every fourth pixel, so that a small network can learn to draw them. A fifth of the pairs never meets in training. emoji_captions.py has the grammar, emoji_judge.py reads pictures back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.worlds.emoji_captions import BACKGROUNDS, GROUPS, OBJECTS, RELATIONS, Group, Scene
-from fieldsmith.worlds.emoji_glyphs import LARGE, MIDDLE, SIDE, SMALL, glyph, ground
+from fieldsmith.worlds.emoji_glyphs import LARGE, MIDDLE, SIDE, SMALL, USUAL, glyph, ground
 from fieldsmith.worlds.emoji_judge import Verdicts, read
 from fieldsmith.worlds.judged import place, readable
 
@@ -111,7 +111,7 @@ def _training_scene(draw: random.Random, apart: bool) -> Scene:
 # drawing
 
 
-def _lay_out(scene: Scene, draw: random.Random) -> list[tuple[str, int, int, int]]:
+def _lay_out(scene: Scene, draw: random.Random, anywhere: bool) -> list[tuple[str, int, int, int]]:
     """Name, side, left and top of each object, in pixels."""
     objects = scene.objects
     sides = [draw.choice(SMALL if one.small else LARGE if len(objects) == 1 else MIDDLE) for one in objects]
@@ -129,22 +129,28 @@ def _lay_out(scene: Scene, draw: random.Random) -> list[tuple[str, int, int, int
     else:
         corners = [(12, 12), (36, 12), (24, 36)] if draw.random() < 0.5 else [(24, 12), (12, 36), (36, 36)]
         centres = [(x + draw.randint(-1, 1), y + draw.randint(-1, 1)) for x, y in draw.sample(corners, 3)]
-    return [
-        (one.name, side, x - side // 2, y - side // 2)
-        for one, side, (x, y) in zip(objects, sides, centres, strict=True)
-    ]
+    places = [(x - side // 2, y - side // 2) for side, (x, y) in zip(sides, centres, strict=True)]
+    if not anywhere:
+        sides = [next(usual for kind, usual in USUAL.items() if side in kind) for side in sides]
+        places = [(on_grid(x), on_grid(y)) for x, y in places]
+    return [(one.name, side, *at) for one, side, at in zip(objects, sides, places, strict=True)]
+
+
+def on_grid(pixel: int) -> int:
+    """The nearest place where an object may begin: 2, 6, 10 and so on."""
+    return 4 * round((pixel - 2) / 4) + 2
 
 
 class EmojiWorld:
-    """The world, at 48 pixels."""
+    """The world, at 48 pixels; anywhere=True: objects not on its grid, and of all sides that the judge knows."""
 
     name = "emoji"
     channels = 3
 
-    def __init__(self, size: int = SIDE):
+    def __init__(self, size: int = SIDE, anywhere: bool = False):
         if size != SIDE:
             raise InputError(f"size={size}: the emoji world is drawn and judged at {SIDE} pixels")
-        self.size = size
+        self.size, self.anywhere = size, anywhere
 
     def caption(self, scene: Scene) -> str:
         """The prompt that asks for the scene."""
@@ -165,7 +171,7 @@ class EmojiWorld:
             if not scene.groups:
                 raise InputError("a scene without objects cannot be drawn; name one, as in 'a cat on blue'")
             image[:] = ground(scene.background or draw.choice(tuple(BACKGROUNDS)))
-            for name, side, left, top in _lay_out(scene, draw):
+            for name, side, left, top in _lay_out(scene, draw, self.anywhere):
                 ink, cover = glyph(name, side)
                 under = image[top : top + side, left : left + side]
                 under += cover * (ink - under)

@@ -14,7 +14,8 @@ from PIL import Image
 from fieldsmith.worlds.emoji_captions import BACKGROUNDS, OBJECTS
 
 SIDE = 48  # pixels of a picture
-LARGE, MIDDLE, SMALL = (34, 36, 38), (20, 21, 22), (15, 16)  # sides of an object in pixels; LARGE only where alone
+LARGE, MIDDLE, SMALL = (34, 36, 38), (20, 21, 22), (15, 16)  # sides that the judge reads, in pixels; LARGE only alone
+USUAL = {LARGE: 36, MIDDLE: 20, SMALL: 16}  # the side that pictures have
 ATLAS = pathlib.Path(__file__).parent / "emoji.png"
 CELL, COLUMNS = 64, 8  # of the atlas
 
