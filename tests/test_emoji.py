@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 
 import hypothesis
@@ -15,7 +16,7 @@ from fieldsmith import cli
 from fieldsmith.errors import InputError
 from fieldsmith.models.flux import Flux
 from fieldsmith.worlds import asked, emoji, emoji_groups
-from fieldsmith.worlds.emoji import KINDS, EmojiWorld, neighbours, never_met, prompts
+from fieldsmith.worlds.emoji import KINDS, EmojiWorld, _lay_out, neighbours, never_met, prompts
 from fieldsmith.worlds.emoji_captions import (
     BACKGROUNDS,
     GROUPS,
@@ -29,7 +30,7 @@ from fieldsmith.worlds.emoji_captions import (
     Scene,
     parse,
 )
-from fieldsmith.worlds.emoji_glyphs import ATLAS, LARGE, SMALL, glyph, ground
+from fieldsmith.worlds.emoji_glyphs import ATLAS, LARGE, SIDE, SMALL, USUAL, glyph, ground
 
 WORLD = EmojiWorld()
 DRAWN = WORLD.sample(400, seed=0)
@@ -218,6 +219,18 @@ def test_an_object_covers_as_many_pixels_as_its_size_and_number_say():
         ink(f"{words} on white") for words in ("a ball", "a small ball", "two balls", "three balls")
     )
     assert small < 0.25 * single and 1.4 < three / two < 1.6 and two < single
+
+
+def test_objects_begin_at_every_fourth_pixel_and_have_three_sides_unless_told_otherwise():
+    def laid_out(anywhere: bool) -> list[tuple[str, int, int, int]]:
+        draw = random.Random(0)
+        return [thing for scene in DRAWN.scenes for thing in _lay_out(scene, draw, anywhere)]
+
+    assert {side for _, side, _, _ in laid_out(False)} == set(USUAL.values())
+    assert {at % 4 for _, _, *corner in laid_out(False) for at in corner} == {2}
+    assert {side for _, side, _, _ in laid_out(True)} == {side for sides in USUAL for side in sides}
+    assert {at % 4 for _, _, *corner in laid_out(True) for at in corner} == {0, 1, 2, 3}
+    assert all(at >= 0 and at + side <= SIDE for _, side, *corner in laid_out(False) for at in corner)
 
 
 def test_a_place_is_where_the_caption_says():

@@ -18,7 +18,8 @@ from fieldsmith.worlds.emoji_glyphs import glyph
 from fieldsmith.worlds.emoji_judge import Seen, Thing, Verdicts
 
 WORLD = EmojiWorld()
-DRAWN = WORLD.sample(192, seed=5)
+ANYWHERE = EmojiWorld(anywhere=True)
+DRAWN = ANYWHERE.sample(192, seed=5)  # what is read need not stand where the world puts it
 REFUSED = 0.03  # share of corrupted pictures that may pass: those that the corruption hardly changes
 
 
