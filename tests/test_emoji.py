@@ -221,15 +221,15 @@ def test_an_object_covers_as_many_pixels_as_its_size_and_number_say():
     assert small < 0.25 * single and 1.4 < three / two < 1.6 and two < single
 
 
-def test_objects_begin_at_every_fourth_pixel_and_have_three_sides_unless_told_otherwise():
+def test_objects_begin_at_every_eighth_pixel_and_have_three_sides_unless_told_otherwise():
     def laid_out(anywhere: bool) -> list[tuple[str, int, int, int]]:
         draw = random.Random(0)
         return [thing for scene in DRAWN.scenes for thing in _lay_out(scene, draw, anywhere)]
 
     assert {side for _, side, _, _ in laid_out(False)} == set(USUAL.values())
-    assert {at % 4 for _, _, *corner in laid_out(False) for at in corner} == {2}
+    assert {at for _, _, *corner in laid_out(False) for at in corner} == {2, 10, 18, 26}
     assert {side for _, side, _, _ in laid_out(True)} == {side for sides in USUAL for side in sides}
-    assert {at % 4 for _, _, *corner in laid_out(True) for at in corner} == {0, 1, 2, 3}
+    assert {at % 8 for _, _, *corner in laid_out(True) for at in corner} == {*range(8)}
     assert all(at >= 0 and at + side <= SIDE for _, side, *corner in laid_out(False) for at in corner)
 
 

@@ -45,11 +45,11 @@ class EmojiFlux:
     vae_batch: int = 24
     vae_lr: float = 2e-3
     kl: float = 1e-4  # weight of the latents' KL to N(0, I), per latent number
-    images: int = 60_000  # size of the training pool, a multiple of 500
+    images: int = 40_000  # size of the training pool, a multiple of 500
     heads: int = 5  # transformer width / 32
     layers: int = 2
     single_layers: int = 3
-    steps: int = 9_000
+    steps: int = 6_000
     batch: int = 48
     lr: float = 1e-3
     ema: float = 0.999

@@ -1,7 +1,8 @@
 """Emoji on pastel grounds: pictures that anyone names at a glance, with captions that have a grammar.
 
 One to three objects of 48, whole, apart from each other, large, middling or small; six backgrounds. Objects begin at
-every fourth pixel, so that a small network can learn to draw them. A fifth of the pairs never meets in training. emoji_captions.py has the grammar, emoji_judge.py reads pictures back.
+every eighth pixel, so that a small network can learn to draw them. A fifth of the pairs never meets in training.
+emoji_captions.py has the grammar, emoji_judge.py reads pictures back.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def _lay_out(scene: Scene, draw: random.Random, anywhere: bool) -> list[tuple[st
 
 
 def on_grid(pixel: int) -> int:
-    """The nearest place where an object may begin: 2, 6, 10 and so on."""
-    return 4 * round((pixel - 2) / 4) + 2
+    """The nearest place where an object may begin: 2, 10, 18 or 26."""
+    return 8 * min(round((pixel - 2) / 8), 3) + 2
 
 
 class EmojiWorld:
