@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fieldsmith import __version__, previews, training
-from fieldsmith.cli import VERBS, main
-from fieldsmith.commands import verbs
+from fieldsmith.cli import METHODS, TRY, VERBS, main
+from fieldsmith.commands import arguments, diagnose, verbs
+from fieldsmith.commands.sample import SampleConfig
 from fieldsmith.diagnoses.config import KINDS
 from fieldsmith.methods.erase import losses
 from fieldsmith.methods.erase.config import EraseConfig
@@ -77,6 +79,17 @@ def test_version_of_the_module():
 def test_help_is_success(capsys, words):
     assert main(words) == 0
     assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_the_commands_to_try_are_as_the_verbs_read_them():
+    for line in TRY:
+        name, verb, *words = shlex.split(line)
+        assert name == "fieldsmith" and verb in VERBS
+        if verb == "sample":
+            arguments.parse(SampleConfig(), words, verb)
+        else:
+            config = verbs.settings(verb, words) if verb in METHODS else diagnose.settings(*diagnose.kind_of(words))
+            config.check()
 
 
 # bad input

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fieldsmith import rewards, verb
 from fieldsmith.config import GIVEN, Config, configure
-from fieldsmith.diagnoses.run import diagnose as diagnose
+from fieldsmith.diagnoses.overview import diagnose as diagnose
 from fieldsmith.errors import InputError
 from fieldsmith.functions import load_function, name_of
 from fieldsmith.methods.align.config import AlignConfig

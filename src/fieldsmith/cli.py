@@ -30,12 +30,18 @@ VERBS = {
     "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
     "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
-    "diagnose": "Measure a model, a reward or a judge: guidance, smoothness, exposure, concepts, audit, judge.",
+    "diagnose": "Say what is undetermined in a model, and what to run next; nothing is trained.",
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "sample": "Draw a grid of images from a model.",
     "demo": "Each verb once on small models, and the page that leads to what they made.",
 }
+
+TRY = (
+    "fieldsmith sample --model zoo:shapes-flux --prompts triangle circle --out shapes.png",
+    "fieldsmith diagnose zoo:shapes-flux --targets triangle --samples 8 --out runs/diagnosis",
+    "fieldsmith erase --targets triangle --anchors circle --out runs/no-triangle",
+)
 
 METHODS = ("align", "distill", "edit", "erase", "sharpen")
 
@@ -52,6 +58,9 @@ def usage() -> str:
             "",
             "verbs:",
             *lines,
+            "",
+            "to try, in a minute or two each:",
+            *(f"  {command}" for command in TRY),
         )
     )
 

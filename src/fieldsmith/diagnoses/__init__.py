@@ -1,7 +1,8 @@
 """One answer about a finished model: numbers, a verdict in words, a page. Nothing is trained.
 
 Each kind has a file with a function `diagnosis(model, config, ...)`, its settings in config.py, and what its names
-stand for (a teacher, a judge, a reward) in inputs.py; run.py is the whole of it, for Python and the command line.
+stand for (a teacher, a judge, a reward) in inputs.py; run.py is the whole of one, overview.py
+of all that a model allows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,6 @@ class Diagnosis:
 
 def config_of(kind: str) -> type[Any]:
     """The class of a kind's settings. Raises InputError at an unknown kind."""
-    check_word(kind, tuple(settings_of.KINDS), "diagnose's kinds")
+    check_word(kind, ("overview", *settings_of.KINDS), "diagnose's kinds")
     found: type[Any] = getattr(settings_of, f"{kind.capitalize()}Config")
     return found

@@ -26,7 +26,8 @@ KINDS = {
     "guidance": "a student's classifier-free guidance against its teacher's",
     "smoothness": "how sharp a score is along its sampling paths, and whether that tells bad samples",
     "exposure": "an editor's sessions on its own results against planned sources, and asked for nothing",
-    "concepts": "whether a model draws what it is asked for, concept by concept",
+    "concepts": "whether a model draws what it is asked for, and no more what should be gone",
+    "reward": "whether chasing a reward pays, seen beside a judge that you trust",
     "audit": "which estimator, strengths and trust region of `align` fit a model and a reward",
     "judge": "how far to trust a judge of edits, which way of asking, how many replies",
 }
@@ -138,12 +139,61 @@ class ExposureConfig(ModelConfig):
 class ConceptsConfig(ModelConfig):
     """Judge what a model draws for every concept of its world."""
 
+    targets: Words = ()
+    """Concepts that should be gone: each is asked for plainly and in the world's other words."""
     each: Count = 16
     """Images per prompt."""
     steps: SamplerSteps = 28
     """Sampler steps."""
     guidance: float | None = None
     """Guidance scale; None and 1 are off."""
+
+
+@config
+class RewardConfig(ModelConfig):
+    """Take the best of more and more images by a reward, and see what a judge beside it says of them."""
+
+    reward: str | None = None
+    """A reward, or a weighted sum of rewards, as `align` takes them; or `file.py:name`."""
+    beside: str | None = None
+    """The reward that you trust; None: right, where the model's world has a judge."""
+    prompts: Words = ()
+    """Prompts to look at, or one text file with a prompt a line; empty: two dozen of the world's own."""
+    samples: Annotated[Count, Field(ge=2)] = 8
+    """Images per prompt."""
+    steps: SamplerSteps = 28
+    """Sampler steps."""
+    guidance: float | None = None
+    """Guidance scale; None and 1 are off."""
+
+
+@config
+class OverviewConfig(ModelConfig, DataConfig):
+    """Make every diagnosis that a model allows, and say what to run next."""
+
+    teacher: str | None = None
+    """What the model was distilled from, if it was: then its guidance is measured."""
+    data: str | None = None
+    """What it was trained on, where its card does not say: a folder of images, or digits, shapes, fashion, columns,
+    cards."""
+    judge: str | None = None
+    """With a folder and no teacher: file.py:name, package.module:name or http:// address that says what is valid."""
+    reward: str | None = None
+    """A reward that you mean to train on, such as `classifier` or `file.py:name`."""
+    beside: str | None = None
+    """With a reward: the one that you trust; None: right, where the model's world has a judge."""
+    prompts: Words = ()
+    """Prompts to look at, or one text file with a prompt a line; empty: the world's own."""
+    targets: Words = ()
+    """Concepts that should be gone, such as those of an erasure."""
+    samples: Annotated[Count, Field(ge=2)] = 16
+    """How hard to look: images of each kind follow from it; four times as many halve the intervals."""
+    steps: SamplerSteps = 25
+    """Sampler steps."""
+    guidance: float | None = None
+    """Guidance scale; None: what the model's card says."""
+    chunk: Count = 256
+    """States or images at a time; lower it when memory is short."""
 
 
 @config

@@ -36,10 +36,11 @@ from fieldsmith.worlds.scenes_graded import graded
 
 NAMED = ", ".join(classes.NAMED)
 EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
+PROMPTS = 24  # at most, of a world's own, at which a reward is looked at
 SCENES = 24  # pixels of the scenes that a judge of edits is asked about
 
 
-def _model(config: Any, resolution: int | None) -> Model:
+def model_of(config: Any, resolution: int | None = None) -> Model:
     """The model that a diagnosis is given, or the one that it names with its adapters."""
     given = config.model
     if isinstance(given, Model):
@@ -48,7 +49,7 @@ def _model(config: Any, resolution: int | None) -> Model:
                 "adapter= goes with the name of a model; use load(name, adapter=...) for one that is loaded"
             )
         return given
-    return load(str(given), resolution, adapter=config.adapter)
+    return load(str(given), resolution or config.resolution, adapter=config.adapter)
 
 
 def _name(given: Any) -> str:
@@ -60,7 +61,7 @@ def _name(given: Any) -> str:
 
 def guidance(config: Any) -> dict[str, Any]:
     given = config.teacher
-    student = _model(config, config.resolution)
+    student = model_of(config)
     teacher = given if isinstance(given, Model) else load(str(given), config.resolution)
     prompts = read_prompts(config.prompts)
     return {"model": student, "teacher": teacher, "prompts": prompts, "data": _classes(config, teacher)}
@@ -97,7 +98,7 @@ def image_shape(model: Model) -> tuple[int, int, int]:
 
 
 def smoothness(config: Any) -> dict[str, Any]:
-    model = _model(config, config.resolution)
+    model = model_of(config)
     return {"model": model, "world": _judged_world(model, config)}
 
 
@@ -122,7 +123,7 @@ def exposure(config: Any) -> dict[str, Any]:
     world = _scenes(config)
     seed = HELD_OUT + config.seed
     sessions = world.sessions(config.samples, config.turns, seed, config.dependency)
-    model = _model(config, world.size)
+    model = model_of(config, world.size)
     check_editor(model)
     return {
         "model": model, "sessions": sessions, "judge": scenes_judge.judge, "sampling_seed": seed,
@@ -158,8 +159,37 @@ def concepts_of(config: Any) -> dict[str, Any]:
         raise InputError(
             f"no judge knows the images of '{name}': it has no card.json that names a world; use a zoo model"
         )
-    model = _model(config, config.resolution)
-    return {"model": model, "world": world.world, "concepts": world.concepts(), "groups": world.kinds()}
+    concepts = world.erased(config.targets)
+    targets = {  # each with the prompts that ask for it
+        one: [*map(world.world.caption, world.groups(one, concepts)["target"]), *world.paraphrases(one)]
+        for one in concepts
+    }
+    model = model_of(config)
+    return {
+        "model": model, "world": world.world, "concepts": world.concepts(), "groups": world.kinds(), "targets": targets
+    }  # fmt: skip
+
+
+# reward
+
+
+def reward(config: Any) -> dict[str, Any]:
+    name = _name(config.model)
+    world = world_of(name)
+    prompts = read_prompts(config.prompts)
+    if not prompts and world:
+        known = world.training_captions()
+        prompts = known[:: -(-len(known) // PROMPTS)]
+    if not prompts:
+        raise InputError(f"'{name}' names no world with prompts of its own; add --prompts 'a prompt' 'another'")
+    if config.beside is None and world is None:
+        raise InputError(f"no judge knows the images of '{name}'; add --beside with a reward that you trust")
+    beside = load_reward("right" if config.beside is None else config.beside, world)
+    chased = load_reward(config.reward, world)
+    if chased.name == beside.name:
+        raise InputError(f"reward '{chased.name}' stands beside itself; add --beside with another that you trust")
+    model = model_of(config)
+    return {"model": model, "reward": chased, "beside": beside, "prompts": prompts}
 
 
 # audit
@@ -172,7 +202,7 @@ def audit(config: Any) -> dict[str, Any]:
         check_word(name, EXACT, "audit's exact worlds")
         check_word(str(config.reward), ("linear",), f"the rewards of {name}")
         return _triangle(config)
-    model = _model(config, config.resolution)
+    model = model_of(config)
     world = world_of(name)
     if not prompts and world:
         prompts = tuple(world.world.caption(concept) for concept in world.concepts())
@@ -242,6 +272,6 @@ def address_of(given: str, mode: str, n: int) -> str:
 
 
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "guidance": guidance, "smoothness": smoothness, "exposure": exposure, "concepts": concepts_of, "audit": audit,
-    "judge": judge,
+    "guidance": guidance, "smoothness": smoothness, "exposure": exposure, "concepts": concepts_of, "reward": reward,
+    "audit": audit, "judge": judge,
 }  # fmt: skip

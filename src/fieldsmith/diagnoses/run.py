@@ -1,4 +1,4 @@
-"""A diagnosis from names or objects to a page: what `fieldsmith.diagnose` and `fieldsmith diagnose KIND` call."""
+"""One diagnosis from names or objects to a page: what `fieldsmith diagnose KIND` calls, and overview.py for each."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ NEEDED = {
     "smoothness": {"model": "FOLDER, a DDPM pipeline"},
     "exposure": {"model": "FOLDER, an editing model of the scenes world"},
     "concepts": {"model": "FOLDER, a model whose card.json names its world"},
+    "reward": {"model": "FOLDER", "reward": "NAME"},
     "audit": {"model": "FOLDER"},
     "judge": {"judge": "remote:http://HOST:PORT/v1?model=MODEL"},
 }
@@ -29,18 +30,11 @@ NEEDED = {
 def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **settings: Any) -> Diagnosis:
     """Measure one thing of a model (a name or an object; None for 'judge'): nothing is trained.
 
-    `kind` is guidance, smoothness, exposure, concepts, audit or judge. `settings` are the fields of
+    `kind` is guidance, smoothness, exposure, concepts, reward, audit or judge. `settings` are the fields of
     `fieldsmith diagnose KIND --help`, where a teacher, data or a reward may be an object; `config` takes the whole.
     out=None writes nothing. Raises InputError with the value and the fix before anything is written.
     """
-    given = settings if model is None else {"model": model, **settings}
-    objects = {name: value for name, value in given.items() if name != "prompts" and _is_object(value)}
-    if config is None:
-        kind_of_config = config_of(kind)
-        for name in given:
-            check_word(name, [field.name for field in fields(kind_of_config)], f"diagnose {kind}'s settings")
-        named = {name: getattr(value, "name", type(value).__name__) for name, value in objects.items()}
-        config = kind_of_config(**{**given, **named})
+    config, objects = settle(model, kind, config, settings)
     for name, what in NEEDED[kind].items():
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; add --{name} {what}")
@@ -50,30 +44,52 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
         CONSOLE.print(f"this run is complete: {directory.folder / 'report.html'}")
         numbers = json.loads((directory.folder / "metrics.json").read_text(encoding="utf-8"))
         return Diagnosis(numbers, numbers["words"], None)
-    asked = SimpleNamespace(**{field.name: getattr(config, field.name) for field in fields(config)} | objects)
-    inputs = INPUTS[kind](asked)
+    inputs = INPUTS[kind](with_objects(config, objects))
     kept = {name: getattr(config, name, 0) for name in ("samples", "tuples", "states", "each")}
     if isinstance(inputs["model"], Model):
         check_kept(inputs["model"], {f"{name}={n}": n for name, n in kept.items()})
     began = time.monotonic()
     module = importlib.import_module(f"fieldsmith.diagnoses.{kind}")
     diagnosis: Diagnosis = module.diagnosis(inputs.pop("model"), config, **inputs)
-    shared = {"method": "diagnose", "instrument": kind, "seconds": time.monotonic() - began, "words": diagnosis.words}
+    answer = diagnosis.page.answer if diagnosis.page else None
+    shared = {
+        "method": "diagnose", "instrument": kind, "seconds": time.monotonic() - began, "words": diagnosis.words,
+        "answer": answer and {name: answer[name] for name in ("tone", "word")},
+    }  # fmt: skip
     diagnosis = replace(diagnosis, numbers={**shared, **diagnosis.numbers})
     CONSOLE.print(diagnosis.words, markup=False)
     if directory and diagnosis.page:
         directory.begin()
         try:
-            _write(directory, diagnosis, kind)
+            write(directory, diagnosis, kind)
         finally:
             directory.end()
     return diagnosis
 
 
-def _write(directory: Run, diagnosis: Diagnosis, kind: str) -> None:
+def settle(model: Model | str | None, kind: str, config: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config of a call, and by name what was handed over as an object. Raises InputError at an unknown setting."""
+    given = settings if model is None else {"model": model, **settings}
+    objects = {name: value for name, value in given.items() if name != "prompts" and _is_object(value)}
+    if config is None:
+        kind_of_config = config_of(kind)
+        for name in given:
+            check_word(name, [field.name for field in fields(kind_of_config)], f"diagnose {kind}'s settings")
+        named = {name: getattr(value, "name", type(value).__name__) for name, value in objects.items()}
+        config = kind_of_config(**{**given, **named})
+    return config, objects
+
+
+def with_objects(config: Any, objects: dict[str, Any]) -> Any:
+    """The settings, with objects in the places of their names."""
+    return SimpleNamespace(**{field.name: getattr(config, field.name) for field in fields(config)} | objects)
+
+
+def write(directory: Run, diagnosis: Diagnosis, kind: str) -> None:
+    """The page and the numbers of a diagnosis that was made now."""
     assert diagnosis.page is not None
     cost = f"{diagnosis.numbers['nfe']:,} network evaluations, {diagnosis.numbers['seconds']:.0f} s."
-    again = f"fieldsmith diagnose {kind} --config {directory.folder}/config.toml --out ANOTHER-FOLDER"
+    again = f"fieldsmith diagnose{kind and ' '}{kind} --config {directory.folder}/config.toml --out ANOTHER-FOLDER"
     diagnosis.page.command("Repeat it", again, cost)
     diagnosis.page.write(directory.folder / "report.html")
     directory.finish(diagnosis.numbers)

@@ -6,6 +6,7 @@ the Jacobian by time, detectors' AUROC.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fieldsmith.report.page import Page, Panel
 from fieldsmith.samplers import ancestral
 from fieldsmith.worlds.judged import JudgedWorld
 
+RARE = 0.05  # share of hallucinated samples up to which a model keeps to its data
 LOOKS = 10  # times at which the profile looks
 WINDOWS = ((0.0, 0.5), (0.5, 1.0))  # halves of the way from noise to data, where detectors watch
 HOW = (
@@ -58,7 +60,7 @@ def diagnosis(model: Model, config: SmoothnessConfig, world: JudgedWorld | None 
     numbers = {"nfe": nfe.total, "profile": sharpness.to_json(), **detectors}
     words = _words(sharpness, detectors)
     page = Page(f"Sharpness of {model.name}", f"{config.samples} paths of {config.steps} steps, seed {config.seed}")
-    page.verdict(words, None, "Measured")
+    page.verdict(words, *verdict_of(detectors.get("hallucinated")))
     _sections(page, sharpness, detectors)
     page.text("How to read it", HOW)
     return Diagnosis(numbers, words, page)
@@ -97,6 +99,17 @@ def _detectors(model: Model, world: JudgedWorld, config: SmoothnessConfig, grid:
             for name, parts in scores.items()
         }
     return results
+
+
+def verdict_of(hallucinated: Mapping[str, Any] | None) -> tuple[bool | None, str]:
+    """Whether samples keep to the data's rules (None: it cannot be told), and that in a word or three."""
+    if hallucinated is None:
+        return None, "Measured"
+    if hallucinated["n"] > 1 and hallucinated["low"] > RARE:
+        return False, "Hallucinates"
+    return (
+        (True, "Keeps to its data") if hallucinated["n"] > 1 and hallucinated["high"] <= RARE else (None, "Not shown")
+    )
 
 
 def _words(sharpness: Profile, detectors: dict[str, Any]) -> str:

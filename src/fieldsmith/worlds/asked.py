@@ -31,6 +31,7 @@ class Asked:
     groups: Callable[[Any, Sequence[Any]], Mapping[str, Sequence[Any]]]  # target, neighbours, unrelated
     paraphrases: Callable[[Any], Sequence[str]]  # prompts for a target in other words
     phrasings: Callable[[str, str], Sequence[tuple[str, str]]]  # ways to ask for a target, each with its anchor's words
+    anchor: Callable[[Any], str]  # the words of what is nearest to a target, for an erasure
     kept: Callable[[Sequence[str]], Sequence[str]]  # prompts that an erasure of these targets should leave alone
 
 
@@ -40,12 +41,12 @@ def load(name: str, size: int) -> Asked | None:
         return Asked(
             name, ShapesWorld(size), shapes.parse, shapes.training_captions, shapes.open_captions, shapes.concepts,
             shapes_groups.attributes, shapes_groups.erased_concepts, shapes_groups.groups, shapes_groups.paraphrases,
-            shapes_groups.phrasings, shapes_groups.kept_captions,
+            shapes_groups.phrasings, shapes_groups.anchor, shapes_groups.kept_captions,
         )  # fmt: skip
     if name == "emoji":
         return Asked(
             name, EmojiWorld(size), emoji_captions.parse, emoji_groups.training_captions, emoji_groups.other_captions,
             emoji_groups.scenes, emoji_groups.kinds, emoji_groups.erased_objects, emoji_groups.groups,
-            emoji_groups.paraphrases, emoji_groups.phrasings, emoji_groups.kept_captions,
+            emoji_groups.paraphrases, emoji_groups.phrasings, emoji_groups.anchor, emoji_groups.kept_captions,
         )  # fmt: skip
     return None

@@ -81,6 +81,11 @@ def phrasings(target: str, anchor: str) -> list[tuple[str, str]]:
     return [(str(ours), str(theirs)) for ours, theirs in zip(scenes(name), scenes(other), strict=True)]
 
 
+def anchor(target: str) -> str:
+    """The first of the other objects of the target's group."""
+    return str(Scene((Group(neighbours(target)[0]),)))
+
+
 def kept_captions(targets: Sequence[str]) -> list[str]:
     """Every other object alone on some background, two of some, pairs of others, and the empty prompt."""
     erased = erased_objects(targets)

@@ -69,6 +69,12 @@ def phrasings(target: str, anchor: str) -> list[tuple[str, str]]:
     return [(target, anchor)]
 
 
+def anchor(target: Concept) -> str:
+    """What the nearest composition has in the place of the target's words."""
+    near = neighbours(target)[0]
+    return str(Concept(near.colour if target.colour else None, near.shape if target.shape else None))
+
+
 def kept_captions(targets: Sequence[str]) -> list[str]:
     """Every colour and every shape that no target names, and the empty prompt."""
     erased = [parse(prompt) for prompt in targets]
