@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pathlib
@@ -11,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,26 @@ def test_version_of_the_module():
 def test_help_is_success(capsys, words):
     assert main(words) == 0
     assert "usage" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize("verb", METHODS)
+def test_help_has_ten_settings_that_matter_and_help_all_has_each_once(capsys, verb):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        assert main([verb, flag]) == 0
+        text = capsys.readouterr().out
+        shown[flag] = [name.replace("-", "_") for name in re.findall(r"^│ --([\w-]+)", text, re.M)]
+    assert 9 <= len(shown["--help"]) <= 12 and shown["--help-all"][: len(shown["--help"])] == shown["--help"]
+    assert len(set(shown["--help-all"])) == len(shown["--help-all"]) > 30
+    config = verbs.settings(verb, [])
+    assert {field.name for field in fields(config)} == {*shown["--help-all"]}
+
+
+def test_help_is_plain_where_the_terminal_is_not_utf8(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["sample", "--help"]) == 0
+    sys.stdout.seek(0)
+    assert "+- settings -" in sys.stdout.read()
 
 
 def test_the_commands_to_try_are_as_the_verbs_read_them():

@@ -53,7 +53,7 @@ def usage() -> str:
             f"fieldsmith {__version__}: control what a diffusion or flow model produces, without breaking the rest.",
             "",
             "usage: fieldsmith VERB [--model M] [--preset NAME] [--config FILE.toml] [--field value ...] --out DIR",
-            "       fieldsmith VERB --help    every field with its default and meaning",
+            "       fieldsmith VERB --help    the settings that matter; --help-all: every one",
             "       fieldsmith --debug VERB   also print the lines of your own function that failed",
             "",
             "verbs:",

@@ -100,6 +100,7 @@ def _sentence(error: pydantic.ValidationError) -> str:
 class Config:
     """What every verb is told."""
 
+    FIRST: ClassVar[tuple[str, ...]] = ()  # the settings that matter, which --help shows; --help-all has them all
     NOTES: ClassVar[str] = ""  # of --help: presets and how flags, files and presets go together
 
     out: pathlib.Path | None = None

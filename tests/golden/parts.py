@@ -295,12 +295,12 @@ def keys(names: Sequence[str]) -> dict[str, Any]:
 
 
 def flags(names: Sequence[str]) -> dict[str, Any]:
-    """{flag: default} of each verb, read off what --help prints."""
+    """{flag: default} of each verb, read off what --help-all prints."""
     return {verb: flags_of_help(help_of(verb)) for verb in names}
 
 
 def help_of(verb: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "fieldsmith", verb, "--help"], check=True, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "fieldsmith", verb, "--help-all"], check=True, capture_output=True,
                           text=True, encoding="utf-8", env=environment(COLUMNS="120", NO_COLOR="1"))  # fmt: skip
     return done.stdout
 

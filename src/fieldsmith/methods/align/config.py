@@ -38,6 +38,19 @@ REGRESSIONS = ("tweedie", "terminal", "adjoint")
 class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Raise a reward by reward score matching or by one of the methods that it unifies (`--preset`)."""
 
+    FIRST = (
+        "model",
+        "reward",
+        "prompts",
+        "held_out_rewards",
+        "epochs",
+        "rollouts",
+        "steps",
+        "guidance",
+        "lr",
+        "evaluate",
+        "out",
+    )
     NOTES: ClassVar[str] = ""  # filled in below, where the recipes are
 
     model: str = "zoo:shapes-flux"

@@ -38,6 +38,7 @@ LEAST = 20  # images a guidance scale, however short the run
 class DistillConfig(FitConfig, DataConfig, MemoryConfig):
     """Train a smaller student of a guided teacher, both branches of guidance kept; it ships as a diffusers pipeline."""
 
+    FIRST = ("teacher", "data", "shrink", "student", "objective", "steps", "batch", "lr", "evaluate", "out")
     NOTES = """--preset NAME picks a recipe (default: the objective's own, else fieldsmith).
 --scale laptop|paper picks how long it trains (default: laptop for zoo teachers, else paper).
 --config FILE.toml (such as a run's config.toml) sets fields again, and flags come last.

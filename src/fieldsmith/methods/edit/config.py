@@ -58,6 +58,7 @@ PAPER: dict[str, Any] = {  # the nearest public relatives: Flow-GRPO's Kontext r
 class EditConfig(Config, DataConfig, LoraConfig, OptimConfig, MemoryConfig):
     """Train an editor on its own multi-turn sessions, so that later turns survive what earlier ones left behind."""
 
+    FIRST = ("model", "sessions", "judge", "turns", "epochs", "groups", "rollouts", "steps", "lr", "evaluate", "out")
     NOTES = f"""--preset NAME picks a recipe (default: fieldsmith): {", ".join(PRESETS)}.
 --scale laptop|paper picks its size (default: laptop for zoo models, else paper).
 --config FILE.toml (such as a run's config.toml) sets fields again, and flags come last."""

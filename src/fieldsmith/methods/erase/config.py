@@ -40,6 +40,7 @@ KEPT = (
 class EraseConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """Erase concepts from a rectified-flow model. Defaults are GEM as released for FLUX.1-dev."""
 
+    FIRST = ("model", "targets", "anchors", "keep", "templates", "method", "budget", "lr", "evaluate", "attacks", "out")
     NOTES = """--preset protect|tiny|paper|paper-gore|paper-sd3 (default: protect for zoo models, else paper) sets the
 fields below, --config FILE.toml (such as a run's config.toml) sets them again, and flags come last."""
 

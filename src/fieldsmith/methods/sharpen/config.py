@@ -42,6 +42,7 @@ WORLDS = ("columns", "cards")  # data with a judge of their own
 class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
     """Train a model on its own data so that fewer samples lie where the data has none; it ships as a pipeline."""
 
+    FIRST = ("model", "data", "judge", "method", "steps", "batch", "lr", "guidance", "samples", "out")
     NOTES = """--preset NAME picks a recipe (default: the method's own, else guide).
 --scale laptop|paper picks how long it trains (default: laptop for zoo models, else paper).
 --config FILE.toml (such as a run's config.toml) sets fields again, and flags come last."""
