@@ -38,8 +38,9 @@ from fieldsmith.models.core import Model
 from fieldsmith.models.features import load_features
 from fieldsmith.pictures import Frame
 from fieldsmith.read import read_prompts
-from fieldsmith.result import Result
+from fieldsmith.result import Result, going_on
 from fieldsmith.rewards.sessions import load as load_judge
+from fieldsmith.run import base_of
 from fieldsmith.sampling import sample as sample
 from fieldsmith.sessions import UserSessions, frame_of
 from fieldsmith.verb import Callback
@@ -56,7 +57,7 @@ RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts)
 
 
 def align(
-    model: Model | str | None = None,
+    model: Model | Result | str | None = None,
     reward: RewardLike | None = None,
     prompts: str | pathlib.Path | Iterable[str] | None = None,
     *,
@@ -113,7 +114,7 @@ def _name(reward: RewardLike | None) -> str | None:
 
 
 def erase(
-    model: Model | str | None = None,
+    model: Model | Result | str | None = None,
     targets: Sequence[str] | str | None = None,
     anchors: Sequence[str] | str | None = None,
     *,
@@ -161,7 +162,7 @@ def _judged(world: Asked, config: EraseConfig) -> Judged:
 
 
 def edit(
-    model: Model | str | None = None,
+    model: Model | Result | str | None = None,
     sessions: str | pathlib.Path | Iterable[Any] | None = None,
     judge: str | Callable[..., Any] | None = None,
     *,
@@ -226,7 +227,7 @@ def edit_inputs(
 
 
 def distill(
-    teacher: Model | str | None = None,
+    teacher: Model | Result | str | None = None,
     data: str | pathlib.Path | Classes | Iterable[tuple[Any, str]] | None = None,
     student: float | str | pathlib.Path | Model | None = None,
     *,
@@ -271,7 +272,7 @@ def distill_inputs(config: DistillConfig, data: Any = None, student: Any = None)
 
 
 def sharpen(
-    model: Model | str | None = None,
+    model: Model | Result | str | None = None,
     data: str | pathlib.Path | JudgedWorld | Iterable[Any] | None = None,
     judge: str | Callable[..., Any] | None = None,
     *,
@@ -338,7 +339,7 @@ def _there(name: str) -> str:
 
 def settle(
     kind: type[C],
-    model: Model | str | None,
+    model: Model | Result | str | None,
     source: str,
     config: C | None,
     preset: str | None,
@@ -348,9 +349,17 @@ def settle(
 ) -> tuple[C, Model | None]:
     """The config of a call, and the model where it was given as one; `source` is the field that names it.
 
-    Raises InputError where both a config and settings are given, or at a bad setting.
+    A Result, or a finished run's directory, stands for what the run left: its base with its adapters. Raises InputError
+    where both a config and settings are given, or at a bad setting.
     """
     given = {name: value for name, value in named.items() if value is not None} | settings
+    model = going_on(model)
+    if not isinstance(model, Model) and (found := base_of(str(model if config is None else getattr(config, source)))):
+        model, base = found
+        if config is not None:
+            config = config.replace(**{source: model, "adapter": (*base, *config.adapter)})
+        elif base:
+            given["adapter"] = (*base, *given.get("adapter", ()))
     if isinstance(model, Model):
         given[source] = model.name
         if model.adapters and config is None:

@@ -225,3 +225,12 @@ def _load_samples(folder: pathlib.Path) -> Iterator[Pair]:
                     f"picture '{folder / row[side]}' cannot be read; delete the folder samples/, or repeat the run"
                 ) from error
         yield Pair(row["label"], sides[0], sides[1])
+
+
+def going_on(model: Model | Result | str | pathlib.Path | None) -> Model | str | None:
+    """What a verb begins with: a Result stands for its run directory. Raises InputError where it has none."""
+    if isinstance(model, Result):
+        if model.out is None:
+            raise InputError("this result was not written, so nothing can go on from it; give its run an out folder")
+        model = model.out
+    return str(model) if isinstance(model, pathlib.Path) else model

@@ -23,7 +23,7 @@ import tomli_w
 
 from fieldsmith import disk, owner, processes
 from fieldsmith.errors import InputError
-from fieldsmith.read import read_toml
+from fieldsmith.read import read_json, read_toml
 
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
 FOLDERS = ("checkpoints", "adapter", "model", "samples")
@@ -86,6 +86,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, pathlib.Path) else value
+
+
+def base_of(source: str) -> tuple[str, tuple[str, ...]] | None:
+    """The model that a finished run left, by its name and adapters, so that another run can go on from it; None where
+    `source` is no run directory. Raises InputError where the run is not finished or left no weights."""
+    folder = pathlib.Path(source).expanduser()
+    if not (folder / "config.toml").is_file() or (folder / "model_index.json").exists():
+        return None
+    settings = read_toml(folder / "config.toml")
+    if not (folder / "metrics.json").is_file():
+        raise InputError(f"run '{source}' is not finished, so it is no model yet; repeat its command to finish it")
+    metrics = read_json(folder / "metrics.json", "record of numbers")
+    shipped = str(metrics.get("adapter") or "model") if isinstance(metrics, dict) else ""
+    name = settings.get("model") or settings.get("teacher")
+    if not (folder / shipped).is_dir() or (shipped == "adapter" and not isinstance(name, str)):
+        raise InputError(f"run '{source}' left no weights that another run could begin with")
+    if shipped != "adapter":
+        return str(folder / shipped), ()
+    return str(name), (*map(str, settings.get("adapter", ())), str(folder / shipped))
 
 
 class Run:

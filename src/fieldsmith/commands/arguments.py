@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from fieldsmith.errors import InputError, check_word
+from fieldsmith.run import base_of
 
 C = TypeVar("C")
 
@@ -36,6 +37,18 @@ def take(words: list[str], flag: str) -> str | None:
 def peek(words: Sequence[str], flag: str) -> str | None:
     """The value of a flag, which stays where it is."""
     return take(list(words), flag)
+
+
+def of_runs(words: Sequence[str]) -> list[str]:
+    """The words, with a finished run's base and adapters in the place of a run directory that is given as a model."""
+    words = list(words)
+    for flag in ("--model", "--teacher"):
+        source = peek(words, flag)
+        found = base_of(source) if source else None
+        if found:
+            take(words, flag)
+            words = [flag, found[0], *(word for one in found[1] for word in ("--adapter", one)), *words]
+    return words
 
 
 def parse(default: C, words: Sequence[str], verb: str, notes: str = "") -> C:

@@ -52,6 +52,7 @@ def kind_of(words: list[str]) -> tuple[str, list[str]]:
 def settings(kind: str, words: list[str]) -> Any:
     """The config of a command line: file, then flags."""
     verb = "diagnose" if kind == ALL else f"diagnose {kind}"
+    words = arguments.of_runs(words)
     path = arguments.take(words, "--config")
     file = from_file(path, config_of(kind), verb) if path else {}
     kinds = "Or `fieldsmith diagnose KIND`, one of them:\n" + "\n".join(f"  {k:<11}{what}" for k, what in KINDS.items())

@@ -63,7 +63,7 @@ class SampleConfig:
 
 def sample(words: Sequence[str]) -> None:
     """fieldsmith sample --prompts WORDS [--field value ...]. Raises InputError before anything is drawn."""
-    config = arguments.parse(SampleConfig(), list(words), "sample")
+    config = arguments.parse(SampleConfig(), arguments.of_runs(words), "sample")
     prompts = read_prompts(config.prompts)
     if not prompts:
         raise InputError('no prompt given; name what to draw, e.g. --prompts "a red star"')

@@ -23,7 +23,7 @@ CONFIGS = {
 def settings(verb: str, words: Sequence[str]) -> Any:
     """The config of a command line: preset, then file, then flags. Raises InputError at anything unknown."""
     kind = getattr(importlib.import_module(f"fieldsmith.methods.{verb}.config"), CONFIGS[verb])
-    words = list(words)
+    words = arguments.of_runs(words)
     preset, scale, path = (arguments.take(words, flag) for flag in ("--preset", "--scale", "--config"))
     file = from_file(path, kind, verb) if path else {}
     # a preset depends on some settings, which flags may give: those are parsed in full on top of it

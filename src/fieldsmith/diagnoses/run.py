@@ -14,7 +14,8 @@ from fieldsmith.diagnoses.inputs import INPUTS
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.measure.progress import CONSOLE
 from fieldsmith.models.core import Model, check_kept
-from fieldsmith.run import Run
+from fieldsmith.result import going_on
+from fieldsmith.run import Run, base_of
 
 NEEDED = {
     "guidance": {"model": "FOLDER, the student", "teacher": "FOLDER, what it was distilled from"},
@@ -69,6 +70,10 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
 
 def settle(model: Model | str | None, kind: str, config: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config of a call, and by name what was handed over as an object. Raises InputError at an unknown setting."""
+    model = going_on(model)
+    found = base_of(model) if isinstance(model, str) else None
+    if found:
+        model, settings = found[0], settings | {"adapter": (*found[1], *settings.get("adapter", ()))}
     given = settings if model is None else {"model": model, **settings}
     objects = {name: value for name, value in given.items() if name != "prompts" and _is_object(value)}
     if config is None:

@@ -25,6 +25,7 @@ from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models import folders
 from fieldsmith.models.families import FAMILIES, Family, named
+from fieldsmith.run import base_of
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def load(
     dtype: torch.dtype | None = None,
     adapter: str | pathlib.Path | Sequence[str | pathlib.Path] = (),
 ) -> Model:
-    """The model in a pipeline folder, under a hub id ('org/name') or in the zoo ('zoo:shapes-flux').
+    """The model in a pipeline folder, under a hub id ('org/name'), in the zoo ('zoo:shapes-flux') or of a finished run.
 
     `resolution` is the side of its images where it is not the family's default, `dtype` that of its weights (float32).
     It comes on the GPU where there is one. Each `adapter`, 'FILE' or 'FILE:scale', becomes part of its frozen weights.
@@ -55,11 +56,13 @@ def load(
     safetensors.
     """
     name = str(name)
+    sources: list[str | pathlib.Path] = [adapter] if isinstance(adapter, (str, pathlib.Path)) else list(adapter)
+    if found := base_of(name):
+        name, sources = found[0], [*found[1], *sources]
     folder = pipeline_folder(name) or offline_copy(name)
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
         index = _index(name, folder)
         family = _family(name, index)
-        sources = [adapter] if isinstance(adapter, (str, pathlib.Path)) else list(adapter)
         if sources:
             check_adapters(family.name, name, *sources)  # before gigabytes are read
         import diffusers  # late
