@@ -86,8 +86,10 @@ class Outcome:
 @functools.cache
 def launcher() -> subprocess.Popen[str]:
     """A process that has imported what is slow, and from which all commands of this process are forked."""
-    return subprocess.Popen([sys.executable, "-P", str(HERE / "launch.py")], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())  # fmt: skip
+    words, pipe = [sys.executable, "-P", str(HERE / "launch.py")], subprocess.PIPE
+    return subprocess.Popen(
+        words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment()
+    )  # fmt: skip
 
 
 def launch(commands: Sequence[list[str]], folder: pathlib.Path, seconds: float = 600) -> Outcome:
