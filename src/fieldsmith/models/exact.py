@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.paths import Path, Prediction, RectifiedFlow
 
-
 POINTS = 65_536  # asked for at once: next to nothing each, where a call costs as much as thousands of them
 
 
