@@ -210,7 +210,8 @@ def test_the_tb_weights_train_something_else(small_flux_folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dropout": 0.5}, {"method": "eraseanything", "budget": 2}, {"method": "concept-ablation", "budget": 2}],
+    "options",
+    [{}, {"dropout": 0.5}, {"method": "eraseanything", "budget": 2}, {"method": "concept-ablation", "budget": 2}],
 )  # fmt: skip
 def test_a_seed_decides_the_weights(untouched, options):
     found = []
