@@ -189,9 +189,8 @@ def editing(model: Callable[[], Model], groups: int, rollouts: int, turns: int =
     return Case("MT-NFT", model, ours, plain, config.updates, (GROUPED,))
 
 
-def distilling(model: Callable[[], Model], ratio: float, pairs: int) -> Case:
+def distilling(model: Callable[[], Model], ratio: float, pairs: int, block: int = 10) -> Case:
     """DASH as published, with uniform weights over time and no cache."""
-    block = 10
     config = DistillConfig.preset_of("dash-uniform", None, {}).replace(curriculum="uniform", batch=2 * pairs)
 
     def given(teacher: Model) -> tuple[Model, Source]:

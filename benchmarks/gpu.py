@@ -124,7 +124,7 @@ def ceiling(device: str, dtype: torch.dtype, n: int) -> float:
 def erase(model: Any, size: Size, updates: int, **changes: Any) -> tuple[Any, ...]:
     """GEM as published: 11 states an update, on the family's own layers."""
     config = EraseConfig.preset_of("paper", None, {}).replace(targets=("red",), anchors=("blue",), **changes)
-    return ERASE, config.replace(budget=11 * updates), EraseInputs()
+    return ERASE, config.replace(budget=11 * updates, steps=size.rows["erase steps"]), EraseInputs()
 
 
 def align(model: Any, size: Size, updates: int, preset: str) -> tuple[Any, ...]:

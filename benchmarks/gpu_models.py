@@ -55,8 +55,8 @@ FULL = Size(
         },
     },
     5.0,
-    {"erase updates": 23, "erase chunk": 2, "groups": 2, "rollouts": 4, "chunk": 4, "pairs": 32, "steps": 10,
-     "drawn": 28},
+    {"erase updates": 23, "erase chunk": 2, "erase steps": 28, "groups": 2, "rollouts": 4, "chunk": 4, "pairs": 32,
+     "steps": 10, "drawn": 28},
     torch.bfloat16,
 )  # fmt: skip
 TINY = Size(
@@ -76,7 +76,8 @@ TINY = Size(
         },
     },
     2.0,
-    {"erase updates": 2, "erase chunk": 2, "groups": 1, "rollouts": 2, "chunk": 4, "pairs": 4, "steps": 2, "drawn": 2},
+    {"erase updates": 2, "erase chunk": 4, "erase steps": 12, "groups": 1, "rollouts": 2, "chunk": 4, "pairs": 4,
+     "steps": 2, "drawn": 2},
     torch.float32,
 )  # fmt: skip
 

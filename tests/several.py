@@ -230,3 +230,8 @@ def learn(out: pathlib.Path, some: Sequence[str], cut: bool = False, double: boo
     if processes.is_main():
         out.write_text(json.dumps(found))
     processes.wait()
+
+
+if __name__ == "__main__":  # tests/golden: where it writes, and where its runs are
+    os.environ["RUNS"] = sys.argv[2]
+    learn(pathlib.Path(sys.argv[1]), [*VERBS])

@@ -276,18 +276,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, capsys):
 
 
 def test_a_model_of_the_users_own_is_aligned_and_shown(tmp_path, small_flux_folder):
-    words = [
-        "align",
-        "--model",
-        str(small_flux_folder),
-        "--reward",
-        "brightness",
-        "--prompts",
-        "a red circle",
-        "--preset",
-        "nft",
-    ]
-    assert main([*words, "--epochs", "1", "--steps", "4", "--evaluate", "4", "--out", str(tmp_path / "run")]) == 0
+    words = ["align", "--model", str(small_flux_folder), "--reward", "brightness", "--prompts", "a red circle",
+             "--preset", "nft", "--epochs", "1", "--prompts-per-epoch", "1", "--rollouts", "4", "--steps", "4",
+             "--evaluate", "4"]  # fmt: skip
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(metrics["rewards"]) == {"brightness"} and metrics["rest"]["n"] >= 4  # no judge knows this model
     assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "report.html").exists()

@@ -254,7 +254,13 @@ def test_the_loops_loss_is_at_rest_where_the_regression_is_solved(path, name):
 
 # T15: the mixture, end to end
 
-GRID = torch.cat((TOY.time(torch.arange(389, -1, -10).double()), torch.zeros(1).double())).float()
+
+def grid(stride: int) -> Tensor:
+    """Every so many of the training times below 390, and 0."""
+    return torch.cat((TOY.time(torch.arange(389, -1, -stride).double()), torch.zeros(1).double())).float()
+
+
+GRID = grid(20)  # what is trained walks 20 steps; the notes' numbers are of 39
 REWARD = Reward("linear", True, lambda x, prompts: 3 - x[:, 0] / 2)
 
 
@@ -265,7 +271,8 @@ def mixture(**settings):
 
 def measured(model: Exact) -> dict[str, float | list[float]]:
     """Reward and mode fractions of 4,000 ancestral samples, and the KL of their paths to the triangle's own."""
-    setting = AlignContext.of(model, replace(preset("ddpo"), **mixture()), REWARD)
+    config = replace(preset("ddpo"), **mixture(steps=len(model.grid_times) - 1))
+    setting = AlignContext.of(model, config, REWARD)
     found = setting.roll(model.noise(4000, seeded(9)), torch.zeros(4000).long(), seeded(10))
     rows, x = found.transitions, found.x_0.double()
     times = setting.schedule.times[rows.step]
@@ -281,9 +288,12 @@ def before() -> dict:
     return measured(Exact(triangle(), TOY, GRID))
 
 
+TILTED = triangle().tilted(torch.tensor([-0.5, 0.0])).mixture
+
+
 @pytest.fixture(scope="module")
 def best_field() -> dict:
-    return measured(Exact(triangle().tilted(torch.tensor([-0.5, 0.0])).mixture, TOY, GRID))
+    return measured(Exact(TILTED, TOY, GRID))
 
 
 def trained(name: str, **settings) -> dict:
@@ -292,7 +302,8 @@ def trained(name: str, **settings) -> dict:
     return measured(model)
 
 
-def test_t15_the_exact_fields_of_the_mixture_and_its_optimum(before, best_field):
+def test_t15_the_exact_fields_of_the_mixture_and_its_optimum():
+    before, best_field = (measured(Exact(law, TOY, grid(10))) for law in (triangle(), TILTED))
     assert before["modes"] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=0.03)
     assert before["reward"] == pytest.approx(3, abs=0.06) and before["kl"] < 1e-6
     assert best_field["modes"] == pytest.approx([0.039, 0.786, 0.175, 0], abs=0.03)
@@ -302,8 +313,8 @@ def test_t15_the_exact_fields_of_the_mixture_and_its_optimum(before, best_field)
 @pytest.mark.parametrize(
     "name, settings, objective",
     [
-        ("reinforce", {"advantage": "leave-one-out", "rollouts": 256, "lr": 3e-3, "epochs": 50}, 0.9),
-        ("adjoint-matching", {"rollouts": 128, "lr": 3e-3, "epochs": 50}, 0.8),
+        ("reinforce", {"advantage": "leave-one-out", "rollouts": 256, "lr": 6e-3, "epochs": 30}, 0.9),
+        ("adjoint-matching", {"rollouts": 128, "lr": 5e-3, "epochs": 35}, 0.9),
     ],
     ids=["reinforce", "adjoint-matching"],
 )

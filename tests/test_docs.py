@@ -37,9 +37,9 @@ def commands(block: str) -> list[list[str]]:
 @pytest.fixture
 def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None, few_steps: None) -> pathlib.Path:
     """An empty folder to stand in, where the zoo's names are tiny pipelines and defaults that take time are small."""
-    for name, number in {"budget": 264, "steps": 12, "evaluate": 4}.items():
+    for name, number in {"budget": 48, "steps": 4, "window": (1, 3), "evaluate": 2}.items():
         monkeypatch.setitem(config.LAPTOP, name, number)
-    monkeypatch.setitem(config.PROTECT, "budget", 264)
+    monkeypatch.setitem(config.PROTECT, "budget", 48)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

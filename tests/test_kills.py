@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.golden import parts
 
 
 def test_runs_that_are_killed_resume_to_the_same_bytes_and_what_is_done_is_not_done_again(tmp_path):
     """In a process of its own, from which runs are forked: one that has run torch's threads is none to fork from."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    words = [sys.executable, "-m", "benchmarks.kills", "--only", "erase", "sharpen", "--out", str(tmp_path), "--count"]
-    for count in ("1", "2"):
-        subprocess.run(
-            [*words, count], cwd=ROOT, check=True, capture_output=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+    words = ["benchmarks.kills", "--only", "erase", "sharpen", "--out", str(tmp_path), "--count"]
+    outcome = parts.launch([[*words, count] for count in ("1", "2")], parts.ROOT)
+    assert outcome.codes == [0, 0], outcome.said
     found = json.loads((tmp_path / "kills.json").read_text())
     assert [(trial["verb"], trial["number"]) for trial in found["trials"]] == [
         ("erase", 0), ("sharpen", 0), ("erase", 1), ("sharpen", 1)

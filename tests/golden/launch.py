@@ -1,8 +1,8 @@
 """Command lines, each in a process of its own that is forked once the slow imports are done.
 
-`python -P launch.py COMMANDS.json OUTCOME.json`; a command is {"words", "folder", "log", "seconds"}: the words after
-`python -m`, where it runs, where its output goes, how long it may take. The outcome: exit codes (-1: out of time) and
-the processor.
+`python -P launch.py` reads one command a line as JSON, {"words", "folder", "log", "seconds"}: the words after
+`python -m`, where it runs, where its output goes, how long it may take. It answers each with a line: the exit code (-1:
+out of time) and the processor.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ IMPORTS = (
     "torch._dynamo",
     "transformers",
     "diffusers.pipelines.flux.pipeline_flux",
+    "matplotlib.figure",
+    "openai",
+    "sklearn.metrics",
+    "tyro",
 )
 
 
@@ -44,6 +48,7 @@ def processor() -> str:
 def child(command: dict[str, Any]) -> int:
     """Be that command; its exit code."""
     log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # commands come that way
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(command["folder"])
@@ -86,5 +91,5 @@ def run(command: dict[str, Any]) -> int:
 if __name__ == "__main__":
     for name in IMPORTS:
         __import__(name)
-    codes = [run(command) for command in json.loads(pathlib.Path(sys.argv[1]).read_text())]
-    pathlib.Path(sys.argv[2]).write_text(json.dumps({"codes": codes, "processor": processor()}))
+    for line in sys.stdin:
+        print(json.dumps({"code": run(json.loads(line)), "processor": processor()}), flush=True)

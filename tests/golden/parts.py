@@ -7,6 +7,7 @@ is `entry_of_results`, `every_preset` and tests/several.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import itertools
@@ -82,22 +83,30 @@ class Outcome:
     processor: str
 
 
+@functools.cache
+def launcher() -> subprocess.Popen[str]:
+    """A process that has imported what is slow, and from which all commands of this process are forked."""
+    words, pipe = [sys.executable, "-P", str(HERE / "launch.py")], subprocess.PIPE
+    return subprocess.Popen(
+        words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment()
+    )  # fmt: skip
+
+
 def launch(commands: Sequence[list[str]], folder: pathlib.Path, seconds: float = 600) -> Outcome:
     """Run `python -m` with each list of words, one after the other, in `folder`."""
+    codes, said, processor = [], [], ""
     with tempfile.TemporaryDirectory() as place:
-        beside = pathlib.Path(place)
-        logs = [beside / f"{i}.log" for i in range(len(commands))]
-        asked = [
-            {"words": words, "folder": str(folder), "log": str(log), "seconds": seconds}
-            for words, log in zip(commands, logs, strict=True)
-        ]
-        (beside / "commands.json").write_text(json.dumps(asked))
-        files = [str(beside / "commands.json"), str(beside / "outcome.json")]
-        subprocess.run([sys.executable, "-P", str(HERE / "launch.py"), *files], check=True, env=environment(),
-                       stderr=subprocess.DEVNULL)  # fmt: skip
-        outcome = json.loads((beside / "outcome.json").read_text())
-        said = [log.read_text(errors="replace").strip()[-600:] for log in logs]
-        return Outcome(outcome["codes"], said, outcome["processor"])
+        log = pathlib.Path(place) / "log"
+        asked, answers = launcher().stdin, launcher().stdout
+        assert asked and answers
+        for words in commands:
+            command = {"words": words, "folder": str(folder), "log": str(log), "seconds": seconds}
+            print(json.dumps(command), file=asked, flush=True)
+            outcome = json.loads(answers.readline())
+            codes.append(outcome["code"])
+            said.append(log.read_text(errors="replace").strip()[-600:])
+            processor = outcome["processor"]
+    return Outcome(codes, said, processor)
 
 
 def rounded(value: Any, digits: int = 8) -> Any:
@@ -175,15 +184,15 @@ def several(names: Sequence[str]) -> dict[str, Any]:
     """What tests/several.py gives in one process."""
     with tempfile.TemporaryDirectory() as place:
         out = pathlib.Path(place) / "out.json"
-        learn = (
-            "import pathlib, sys; from tests.several import VERBS, learn; learn(pathlib.Path(sys.argv[1]), [*VERBS])"
-        )
-        subprocess.run([sys.executable, "-c", learn, str(out)], check=True, cwd=ROOT, capture_output=True,
-                       env={**environment(), "RUNS": place})  # fmt: skip
+        outcome = launch([["tests.several", str(out), place]], ROOT)
+        if outcome.codes != [0]:
+            return {"error": f"exit code {outcome.codes[0]}, {outcome.said[0]}"}
         return rounded(json.loads(out.read_text()))
 
 
 def compare_several(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    if "error" in now:
+        return [now["error"]]
     return differences(golden, now, 1e-5, 1e-9)
 
 

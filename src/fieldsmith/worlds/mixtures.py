@@ -101,10 +101,7 @@ class Mixture:
 
     def x_0(self, x_t: Tensor, t: Tensor, path: Path) -> Tensor:
         """E[x_0 | x_t], (batch, d); in each mode mu_j - alpha S_j s_j."""
-        alpha, sigma = _levels(path, t, x_t)
-        s_j = self._mode_scores(x_t, alpha, sigma)
-        x_0 = self.means - alpha.reshape(-1, 1, 1) * torch.einsum("jab,njb->nja", self.covariances, s_j)
-        return self._average(self._log_joint(x_t, alpha, sigma), x_0)
+        return self._x_0_and_score(x_t, *_levels(path, t, x_t))[0]
 
     def eps(self, x_t: Tensor, t: Tensor, path: Path) -> Tensor:
         """E[eps | x_t] = -sigma score, (batch, d)."""
@@ -115,7 +112,9 @@ class Mixture:
         """alpha' E[x_0 | x_t] + sigma' E[eps | x_t], (batch, d). Raises ValueError where the path has no velocity."""
         t = t.to(x_t)
         d_alpha, d_sigma = path.d_alpha(t).reshape(-1, 1), path.d_sigma(t).reshape(-1, 1)
-        velocity: Tensor = d_alpha * self.x_0(x_t, t, path) + d_sigma * self.eps(x_t, t, path)
+        alpha, sigma = _levels(path, t, x_t)
+        x_0, score = self._x_0_and_score(x_t, alpha, sigma)
+        velocity: Tensor = d_alpha * x_0 - d_sigma * sigma.reshape(-1, 1) * score
         return velocity
 
     def field(self, path: Path) -> Callable[[Tensor, Tensor], Prediction]:
@@ -215,6 +214,12 @@ class Mixture:
         return -torch.einsum(
             "jab,njb->nja", self._axes[1], self._along_axes(x_t, alpha) / self._variances(alpha, sigma)
         )
+
+    def _x_0_and_score(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Both from one posterior over modes, (batch, d) each."""
+        log_joint, s_j = self._log_joint(x_t, alpha, sigma), self._mode_scores(x_t, alpha, sigma)
+        x_0 = self.means - alpha.reshape(-1, 1, 1) * torch.einsum("jab,njb->nja", self.covariances, s_j)
+        return self._average(log_joint, x_0), self._average(log_joint, s_j)
 
     def _average(self, log_joint: Tensor, of_modes: Tensor) -> Tensor:
         return torch.einsum("nj,nja->na", log_joint.softmax(1), of_modes)
