@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fieldsmith.commands import arguments
-from fieldsmith.models.families import FAMILIES, VERBS, supports
+from fieldsmith.models.families import FAMILIES, PUBLISHED, VERBS, supports
 
 INTRODUCTION = """# Families
 
@@ -71,11 +71,15 @@ def notes() -> list[str]:
 
 def traits() -> tuple[list[str], list[list[str]]]:
     """Headers, and a row a family: what it is asked for by, its path, what a run ships."""
-    headers = ["family", "pipelines", "asked by", "source images", "path", "a LoRA ships as", "other tools' keys"]
+    headers = [
+        "family", "pipelines", "asked by", "source images", "path", "a LoRA ships as", "other tools' keys",
+        "on the hub",
+    ]  # fmt: skip
     rows = [
         [
             family.name, ", ".join(family.pipelines), " or ".join(family.condition), family.sources, family.path,
             "adapter file" if family.adapters else "whole pipeline", ", ".join(family.exports) or "none",
+            ", ".join(PUBLISHED[family.name]),
         ]
         for family in FAMILIES
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models import folders
-from fieldsmith.models.families import FAMILIES, Family, named
+from fieldsmith.models.families import FAMILIES, Family, named, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ def denoiser_of(name: str | pathlib.Path) -> Denoiser:
 def pipeline_folder(name: str) -> pathlib.Path | None:
     """Where the pipeline lies on this machine; None for a hub id."""
     if name.startswith("zoo:"):
-        known = sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))
+        known = zoo_names()
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none, this zoo is empty'}"
@@ -242,8 +242,19 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return None
     raise InputError(
-        f"the folder '{name}' does not exist; give a diffusers pipeline folder, a hub id (org/name) or zoo:NAME"
+        f"the folder '{name}' does not exist{_meant(name)}; give a diffusers pipeline folder, a hub id (org/name) or "
+        "zoo:NAME"
     )
+
+
+def zoo_names() -> list[str]:
+    return sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))
+
+
+def _meant(name: str) -> str:
+    """What a message asks where a name is nearly one that is known."""
+    near = nearest(name, zoo_names())
+    return f" (did you mean '{near}'?)" if near else ""
 
 
 def offline_copy(name: str) -> pathlib.Path | None:
@@ -269,7 +280,8 @@ def offline_copy(name: str) -> pathlib.Path | None:
         return pathlib.Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"'{name}' is not a folder here and was not fetched before, and {why}; connect, or give a folder"
+            f"'{name}' is not a folder here and was not fetched before, and {why}; connect, or give a "
+            f"folder{_meant(name)}"
         ) from error
 
 
@@ -287,8 +299,8 @@ def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
                     f"'{name}' is gated: accept its licence at {constants.ENDPOINT}/{name}, then `hf auth login`"
                 ) from error
             raise InputError(
-                f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub; check the "
-                f"name and the network, or give a folder ({_first_line(error)})"
+                f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub"
+                f"{_meant(name)}; check the name and the network, or give a folder ({_first_line(error)})"
             ) from error
     return folders.read_index(name, folder)
 
