@@ -14,7 +14,11 @@ from fieldsmith.models.families import FAMILIES, PUBLISHED, VERBS, supports
 INTRODUCTION = """# Families
 
 What each family of diffusers pipelines is, and which verb trains it: by a LoRA, or as full weights (all of them or a
-subset). Printed by `fieldsmith families --markdown` from src/fieldsmith/models/families.py; a test runs every cell."""
+subset). Printed by `fieldsmith families --markdown` from src/fieldsmith/models/families.py; a test runs every cell.
+
+A model is a folder as diffusers saves it, a hub id, or one .safetensors file in the layout of its first release (SD1.5,
+SDXL, SD3, FLUX.1) with `--config-from FOLDER_OR_ID`, in Python `load(file, config_from=...)`: a pipeline of the same
+family, from which config, scheduler, tokenizers and what the file lacks come, such as encoders of words."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models import folders
 from fieldsmith.models.families import FAMILIES, Family, named, nearest
+from fieldsmith.models.single_file import SUFFIX, check_file, parts, single_file
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,10 @@ def load(
     resolution: int | None = None,
     dtype: torch.dtype | None = None,
     adapter: str | pathlib.Path | Sequence[str | pathlib.Path] = (),
+    config_from: str | pathlib.Path = "",
 ) -> Model:
-    """The model in a pipeline folder, under a hub id ('org/name') or in the zoo ('zoo:shapes-flux').
+    """The model in a pipeline folder, under a hub id ('org/name') or in the zoo ('zoo:shapes-flux'), or in one
+    .safetensors file, of which `config_from`, a folder or hub id, has the config, tokenizers and what else it lacks.
 
     `resolution` is the side of its images where it is not the family's default, `dtype` that of its weights (float32).
     It comes on the GPU where there is one. Each `adapter`, 'FILE' or 'FILE:scale', becomes part of its frozen weights.
@@ -55,10 +58,14 @@ def load(
     safetensors.
     """
     name = str(name)
-    folder = pipeline_folder(name) or offline_copy(name)
+    file = single_file(name, str(config_from))
+    source = str(config_from) if file else name
+    folder = pipeline_folder(source) or offline_copy(source)
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
-        index = _index(name, folder)
-        family = _family(name, index)
+        index = _index(source, folder)
+        family = _family(source, index)
+        if file:
+            check_file(file, family.name, source)
         sources = [adapter] if isinstance(adapter, (str, pathlib.Path)) else list(adapter)
         if sources:
             check_adapters(family.name, name, *sources)  # before gigabytes are read
@@ -67,14 +74,18 @@ def load(
 
         from fieldsmith.models.core import check_size
 
-        folders.check_index(name, index)
-        if folder:
-            folders.check_components(name, folder, index)
+        folders.check_index(source, index)
         made_by = family.model_class()
-        variant = _variant(name, folder, index) if folder else None
+        if folder:
+            rest = {part: kind for part, kind in index.items() if not (file and part == made_by.PART)}
+            folders.check_components(source, folder, rest)
+        variant = _variant(source, folder, index) if folder else None
         try:
             network = {}
-            if processes.sharded():
+            if file:
+                options = {"config": str(folder or source), "local_files_only": folder is not None}
+                network = parts(file, index, made_by.PART, torch_dtype=dtype or torch.float32, **options)
+            elif processes.sharded():
                 # fsdp is imported where it is asked for
                 from fieldsmith.models.sharding import load_sharded
 
@@ -82,14 +93,14 @@ def load(
                 kind = getattr(diffusers, index[made_by.PART][1])
                 network = {made_by.PART: load_sharded(kind, folder / made_by.PART, dtype or torch.float32, variant)}
             pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-                folder or name,
+                folder or source,
                 use_safetensors=True,
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
                 variant=variant,
                 **network,
                 **_absent(index),
-                **made_by.components(str(folder or name), local_files_only=folder is not None),
+                **made_by.components(str(folder or source), local_files_only=folder is not None),
             )
             pipeline.to(processes.device())
         except Exception as error:  # diffusers, transformers and safetensors each have their own
@@ -226,7 +237,7 @@ def denoiser_of(name: str | pathlib.Path) -> Denoiser:
 
 
 def pipeline_folder(name: str) -> pathlib.Path | None:
-    """Where the pipeline lies on this machine; None for a hub id."""
+    """Where the pipeline, or the file of a whole model, lies on this machine; None for a hub id."""
     if name.startswith("zoo:"):
         known = zoo_names()
         if name not in known:
@@ -236,6 +247,8 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
         return ZOO / name.removeprefix("zoo:")
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
+        return folder
+    if folder.exists() and name.endswith(SUFFIX):  # a whole model in one file
         return folder
     if folder.exists():
         raise InputError(f"'{name}' is a file, not a diffusers pipeline folder; give the folder with model_index.json")
