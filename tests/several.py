@@ -36,6 +36,7 @@ from fieldsmith.models.core import Model
 from fieldsmith.models.flux import Flux
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.unet import UNet
+from fieldsmith.preferences import Preferences
 from fieldsmith.rewards import Reward
 from fieldsmith.rewards.sessions import Exact
 from fieldsmith.run import Run
@@ -77,9 +78,12 @@ def align(run: Run, **settings: Any) -> tuple[Model, int]:
         "prompts": ("red circle", "blue square", "a"), "prompts_per_epoch": 3, "rollouts": 3, "steps": 3, "epochs": 2,
         "updates": 1, "rank": 2, "chunk": 4, **settings,
     })  # fmt: skip
-    reward = Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3)))
+    inputs = Inputs(Reward("brightness", True, lambda images, prompts: images.mean((1, 2, 3))))
+    if config.pairs:
+        images = model.decode(model.noise(6, torch.Generator().manual_seed(0)))
+        inputs = Inputs(pairs=Preferences(config.prompts, images[:3], images[3:]))
     with model.count_nfe() as nfe:
-        verb.train(ALIGN, model, config, Inputs(reward), run)
+        verb.train(ALIGN, model, config, inputs, run)
     return model, nfe.total
 
 
@@ -139,6 +143,7 @@ VERBS: dict[str, Callable[[Run], tuple[Model, int]]] = {
     "align, first order": lambda run: align(run, estimator="tweedie"),
     "align, adjoint": lambda run: align(run, estimator="adjoint"),
     "align, pathwise": lambda run: align(run, estimator="pathwise", truncate=1),
+    "align, dpo": lambda run: align(run, estimator="dpo", reward="", rollout="ode", pairs="given:3", renoise=2),
     "edit": edit,
     "edit, grpo": lambda run: edit(run, objective="grpo", steady=0.1),
     "distill": distill,

@@ -46,7 +46,10 @@ def test_a_result_given_as_the_model_is_its_base_with_its_adapter(first, tmp_pat
     third = fs.open_run(tmp_path / "second")  # both erasures are in what it loads
     images = [fs.sample(model, "a red star", n=1, steps=2)[0].tobytes() for model in (third.model, second.model)]
     assert images[0] == images[1] != fs.sample(alone.model, "a red star", n=1, steps=2)[0].tobytes()
-    assert base_of(str(tmp_path / "second"))[1] == (str(first.out / "adapter"), str(tmp_path / "second" / "adapter"))
+    assert base_of(str(tmp_path / "second")).adapter == (
+        str(first.out / "adapter"),
+        str(tmp_path / "second" / "adapter"),
+    )
 
 
 def test_a_run_directory_is_a_model_wherever_one_is_named(first, tmp_path, capsys):

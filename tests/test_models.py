@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -605,6 +606,28 @@ def test_a_gated_repository_is_named_with_its_licence(monkeypatch: pytest.Monkey
 def test_a_zoo_name_that_is_nearly_one_is_told() -> None:
     with pytest.raises(InputError, match="'zoo:shapes-fluks' is not in the zoo; did you mean 'zoo:shapes-flux'"):
         load("zoo:shapes-fluks")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("black-forest-labs/FLUX1-dev", "black-forest-labs/FLUX.1-dev"),
+        ("blackforestlabs/flux.1-kontext-dev", "black-forest-labs/FLUX.1-Kontext-dev"),
+        ("stable-difusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("shapes-flux", "zoo:shapes-flux"),
+        ("Qwen/Qwen-Image-Edit-2059", "Qwen/Qwen-Image-Edit-2509"),
+        ("black-forest-labs/FLUX.1-dev", None),
+        ("some/model", None),
+    ],
+)
+def test_a_name_that_is_nearly_a_published_one_is_told(
+    name: str, meant: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"does not exist|HF_HUB_OFFLINE is set") as refused:
+        load(name)
+    asked = re.findall("did you mean '(.*)'", str(refused.value))
+    assert asked == ([meant] if meant else [])
 
 
 def test_resolution_is_checked(flux_folder: pathlib.Path, unet_folder: pathlib.Path) -> None:

@@ -232,6 +232,7 @@ def gaussian_terminal_bias(seed: int, n: int = 200_000) -> dict[str, float]:
 
 SKIPPED = (
     "rlcm", "dance-grpo", "pcpo-flow",  # their steps are of rectified flows
+    "dpo",  # learns from pairs, not from a reward
     "ddpo",  # at a KL of weight 1 it is flow-grpo
     "residual-nabla-db-full", "vgg-flow-full",  # several times the work of the pruned ones
 )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from fieldsmith import rewards, verb
+from fieldsmith import preferences, rewards, verb
 from fieldsmith.config import GIVEN, Config, configure
 from fieldsmith.diagnoses.overview import diagnose as diagnose
 from fieldsmith.errors import InputError
@@ -37,6 +37,7 @@ from fieldsmith.models import load as load
 from fieldsmith.models.core import Model
 from fieldsmith.models.features import load_features
 from fieldsmith.pictures import Frame
+from fieldsmith.preferences import Preferences
 from fieldsmith.read import read_prompts
 from fieldsmith.result import Result, going_on
 from fieldsmith.rewards.sessions import load as load_judge
@@ -61,6 +62,7 @@ def align(
     reward: RewardLike | None = None,
     prompts: str | pathlib.Path | Iterable[str] | None = None,
     *,
+    pairs: str | pathlib.Path | Iterable[Any] | None = None,
     held_out_rewards: RewardLike | Sequence[RewardLike] = (),
     config: AlignConfig | None = None,
     preset: str | None = None,
@@ -73,39 +75,55 @@ def align(
     `model` is a Model, which is trained in place, or a name to load. `reward` is a name or a function of images
     (n, 3, h, w) in [0, 1] and n prompts that returns n numbers; with an attribute `differentiable = True` its gradient
     may be used. `held_out_rewards` are only measured. `prompts` are texts, or a file with one a line; None: the
-    captions that a zoo model was trained on. Every field of AlignConfig is a keyword; `config` takes the whole, beside
-    which rewards may still be functions. out=None writes nothing.
+    captions that a zoo model was trained on. With preset="dpo" `pairs` take the place of both: a file with a line
+    {"prompt": ..., "chosen": path, "rejected": path} a pair, such dicts, or Pick-a-Pic's rows (docs/align.md). Every
+    field of AlignConfig is a keyword; `config` takes the whole, beside which rewards may still be functions and pairs
+    objects. out=None writes nothing.
     Raises InputError before anything is trained or written, RewardError and RunError where training breaks.
     """
     held_out = (
         (held_out_rewards,) if callable(held_out_rewards) or isinstance(held_out_rewards, str) else held_out_rewards
     )
-    named: dict[str, Any] = {"reward": _name(reward), "held_out_rewards": tuple(map(_name, held_out)) or None}
+    own = None if pairs is None or isinstance(pairs, (str, pathlib.Path)) else preferences.load(pairs)
+    named: dict[str, Any] = {
+        "reward": _name(reward), "held_out_rewards": tuple(map(_name, held_out)) or None,
+        "pairs": f"{GIVEN}{len(own.prompts)}" if own else pairs and str(pairs),
+    }  # fmt: skip
     if prompts is not None:
         named["prompts"] = (str(prompts),) if isinstance(prompts, (str, pathlib.Path)) else tuple(prompts)
     functions = {_name(one): one for one in (reward, *held_out) if callable(one)}
     if config is not None:  # which cannot hold functions
-        config = config.replace(**{name: named.pop(name) for name in list(named) if functions and named[name]})
+        kept = {"reward": functions, "held_out_rewards": functions, "pairs": own}
+        config = config.replace(**{name: named.pop(name) for name, objects in kept.items() if objects and named[name]})
     config, model = settle(AlignConfig, model, "model", config, preset, scale, named, settings)
     config.check()
-    config, inputs = align_inputs(config, lambda name, world: rewards.load(functions.get(name, name), world))
+    config, inputs = align_inputs(config, lambda name, world: rewards.load(functions.get(name, name), world), own)
     return verb.run(ALIGN, config, inputs, model, callback)
 
 
-def align_inputs(config: AlignConfig, load: Callable[[str, Any], Any]) -> tuple[AlignConfig, AlignInputs]:
-    """The config with its prompts read, and what `align` is given beside it; `load(name, world)` gives a reward."""
+def align_inputs(
+    config: AlignConfig, load: Callable[[str, Any], Any], pairs: Preferences | None = None
+) -> tuple[AlignConfig, AlignInputs]:
+    """The config with its prompts read, and what `align` is given beside it; `load(name, world)` gives a reward,
+    `pairs` are those that were handed over."""
     world = world_of(config.model)
-    if world:
-        config = config.replace(prompts=read_prompts(config.prompts) or world.training_captions())
-    else:
-        config = config.replace(prompts=read_prompts(config.prompts))
-    named = [words for words in (config.reward, *config.held_out_rewards) if not words.startswith("function:")]
+    prompts = read_prompts(config.prompts)
+    if config.pairs:
+        pairs = pairs or preferences.load(_there(config.pairs))
+        of_pairs = tuple(dict.fromkeys(pairs.prompts))
+        if prompts not in ((), of_pairs):
+            raise InputError("prompts come with the pairs that dpo learns from; leave out prompts")
+        prompts = of_pairs
+    config = config.replace(prompts=prompts or (world.training_captions() if world else ()))
+    words_of = (*((config.reward,) if not pairs else ()), *config.held_out_rewards)
+    named = [words for words in words_of if not words.startswith("function:")]
     if world and {name for words in named for _, name, _ in rewards.parse(words)} & {*rewards.OF_WORLD} - {"valid"}:
         for prompt in config.prompts:
             world.parse(prompt)  # what its judge cannot read is refused now, not when the first pictures are judged
     watched = [load(name, world) for name in (*config.held_out_rewards, *(("valid",) if world else ()))]
     others = tuple(name for name in (*world.other_captions(), "") if name not in config.prompts) if world else ()
-    return config, AlignInputs(load(config.reward, world), {one.name: one for one in watched}, others)
+    reward = None if pairs else load(config.reward, world)
+    return config, AlignInputs(reward, {one.name: one for one in watched}, others, pairs)
 
 
 def _name(reward: RewardLike | None) -> str | None:
@@ -354,12 +372,13 @@ def settle(
     """
     given = {name: value for name, value in named.items() if value is not None} | settings
     model = going_on(model)
-    if not isinstance(model, Model) and (found := base_of(str(model if config is None else getattr(config, source)))):
-        model, base = found
+    begun = getattr(config, source) if model is None and config is not None else model
+    if isinstance(begun, str) and (found := base_of(begun)):
+        model, of_base = found.model, {"config_from": found.config_from} if found.config_from else {}
         if config is not None:
-            config = config.replace(**{source: model, "adapter": (*base, *config.adapter)})
-        elif base:
-            given["adapter"] = (*base, *given.get("adapter", ()))
+            config = config.replace(**{source: model, "adapter": (*found.adapter, *config.adapter)}, **of_base)
+        else:
+            given |= of_base | {"adapter": (*found.adapter, *given.get("adapter", ()))}
     if isinstance(model, Model):
         given[source] = model.name
         if model.adapters and config is None:

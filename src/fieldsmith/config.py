@@ -113,6 +113,8 @@ class Config:
     """How often a run directory gets a strip of pictures while the model trains, beside one before it; 0: none."""
     adapter: Words = ()
     """Adapters (of any trainer) that become part of the base: FILE or FILE:scale, --adapter again for each."""
+    config_from: str = ""
+    """Of a model in one .safetensors file: the pipeline folder or hub id that its config and tokenizers come from."""
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Where else the training's numbers go while it runs, beside metrics.jsonl."""
 

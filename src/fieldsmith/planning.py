@@ -147,7 +147,7 @@ def plan(name: str, config: Any) -> Plan:
     of, inputs_of = INPUTS[name]
     config, inputs = inputs_of(config, judged)
     verb.check_memory(of, config)
-    source = getattr(config, of.source)
+    source = config.config_from or getattr(config, of.source)  # whose shapes are the same
     dtype = torch.bfloat16 if config.dtype == "bf16" else None
     meta = meta_model(source, getattr(config, "resolution", None), dtype)
     parts = components(meta.model)

@@ -14,6 +14,7 @@ from typing import Any
 from fieldsmith.errors import InputError
 
 LARGEST = 2**28  # bytes of a text file
+PAIR = '{"prompt": "a cat", "chosen": "1.png", "rejected": "2.png"}'  # a line of preference pairs
 
 
 def read_text(path: str | pathlib.Path, kind: str) -> str:

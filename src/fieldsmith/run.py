@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -88,9 +88,20 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.Path) else value
 
 
-def base_of(source: str) -> tuple[str, tuple[str, ...]] | None:
-    """The model that a finished run left, by its name and adapters, so that another run can go on from it; None where
-    `source` is no run directory. Raises InputError where the run is not finished or left no weights."""
+class Base(NamedTuple):
+    """What a finished run left, for another to go on from: a model's name, the adapters in it, and for a model in one
+    file what has its config."""
+
+    model: str
+    adapter: tuple[str, ...] = ()
+    config_from: str = ""
+
+
+def base_of(source: str) -> Base | None:
+    """What a finished run left; None where `source` is no run directory.
+
+    Raises InputError where the run is not finished or left no weights.
+    """
     folder = pathlib.Path(source).expanduser()
     if not (folder / "config.toml").is_file() or (folder / "model_index.json").exists():
         return None
@@ -103,8 +114,9 @@ def base_of(source: str) -> tuple[str, tuple[str, ...]] | None:
     if not (folder / shipped).is_dir() or (shipped == "adapter" and not isinstance(name, str)):
         raise InputError(f"run '{source}' left no weights that another run could begin with")
     if shipped != "adapter":
-        return str(folder / shipped), ()
-    return str(name), (*map(str, settings.get("adapter", ())), str(folder / shipped))
+        return Base(str(folder / shipped))
+    adapters = (*map(str, settings.get("adapter", ())), str(folder / shipped))
+    return Base(str(name), adapters, str(settings.get("config_from", "")))
 
 
 class Run:

@@ -55,7 +55,7 @@ def sample(
 
 def loaded(config: Any) -> Model:
     """The model of a command's settings, with its adapters."""
-    model = load(config.model, config.resolution, adapter=config.adapter)
+    model = load(config.model, config.resolution, adapter=config.adapter, config_from=config.config_from)
     model.chunk = config.chunk
     return model
 
@@ -87,7 +87,7 @@ def drawn(config: Any) -> Drawn:
     if not config.side_by_side:
         model = loaded(config)
         return Drawn(sampler(model, config.steps, _guidance(model, config))(asked, seeds), config.each, about)
-    model = load(config.model, config.resolution)
+    model = load(config.model, config.resolution, config_from=config.config_from)
     model.chunk = config.chunk
     draw = sampler(model, config.steps, _guidance(model, config))
     base = draw(asked, seeds)

@@ -360,7 +360,8 @@ def load_model(verb: Verb, config: Any, inputs: Any = None) -> Model:
     """What the config names, with its frozen weights in their type and its other parts, and the networks that the
     inputs have, where they wait."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else None
-    model = load(getattr(config, verb.source), getattr(config, "resolution", None), dtype, config.adapter)
+    size = getattr(config, "resolution", None)
+    model = load(getattr(config, verb.source), size, dtype, config.adapter, config.config_from)
     if config.offload:
         parts = offload(model, getattr(inputs, "networks", ()))
         where = f"{', '.join(parts)} wait on the CPU" if parts else "nothing to do, the model is on the CPU already"

@@ -47,7 +47,9 @@ def of_runs(words: Sequence[str]) -> list[str]:
         found = base_of(source) if source else None
         if found:
             take(words, flag)
-            words = [flag, found[0], *(word for one in found[1] for word in ("--adapter", one)), *words]
+            more = ["--config-from", found.config_from] if found.config_from else []
+            adapters = [word for one in found.adapter for word in ("--adapter", one)]
+            words = [flag, found.model, *more, *adapters, *words]
     return words
 
 

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fieldsmith.commands import arguments
-from fieldsmith.models.families import FAMILIES, VERBS, supports
+from fieldsmith.models.families import FAMILIES, PUBLISHED, VERBS, supports
 
 INTRODUCTION = """# Families
 
 What each family of diffusers pipelines is, and which verb trains it: by a LoRA, or as full weights (all of them or a
-subset). Printed by `fieldsmith families --markdown` from src/fieldsmith/models/families.py; a test runs every cell."""
+subset). Printed by `fieldsmith families --markdown` from src/fieldsmith/models/families.py; a test runs every cell.
+
+A model is a folder as diffusers saves it, a hub id, or one .safetensors file in the layout of its first release (SD1.5,
+SDXL, SD3, FLUX.1) with `--config-from FOLDER_OR_ID`, in Python `load(file, config_from=...)`: a pipeline of the same
+family, from which config, scheduler, tokenizers and what the file lacks come, such as encoders of words."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,15 @@ def notes() -> list[str]:
 
 def traits() -> tuple[list[str], list[list[str]]]:
     """Headers, and a row a family: what it is asked for by, its path, what a run ships."""
-    headers = ["family", "pipelines", "asked by", "source images", "path", "a LoRA ships as", "other tools' keys"]
+    headers = [
+        "family", "pipelines", "asked by", "source images", "path", "a LoRA ships as", "other tools' keys",
+        "on the hub",
+    ]  # fmt: skip
     rows = [
         [
             family.name, ", ".join(family.pipelines), " or ".join(family.condition), family.sources, family.path,
             "adapter file" if family.adapters else "whole pipeline", ", ".join(family.exports) or "none",
+            ", ".join(PUBLISHED[family.name]),
         ]
         for family in FAMILIES
     ]  # fmt: skip

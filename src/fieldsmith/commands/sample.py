@@ -36,6 +36,8 @@ class SampleConfig:
     """A diffusers pipeline folder, a hub id, or a zoo model."""
     adapter: Words = ()
     """Adapters (of any trainer) in the base: FILE, FILE:scale or a run's adapter/, --adapter again for each."""
+    config_from: str = ""
+    """Of a model in one .safetensors file: the pipeline folder or hub id that its config and tokenizers come from."""
     side_by_side: bool = False
     """Left of each image, what the base without --adapter draws at the same seed."""
     out: pathlib.Path = pathlib.Path("sample.png")

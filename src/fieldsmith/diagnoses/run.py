@@ -73,7 +73,7 @@ def settle(model: Model | str | None, kind: str, config: Any, settings: dict[str
     model = going_on(model)
     found = base_of(model) if isinstance(model, str) else None
     if found:
-        model, settings = found[0], settings | {"adapter": (*found[1], *settings.get("adapter", ()))}
+        model, settings = found.model, settings | {"adapter": (*found.adapter, *settings.get("adapter", ()))}
     given = settings if model is None else {"model": model, **settings}
     objects = {name: value for name, value in given.items() if name != "prompts" and _is_object(value)}
     if config is None:

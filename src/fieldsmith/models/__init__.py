@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models import folders
-from fieldsmith.models.families import FAMILIES, Family, named
+from fieldsmith.models.families import FAMILIES, Family, named, nearest
+from fieldsmith.models.single_file import SUFFIX, check_file, parts, single_file
 from fieldsmith.run import base_of
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ def load(
     resolution: int | None = None,
     dtype: torch.dtype | None = None,
     adapter: str | pathlib.Path | Sequence[str | pathlib.Path] = (),
+    config_from: str | pathlib.Path = "",
 ) -> Model:
-    """The model in a pipeline folder, under a hub id ('org/name'), in the zoo ('zoo:shapes-flux') or of a finished run.
+    """The model in a pipeline folder, under a hub id ('org/name'), in the zoo ('zoo:shapes-flux') or of a finished run,
+    or in one .safetensors file, of which `config_from`, a folder or hub id, has the config, tokenizers and what else it
+    lacks.
 
     `resolution` is the side of its images where it is not the family's default, `dtype` that of its weights (float32).
     It comes on the GPU where there is one. Each `adapter`, 'FILE' or 'FILE:scale', becomes part of its frozen weights.
@@ -58,11 +62,15 @@ def load(
     name = str(name)
     sources: list[str | pathlib.Path] = [adapter] if isinstance(adapter, (str, pathlib.Path)) else list(adapter)
     if found := base_of(name):
-        name, sources = found[0], [*found[1], *sources]
-    folder = pipeline_folder(name) or offline_copy(name)
+        name, sources, config_from = found.model, [*found.adapter, *sources], found.config_from
+    file = single_file(name, str(config_from))
+    source = str(config_from) if file else name
+    folder = pipeline_folder(source) or offline_copy(source)
     with _quiet():  # before anything of transformers is imported: it tells every importer about torchvision
-        index = _index(name, folder)
-        family = _family(name, index)
+        index = _index(source, folder)
+        family = _family(source, index)
+        if file:
+            check_file(file, family.name, source)
         if sources:
             check_adapters(family.name, name, *sources)  # before gigabytes are read
         import diffusers  # late
@@ -70,14 +78,18 @@ def load(
 
         from fieldsmith.models.core import check_size
 
-        folders.check_index(name, index)
-        if folder:
-            folders.check_components(name, folder, index)
+        folders.check_index(source, index)
         made_by = family.model_class()
-        variant = _variant(name, folder, index) if folder else None
+        if folder:
+            rest = {part: kind for part, kind in index.items() if not (file and part == made_by.PART)}
+            folders.check_components(source, folder, rest)
+        variant = _variant(source, folder, index) if folder else None
         try:
             network = {}
-            if processes.sharded():
+            if file:
+                options = {"config": str(folder or source), "local_files_only": folder is not None}
+                network = parts(file, index, made_by.PART, torch_dtype=dtype or torch.float32, **options)
+            elif processes.sharded():
                 # fsdp is imported where it is asked for
                 from fieldsmith.models.sharding import load_sharded
 
@@ -85,14 +97,14 @@ def load(
                 kind = getattr(diffusers, index[made_by.PART][1])
                 network = {made_by.PART: load_sharded(kind, folder / made_by.PART, dtype or torch.float32, variant)}
             pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-                folder or name,
+                folder or source,
                 use_safetensors=True,
                 local_files_only=folder is not None,
                 torch_dtype=dtype or torch.float32,
                 variant=variant,
                 **network,
                 **_absent(index),
-                **made_by.components(str(folder or name), local_files_only=folder is not None),
+                **made_by.components(str(folder or source), local_files_only=folder is not None),
             )
             pipeline.to(processes.device())
         except Exception as error:  # diffusers, transformers and safetensors each have their own
@@ -229,9 +241,9 @@ def denoiser_of(name: str | pathlib.Path) -> Denoiser:
 
 
 def pipeline_folder(name: str) -> pathlib.Path | None:
-    """Where the pipeline lies on this machine; None for a hub id."""
+    """Where the pipeline, or the file of a whole model, lies on this machine; None for a hub id."""
     if name.startswith("zoo:"):
-        known = sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))
+        known = zoo_names()
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none, this zoo is empty'}"
@@ -240,13 +252,26 @@ def pipeline_folder(name: str) -> pathlib.Path | None:
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.exists() and name.endswith(SUFFIX):  # a whole model in one file
+        return folder
     if folder.exists():
         raise InputError(f"'{name}' is a file, not a diffusers pipeline folder; give the folder with model_index.json")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return None
     raise InputError(
-        f"the folder '{name}' does not exist; give a diffusers pipeline folder, a hub id (org/name) or zoo:NAME"
+        f"the folder '{name}' does not exist{_meant(name)}; give a diffusers pipeline folder, a hub id (org/name) or "
+        "zoo:NAME"
     )
+
+
+def zoo_names() -> list[str]:
+    return sorted(f"zoo:{index.parent.name}" for index in ZOO.glob("*/model_index.json"))
+
+
+def _meant(name: str) -> str:
+    """What a message asks where a name is nearly one that is known."""
+    near = nearest(name, zoo_names())
+    return f" (did you mean '{near}'?)" if near else ""
 
 
 def offline_copy(name: str) -> pathlib.Path | None:
@@ -272,7 +297,8 @@ def offline_copy(name: str) -> pathlib.Path | None:
         return pathlib.Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"'{name}' is not a folder here and was not fetched before, and {why}; connect, or give a folder"
+            f"'{name}' is not a folder here and was not fetched before, and {why}; connect, or give a "
+            f"folder{_meant(name)}"
         ) from error
 
 
@@ -290,8 +316,8 @@ def _index(name: str, folder: pathlib.Path | None) -> dict[str, Any]:
                     f"'{name}' is gated: accept its licence at {constants.ENDPOINT}/{name}, then `hf auth login`"
                 ) from error
             raise InputError(
-                f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub; check the "
-                f"name and the network, or give a folder ({_first_line(error)})"
+                f"'{name}' is not a folder here, and no pipeline of that name could be fetched from the hub"
+                f"{_meant(name)}; check the name and the network, or give a folder ({_first_line(error)})"
             ) from error
     return folders.read_index(name, folder)
 

@@ -6,6 +6,7 @@ refuse models in this file's words, and a test runs every verb on every family t
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterable
@@ -67,6 +68,21 @@ FAMILIES = (
            path="variance-preserving", adapters=False, shrinks=True),
 )  # fmt: skip
 
+# the ids under which pipelines of a family are published on the hub; messages name the nearest where one is misspelt
+PUBLISHED: dict[str, tuple[str, ...]] = {
+    "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
+    "flux-kontext": ("black-forest-labs/FLUX.1-Kontext-dev",),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai/stable-diffusion-3.5-medium",
+            "stabilityai/stable-diffusion-3.5-large"),
+    "flux2-klein": ("black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"),
+    "qwen-image": ("Qwen/Qwen-Image",),
+    "qwen-image-edit": ("Qwen/Qwen-Image-Edit", "Qwen/Qwen-Image-Edit-2509"),
+    "dit": ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512"),
+    "unet": ("google/ddpm-cifar10-32", "google/ddpm-celebahq-256"),
+}  # fmt: skip
+
 # clauses that messages add to a model's name
 NO_STEPS = "is on rectified flow; sharpen needs a DDPM schedule and its ancestral steps"
 NO_SOURCES = (
@@ -91,6 +107,14 @@ def named(name: str) -> Family:
     """The family of this name. Raises InputError where there is none."""
     check_word(name, tuple(family.name for family in FAMILIES), "fieldsmith's families")
     return next(family for family in FAMILIES if family.name == name)
+
+
+def nearest(name: str, zoo: Iterable[str] = ()) -> str | None:
+    """The published id or zoo name that a name which is none may be meant for, with or without its 'org/' or 'zoo:'."""
+    known = [*zoo, *(id for ids in PUBLISHED.values() for id in ids)]
+    spelt = {one.lower(): one for one in known} | {re.split("[/:]", one.lower())[-1]: one for one in reversed(known)}
+    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.8)
+    return spelt[near[0]] if near and spelt[near[0]] != name else None
 
 
 def supports(family: Family, verb: str) -> Support:

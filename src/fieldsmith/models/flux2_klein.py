@@ -47,6 +47,7 @@ class Flux2Klein(Editor):
     }
     ORIGINAL_NAMES = NAMES
     ERASE_SUBSET = "qk_dual"
+    TEMPLATE = 3  # <|im_start|>, user, line end
     LARGEST = 1024 * 1024  # the pipeline shrinks larger ones
     path = RectifiedFlow()
     kind: Kind = "velocity"

@@ -7,14 +7,17 @@ gives them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Condition, Model, stack
+from fieldsmith.models.prompts import cut_words, quiet
 from fieldsmith.paths import Prediction, guide
 
 # of networks with dual-stream blocks, in which image and text tokens attend to each other under weights of their own
@@ -31,6 +34,7 @@ class Prompted(Model):
     """A model of prompts. `negative` is what guidance leads away from: the empty prompt unless set."""
 
     TOKENIZER: ClassVar[str] = "tokenizer"  # the pipeline's tokenizer that reads the whole prompt
+    TEMPLATE: ClassVar[int] = 0  # tokens that the pipeline puts before a prompt within the length that is read
     resolution: int  # pixels a side of an image
     text_length: int  # tokens that a prompt may have
     # (tokenizer, index of its first token in the part "embeds"), for methods that address single words
@@ -43,6 +47,7 @@ class Prompted(Model):
     ):
         """`native`: the resolution where none is asked for; `multiple`: what it must be a multiple of, in pixels."""
         super().__init__(pipeline, getattr(pipeline, self.PART), name)
+        self._told: set[str] = set()  # prompts whose length was looked at
         self.resolution, self.multiple = resolution or native, multiple
         if self.resolution % multiple or (largest and self.resolution > largest):
             limit = f" up to {largest}" if largest else ""
@@ -54,7 +59,7 @@ class Prompted(Model):
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Condition:
         """One row a prompt. Raises InputError at a word outside a closed vocabulary."""
         self.check_prompts(prompts)
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), quiet():
             return self._encode(list(prompts))
 
     @property
@@ -95,10 +100,27 @@ class Prompted(Model):
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return guide(conditional, unconditional, scale)
 
+    def _readers(self) -> dict[str, tuple[Any, int]]:
+        """The pipeline's tokenizers by name, each with how many tokens of a prompt its encoder reads."""
+        found = {}
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            tokenizer = getattr(self.pipeline, name, None)
+            if tokenizer is not None:
+                length = min(tokenizer.model_max_length, self.text_length)
+                found[name] = tokenizer, length - self.TEMPLATE - tokenizer.num_special_tokens_to_add()
+        return found
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises InputError at a word outside a closed vocabulary, or at a prompt too long for one."""
+        """Raises InputError at a word outside a closed vocabulary, or at a prompt too long for one; elsewhere one line
+        says which prompts are cut, once for each."""
         tokenizer = getattr(self.pipeline, self.TOKENIZER)
         if len(tokenizer) > 1000:  # sub-word vocabularies take every text
+            new = set(prompts) - self._told
+            self._told |= new
+            with quiet():
+                cut = cut_words(self._readers(), [prompt for prompt in prompts if prompt in new])
+            if cut and processes.is_main():
+                print(f"{self.name}: {cut}", file=sys.stderr)
             return
         words = tuple(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
         spare = tuple(tokenizer.all_special_tokens)

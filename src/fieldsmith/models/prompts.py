@@ -1,7 +1,7 @@
 """The prompts of a run, encoded when they are asked for and kept within bounds: in memory, then on disk.
 
-In: a model and its prompts, however many. Out: rows of their conditions. A prompt of SD3.5 takes 5.4 MB, so that
-50,000 of them at once would take 270 GB.
+In: a model and its prompts, however many. Out: rows of their conditions, and where long ones are cut. A prompt of SD3.5
+takes 5.4 MB, so that 50,000 of them at once would take 270 GB.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import pathlib
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from diffusers.utils import logging as of_diffusers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import logging as of_transformers
 
 from fieldsmith.models.core import Condition, Model, stack
 
@@ -99,3 +103,39 @@ def encoded_prompts(model: Model, words: Sequence[str]) -> Condition | Prompts:
     if len(words) <= FEW or getattr(model, "classes", None):
         return model.encode(words)
     return Prompts(model, words)
+
+
+def cut_words(readers: Mapping[str, tuple[Any, int]], prompts: Sequence[str]) -> str:
+    """Of prompts that are longer than an encoder reads, how many they are and after which word the first is cut.
+
+    `readers` are tokenizers by their name, each with how many tokens of a prompt its encoder reads. '' where all of
+    every prompt is read.
+    """
+    said = []
+    for name, (tokenizer, room) in readers.items():
+        cut = {}
+        # hardly any token is shorter than a byte, so that short prompts need no second look
+        for prompt in [prompt for prompt in dict.fromkeys(prompts) if 2 * len(prompt.encode()) > room]:
+            tokens = tokenizer(prompt, add_special_tokens=False).input_ids
+            if len(tokens) > room:
+                cut[prompt] = tokenizer.decode(tokens[:room]).split()[-1:]
+        for prompt, last in list(cut.items())[:1]:
+            where = f"after '{last[0]}'" if last else "at its start"
+            said.append(f"{len(cut)} by {name} after {room} tokens, such as '{_short(prompt)}' {where}")
+    if not said:
+        return ""
+    return f"of {len(set(prompts))} prompts some are longer than an encoder reads and are cut: {'; '.join(said)}"
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' own words on every batch of prompts that they cut."""
+    with ExitStack() as stack:
+        for library in (of_diffusers, of_transformers):
+            stack.callback(library.set_verbosity, library.get_verbosity())
+            library.set_verbosity_error()
+        yield

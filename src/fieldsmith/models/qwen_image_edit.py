@@ -48,6 +48,9 @@ class QwenImageEdit(QwenImage, Editor):
         rows = [torch.tensor([list(prompt.encode())], dtype=torch.uint8).to(self.device) for prompt in prompts]
         return stack([Condition({"words": row}) for row in rows])
 
+    def _readers(self) -> dict[str, tuple[Any, int]]:
+        return {}  # pictures are cut together with words, from the end, which is far
+
     def dummy_condition(self) -> Condition:
         return Model.dummy_condition(self)  # words are read together with images
 

@@ -58,7 +58,9 @@ class Outlook:
 
 
 def outlook(name: str, config: AlignConfig, s: Schedule, prior: float) -> Outlook | None:
-    """A recipe's strengths on the steps of s; None where its stochastic step does not fit the path."""
+    """A recipe's strengths on the steps of s; None where its stochastic step does not fit, or it has no reward."""
+    if config.estimator == "dpo":
+        return None
     flow = isinstance(s.path, RectifiedFlow)
     sde = ("flow-sde" if flow else "ddim") if config.sde == "auto" else config.sde
     if (sde == "ddim-uniform") if flow else not sde.startswith("ddim"):

@@ -6,14 +6,17 @@ A recipe says what a method is; PAPER holds the scale that it was published at, 
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from fieldsmith.config import (
+    GIVEN,
     Config,
     Count,
+    DataConfig,
     LoraConfig,
     MemoryConfig,
     Natural,
@@ -26,16 +29,16 @@ from fieldsmith.config import (
     config,
 )
 from fieldsmith.errors import InputError, check_word
-from fieldsmith.read import read_prompts
+from fieldsmith.read import PAIR, read_prompts
 from fieldsmith.rewards import parse
 
-Estimator = Literal["reverse-noise", "nft", "awm", "tweedie", "terminal", "adjoint", "pathwise", "balance"]
+Estimator = Literal["reverse-noise", "nft", "awm", "tweedie", "terminal", "adjoint", "pathwise", "balance", "dpo"]
 FIRST_ORDER = ("tweedie", "terminal", "adjoint", "pathwise")
 REGRESSIONS = ("tweedie", "terminal", "adjoint")
 
 
 @config
-class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
+class AlignConfig(Config, LoraConfig, OptimConfig, DataConfig, MemoryConfig):
     """Raise a reward by reward score matching or by one of the methods that it unifies (`--preset`)."""
 
     FIRST = (
@@ -60,6 +63,8 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     `mine.py:score`."""
     prompts: Words = ()
     """Prompts to train on, or one text file with a prompt a line; a zoo model's captions where empty."""
+    pairs: str = ""
+    """dpo: a file with a line {"prompt": ..., "chosen": "a.png", "rejected": "b.png"} a pair, or Pick-a-Pic rows."""
     held_out_rewards: Words = ()
     """Rewards that are only measured, before and after, to see reward hacking."""
     resolution: Pixels | None = None
@@ -68,7 +73,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     """The recipe that these settings came from; a name for the record."""
 
     estimator: Estimator = "reverse-noise"
-    """How the value's gradient is estimated: from drawn noise, from re-noised endpoints, or from the reward's own."""
+    """How the value's gradient is estimated: from drawn noise, re-noised endpoints, the reward's own, or from pairs."""
     state: Literal["current", "next"] = "next"
     """Where a first-order gradient is taken; next-state ones carry omega."""
     jacobian: Literal["full", "identity"] = "full"
@@ -90,7 +95,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     advantage_clip: Positive = 5.0
     """Largest advantage of 'std' and 'global-std'."""
     temperature: Positive = 1.0
-    """alpha: the target is p_ref exp(r / alpha); recipes with a normalised advantage see it through `kl` only."""
+    """alpha (dpo's beta): the target is p_ref exp(r / alpha); normalised advantages see it through `kl` only."""
 
     rollout: Literal["sde", "ode", "branches", "tree"] = "sde"
     """Independent SDE, ODE, an ODE root with one-step branches, or a tree."""
@@ -103,9 +108,9 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     window: tuple[int, int] | None = None
     """First and last step that is drawn and trained; the ODE elsewhere. None: every step with a density."""
     shared_noise: bool = False
-    """One initial noise for all rollouts of a prompt."""
+    """One initial noise for all rollouts of a prompt; of dpo: one noise for both images of a pair."""
     renoise: Count = 4
-    """Times at which each endpoint is re-noised (nft, awm)."""
+    """Times at which each endpoint (nft, awm) or pair (dpo) is noised."""
     train_steps: Count | None = None
     """Train the last step and one of each block, this many in all (where the last is not trained, any so many);
     None: all."""
@@ -137,15 +142,17 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
     0.001 an update to 0.5, or by 0.0075 from update 75 on to 0.999."""
     awm_weight: Literal["uniform", "ghuber"] = "uniform"
     """AWM's pseudo-log-likelihood of an error e at time t: -e, or -4 t e^(1/4)."""
+    dpo_weight: Literal["uniform", "posterior"] = "uniform"
+    """DPO's weight of the network's squared error: the same at all times, or 1 / Var(x_0 | x_t) of x_0's."""
 
     steps: SamplerSteps = 10
     """Sampler steps in training."""
     guidance: float | None = None
-    """Guidance scale in rollouts and loss; None: off."""
+    """Guidance scale in rollouts and loss (of dpo only in the pictures that are measured); None: off."""
     epochs: Count = 100
     """Collections of rollouts."""
     prompts_per_epoch: Count = 8
-    """Prompts in a collection."""
+    """Prompts in a collection; of dpo: pairs in an update."""
     rollouts: Count = 8
     """Roots of each prompt in a collection."""
     updates: Count = 1
@@ -183,7 +190,8 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
         return cls(**{"preset": name, **RECIPES[name], **PAPER[name]})
 
     def check(self) -> None:
-        for words in (self.reward, *self.held_out_rewards):
+        _check_pairs(self)
+        for words in (*((self.reward,) if self.estimator != "dpo" else ()), *self.held_out_rewards):
             if not words.startswith("function:"):  # a function that was given from Python
                 parse(words)
         read_prompts(self.prompts)
@@ -250,6 +258,7 @@ class AlignConfig(Config, LoraConfig, OptimConfig, MemoryConfig):
 Settings = dict[str, Any]
 PPO: Settings = {"trust": "clip"}
 BRANCHES: Settings = {"rollout": "branches", "group_by": "root", "rollouts": 2}
+PAIRS: Settings = {"estimator": "dpo", "reward": "", "rollout": "ode"}
 TERMINAL: Settings = {"estimator": "terminal", "rollout": "ode", "rollouts": 2}
 
 # What each method is (RSM notes, sections 2 and 4). A branch schedule belongs to the number of steps it was made for.
@@ -288,6 +297,8 @@ RECIPES: dict[str, Settings] = {
         "estimator": "awm", "rollout": "ode", "advantage": "global-std", "awm_weight": "ghuber", "clip": 1.0,
         "kl": 0.001,
     },
+    "dpo": {**PAIRS, "shared_noise": True},
+    "dpo-posterior": {**PAIRS, "dpo_weight": "posterior"},
     "rsm-terminal-sd15": {**TERMINAL, "rollout": "sde", "strength": "base-snr", "train_steps": 6, "proximal": 1.0},
     "rsm-terminal-sd35": {**TERMINAL, "state": "current", "strength": "linear"},
     "rsm-branch-sd15": {
@@ -329,6 +340,11 @@ PAPER: dict[str, Settings] = {
         "rank": 32, "alpha": 64, "lr": 3e-4, "prompts_per_epoch": 48, "rollouts": 24, "epochs": 1081, "ema": 0.9,
         "renoise": 9, "chunk": 12,
     },
+    # beta 5,000 of means over SD1.5's 16,384 numbers; its 500 updates of warm-up are left out
+    "dpo": {
+        "guidance": 7.5, "steps": 50, "full": True, "subset": "all", "lr": 2e-5, "weight_decay": 1e-2, "epochs": 2000,
+        "prompts_per_epoch": 2048, "updates": 1, "renoise": 1, "temperature": 0.305, "chunk": 8,
+    },
     **dict.fromkeys(("ddpo", "dpok", "pcpo-diffusion", "sqdf", "reinforce"), SD15),
     "dance-grpo": {**SD15, "train_steps": None},
     # the released anchor has 4.5 where the log-ratio's weight is 0.44 at most steps: 8e-5 there is 8.4e-3 here
@@ -350,6 +366,24 @@ AlignConfig.NOTES = f"""--preset NAME picks a recipe (default: flow-grpo): {", "
 --scale laptop|paper picks the numbers that it runs at (default: laptop for zoo models, else paper where
 the recipe was published with code that says them).
 --config FILE.toml (such as a run's config.toml) sets fields again, and flags come last."""
+
+
+def _check_pairs(config: AlignConfig) -> None:
+    if config.estimator != "dpo":
+        if config.pairs:
+            raise InputError(
+                f"pairs are what dpo learns from, estimator '{config.estimator}' has no use; use --preset dpo"
+            )
+        return
+    if config.reward:
+        raise InputError(
+            f"reward '{config.reward}' has no use with dpo, which learns from pairs; name it in --held-out-rewards to "
+            "have it measured"
+        )
+    if not config.pairs:
+        raise InputError(f"no pairs given; add --pairs FILE.jsonl with a line {PAIR} a pair")
+    if not config.pairs.startswith(GIVEN) and not pathlib.Path(config.pairs).is_file():
+        raise InputError(f"pairs file '{config.pairs}' does not exist; name a file of lines such as {PAIR}")
 
 
 def _check_branches(config: AlignConfig) -> None:

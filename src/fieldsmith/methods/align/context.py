@@ -15,6 +15,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.methods.align.auxiliary import Auxiliary
 from fieldsmith.methods.align.config import REGRESSIONS, AlignConfig
 from fieldsmith.methods.align.guidance import Place, Value
+from fieldsmith.methods.align.pairs import Pairs
 from fieldsmith.methods.policy.rollouts import Plan, Rollout, roll
 from fieldsmith.methods.policy.schedule import (
     Schedule,
@@ -28,6 +29,7 @@ from fieldsmith.methods.policy.schedule import (
 from fieldsmith.models.core import Model, predict_rows
 from fieldsmith.models.prompts import Prompts
 from fieldsmith.paths import Path, Prediction, RectifiedFlow
+from fieldsmith.preferences import Preferences
 from fieldsmith.rewards.reward import Reward, score_batches
 from fieldsmith.samplers import Sde, euler
 from fieldsmith.training import step_generator
@@ -41,7 +43,7 @@ class AlignContext:
 
     model: Model
     config: AlignConfig
-    reward: Reward
+    _reward: Reward | None  # None: it learns from pairs
     condition: Prompts  # of config.prompts, a row each
     schedule: Schedule
     plan: Plan
@@ -49,9 +51,10 @@ class AlignContext:
     noise_level: float
     prior: float = 1.0  # the variance of what the model makes, for the strength 'jacobian'
     helper: Auxiliary | None = None  # the learned helper, where the recipe has one
+    pairs: Pairs | None = None  # what it learns from where there is no reward
 
     @staticmethod
-    def of(model: Model, config: AlignConfig, reward: Reward) -> AlignContext:
+    def of(model: Model, config: AlignConfig, reward: Reward | None, pairs: Preferences | None = None) -> AlignContext:
         """Raises InputError where settings or prompts do not fit the model; attaches nothing to it."""
         if not config.prompts:
             raise InputError("no prompts given; add --prompts WORDS or a text file with a prompt a line")
@@ -67,6 +70,7 @@ class AlignContext:
             like = model.noise(1, torch.Generator().manual_seed(0))
             helper = Auxiliary(like, len(config.prompts), config.auxiliary in ("residual", "value"), config.seed)
         context = AlignContext(model, config, reward, condition, s, _plan(config, s), sde, level, helper=helper)
+        context = replace(context, pairs=Pairs.of(model, config, pairs)) if pairs else context
         h = context.effective_strength
         if h and not any(h[k] for k in context.plan.is_stochastic.nonzero().flatten().tolist()):
             raise InputError(
@@ -74,6 +78,12 @@ class AlignContext:
                 "would be learned; use more steps"
             )
         return replace(context, prior=context.variance()) if config.strength == "jacobian" else context
+
+    @property
+    def reward(self) -> Reward:
+        """What is raised. A recipe that learns from pairs has none, and asks for none."""
+        assert self._reward is not None
+        return self._reward
 
     @cached_property
     def strength(self) -> Strength:

@@ -1,4 +1,4 @@
-"""The equations: reward score matching and detailed balance (RSM notes, 1.4).
+"""The equations: reward score matching and detailed balance (RSM notes, 1.4), and Diffusion-DPO (arXiv 2311.12908).
 
 Pure functions of tensors. Rows are (n, ...); per-row scalars (n,). Sums run over all but the first dimension and are
 divided once, here, by the dimension of a row, so that a learning rate means the same at every resolution.
@@ -7,8 +7,9 @@ divided once, here, by the dimension of a row, so that a learning rate means the
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from fieldsmith.methods.policy.losses import over, square
+from fieldsmith.methods.policy.losses import dot, over, square
 
 
 def rsm_loss(
@@ -34,3 +35,21 @@ def balance_loss(value: Tensor, value_next: Tensor, log_rho_reference: Tensor) -
     At the optimum V is the soft value log E_ref[exp(r / alpha) | x] and the bracket is 0 for every transition.
     """
     return (value + log_rho_reference - value_next).square()
+
+
+def log_gain(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    """(|f_ref - y|^2 - |f - y|^2) / 2, (n,): by how much the policy denoises better than the reference.
+
+    output f, reference f_ref and target y (n, ...) in the network's own form: eps or v on DDPM, velocity on a flow. It
+    stands for log p / p_ref of the clean image (2311.12908, eq. 13 and 14, with the weight of all times equal).
+    """
+    return dot(reference - output, (reference + output) / 2 - target)
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta (g_w - g_l)) of log gains (n,) of the chosen and the rejected images of pairs; (n,).
+
+    Where p and p_ref were the images' own densities, it would be least at p_ref exp(r / beta), r being the reward by
+    whose differences people choose (Bradley-Terry).
+    """
+    return -logsigmoid(beta * (chosen - rejected))

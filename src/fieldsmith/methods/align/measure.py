@@ -1,4 +1,5 @@
-"""What `align` looks at, before and after, at equal seeds: rewards, images of other prompts, and how far it went."""
+"""What `align` looks at, before and after, at equal seeds: rewards, images of other prompts, and how far it went; of
+preference pairs that were held out, how many it ranks as people did."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.measure import drawing
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.align.config import AlignConfig
+from fieldsmith.methods.align.dpo import margins
 from fieldsmith.methods.policy.losses import gaussian_kl
 from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.models.core import Model, predict_rows
@@ -36,6 +38,7 @@ class Measured:
     rewards: Mapping[str, Tensor]  # (n,) by reward, the trained one first
     others: Tensor  # images of prompts that the run did not aim at
     kl: tuple[list[float], Schedule] | None = None  # nats by step, of the trained model
+    margins: Tensor | None = None  # (n,) by how many nats it prefers the chosen images of pairs
 
 
 def measure(model: Any, config: AlignConfig, job: Job, side: Side) -> Measured:
@@ -43,11 +46,12 @@ def measure(model: Any, config: AlignConfig, job: Job, side: Side) -> Measured:
     draw = sampler(model, max(drawing.STEPS, config.steps), config.guidance)
     prompts = asked(config)
     images = draw(prompts, config.seed + 7)
-    reward: Reward = job.inputs.reward
-    watched = {reward.name: reward, **job.inputs.held_out}
-    rewards = {name: _scores(one, images, prompts) for name, one in watched.items()}
+    rewards = {name: _scores(one, images, prompts) for name, one in job.inputs.rewards.items()}
     others = draw(other_prompts(job), config.seed + 8)
-    return Measured(images, rewards, others, path_kl(job.model, config) if side == "after" else None)
+    if side == "before":
+        return Measured(images, rewards, others)
+    preferred = margins(job.context) if job.context.pairs else None
+    return Measured(images, rewards, others, path_kl(job.model, config), preferred)
 
 
 def preview(config: AlignConfig, job: Job) -> Preview:

@@ -1,6 +1,6 @@
 """`align` prepared: rollouts -> rewards -> advantages or guidance -> the recipe's loss, one update after the other.
 
-In: a model, a configuration, a reward. Out: a Job for verb.py, the same for every recipe.
+In: a model, a configuration, a reward or preference pairs. Out: a Job for verb.py, the same for every recipe.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from fieldsmith.errors import InputError
 from fieldsmith.methods.align.collect import Batch, choose, collect, owned
 from fieldsmith.methods.align.config import FIRST_ORDER, AlignConfig
 from fieldsmith.methods.align.context import AlignContext
+from fieldsmith.methods.align.dpo import PairUpdates
 from fieldsmith.methods.align.objectives import anchor_losses, transition_losses
 from fieldsmith.methods.policy.checks import rounding
 from fieldsmith.methods.policy.collections import Collections
 from fieldsmith.methods.policy.old import copies, follow, in_place
 from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
+from fieldsmith.preferences import Preferences
 from fieldsmith.preflight import Check
 from fieldsmith.rewards.reward import Reward, check_images
 from fieldsmith.samplers import euler
@@ -34,33 +36,44 @@ from fieldsmith.verb import Job, attach
 class Inputs:
     """What a run is given beside its settings."""
 
-    reward: Reward
+    reward: Reward | None = None  # None where `pairs` are what is learned from
     held_out: Mapping[str, Reward] = field(default_factory=dict)  # only measured, before and after
     other_prompts: tuple[str, ...] = ()  # what the run does not aim at, for its side effects; empty: no prompt
+    pairs: Preferences | None = None
+
+    @property
+    def rewards(self) -> dict[str, Reward]:
+        """All by name, the one that is trained on first."""
+        return ({self.reward.name: self.reward} if self.reward else {}) | dict(self.held_out)
 
     @property
     def networks(self) -> list[nn.Module]:
         """What rewards ask; with `offload` they wait on the CPU."""
-        return [network for reward in (self.reward, *self.held_out.values()) for network in reward.networks]
+        return [network for reward in self.rewards.values() for network in reward.networks]
 
 
 def prepare(model: Model, config: AlignConfig, inputs: Inputs) -> Job:
-    """Raise the reward of images of config.prompts, in place.
+    """Raise the reward of images of config.prompts, or learn the preferences that pairs show, in place.
 
     Raises InputError where settings, prompts and reward do not fit the model, before anything is attached.
     """
-    if config.estimator in FIRST_ORDER and not inputs.reward.differentiable:
+    reward = inputs.reward
+    if reward and config.estimator in FIRST_ORDER and not reward.differentiable:
         raise InputError(
-            f"reward '{inputs.reward.name}' is a black box, but estimator '{config.estimator}' needs its gradient; use "
+            f"reward '{reward.name}' is a black box, but estimator '{config.estimator}' needs its gradient; use "
             "a zeroth-order preset such as rsm-branch-sd35 or nft, or a differentiable reward"
         )
-    context = AlignContext.of(model, config, inputs.reward)
+    context = AlignContext.of(model, config, reward, inputs.pairs)
     x = model.noise(2, step_generator(config.seed, 0, stream=1))
     t = context.schedule.times[0].to(x)
     first = context.condition[torch.tensor([0])]
     attached = attach(model, config, lambda: model.predict(x, t, first, config.guidance).velocity, seed=config.seed)
     old = copies(model, config.old)
-    updates = Pathwise(context) if config.estimator == "pathwise" else Updates(context, old)
+    updates: PairUpdates | Pathwise | Updates = Updates(context, old)
+    if context.pairs:
+        updates = PairUpdates(context)
+    elif config.estimator == "pathwise":
+        updates = Pathwise(context)
 
     def checks(resumes: bool) -> list[Check]:
         memory = preflight.memory(model, config.chunk)
