@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from experiments.tiny import dit_pipeline, flux_pipeline, unet_pipeline
+from experiments.tiny_text import sd3_pipeline, sd15_pipeline, sdxl_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.models import load
@@ -19,11 +21,16 @@ from fieldsmith.models.branches import branches
 from fieldsmith.models.core import LoraSpec, Model
 from fieldsmith.models.dit import DiT
 from fieldsmith.models.flux import Flux
+from fieldsmith.models.sd3 import SD3
+from fieldsmith.models.sd15 import SD15
+from fieldsmith.models.sdxl import SDXL
 from fieldsmith.models.selection import evenly
-from fieldsmith.models.shrink import FAMILIES, _candidates, _fields, _search, parameters, shrink
+from fieldsmith.models.shrink import FAMILIES, _fields, _search, candidates, fields_for, parameters, shrink
 from fieldsmith.models.unet import UNet
+from fieldsmith.samplers import rollout
 from tests.drawn import seeded
 
+WORDS = ("a", "red", "circle")
 SCALES = (1.0, 2.0, 4.0)
 CIFAR = {  # google/ddpm-cifar10-32, whose student DASH made
     "sample_size": 32, "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "norm_num_groups": 32,
@@ -48,14 +55,35 @@ def flux() -> Flux:
     return Flux(flux_pipeline(("a", "red"), layers=2, single_layers=4), "teacher", resolution=16)
 
 
-MAKERS: list[Callable[[], Model]] = [unet, dit, flux]
+def sd15() -> SD15:
+    return SD15(sd15_pipeline(WORDS, widths=(32, 64)), "teacher")
+
+
+def sdxl(**shape: Any) -> SDXL:
+    """With heads by level, as SDXL has them, up to three transformer blocks a layer, and two layers a level."""
+    pipeline = sdxl_pipeline(WORDS)
+    fields = {"block_out_channels": (16, 32), "attention_head_dim": (2, 4), "layers_per_block": 2} | shape
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind = type(pipeline.unet)
+        unet = kind.from_config({**pipeline.unet.config, "transformer_layers_per_block": (1, 3), **fields})
+    pipeline.register_modules(unet=unet.eval())
+    return SDXL(pipeline, "teacher")
+
+
+def sd3() -> SD3:
+    return SD3(sd3_pipeline(WORDS, layers=4, heads=4, head_width=8), "teacher")
+
+
+TEXT: list[Callable[[], Any]] = [sd15, sdxl, sd3]
+MAKERS: list[Callable[[], Model]] = [unet, dit, flux, *TEXT]
 CLASSY: list[Callable[[], Any]] = [unet, dit]
 
 
 @torch.no_grad()
 def field(model: Model, guidance: float | None = None, prompt: str = "") -> torch.Tensor:
     """What a model says at fixed states; the same for the same weights."""
-    prompt = prompt or ("" if model.family == "flux" else "dog")
+    prompt = prompt or ("dog" if hasattr(model, "classes") else "a red")
     return model.predict(model.noise(2, seeded()), torch.tensor([0.3, 0.8]), model.encode([prompt]), guidance).value
 
 
@@ -75,7 +103,9 @@ def test_the_published_pair_has_the_published_counts_and_the_search_finds_it() -
 # searching
 
 
-@pytest.mark.parametrize(("make", "ratio"), [(unet, 4.0), (dit, 4.0), (dit, 1.5), (flux, 3.0)])
+@pytest.mark.parametrize(
+    ("make", "ratio"), [(unet, 4.0), (dit, 4.0), (dit, 1.5), (flux, 3.0), (sd15, 3.0), (sdxl, 4.0), (sd3, 4.0)]
+)
 def test_a_ratio_finds_the_nearest_network_and_shares_the_rest(make: Callable[[], Model], ratio: float) -> None:
     model = make()
     student = shrink(model, ratio=ratio)
@@ -92,7 +122,7 @@ def test_a_ratio_finds_the_nearest_network_and_shares_the_rest(make: Callable[[]
 def test_counts_are_linear_in_depth_as_the_search_takes_them() -> None:
     for make in MAKERS:
         model = make()
-        for candidate in _candidates(model, FAMILIES[model.family], _fields(model)):
+        for candidate in candidates(model, _fields(model)):
             with torch.device("meta"):
                 built = type(model.network)(**(_fields(model) | candidate.fields))
             assert parameters(built) == candidate.parameters
@@ -184,7 +214,8 @@ def test_students_are_seeded_and_leave_the_global_generator_alone(make: Callable
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    one, same, other = (shrink(model, ratio=2, init=init, seed=seed) for seed in (0, 0, 1))
+    fields = fields_for(model, 2, None, None)  # searched for once
+    one, same, other = (shrink(model, config=fields, init=init, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(field(one), field(same))
     assert torch.equal(field(one), field(other)) == (init == "copied")  # everything fits in these
@@ -235,6 +266,72 @@ def test_a_narrower_unet_takes_the_same_channels_everywhere() -> None:
     attention, source = ours.mid_block.attentions[0], theirs.mid_block.attentions[0]
     assert torch.equal(attention.to_q.weight, source.to_q.weight[heads][:, high])
     assert torch.equal(attention.to_out[0].weight, source.to_out[0].weight[high][:, heads])
+
+
+def test_a_narrower_text_unet_takes_the_same_channels_and_whole_heads() -> None:
+    model = sdxl()
+    student = shrink(model, config={"block_out_channels": (8, 16), "attention_head_dim": (1, 2),
+                                    "transformer_layers_per_block": (1, 2)}, init="copied")  # fmt: skip
+    ours, theirs, low, high = student.network, model.network, evenly(16, 8), evenly(32, 16)
+    assert torch.equal(ours.conv_in.weight, theirs.conv_in.weight[low])
+    assert torch.equal(ours.add_embedding.linear_1.weight, theirs.add_embedding.linear_1.weight[evenly(64, 32)])
+    heads = torch.cat((torch.arange(0, 8), torch.arange(16, 24)))  # heads 0 and 2 of 4
+    for block, source in ((0, 0), (1, 2)):
+        one = ours.down_blocks[1].attentions[0].transformer_blocks[block]
+        two = theirs.down_blocks[1].attentions[0].transformer_blocks[source]
+        assert torch.equal(one.attn2.to_k.weight, two.attn2.to_k.weight[heads])
+        assert torch.equal(one.attn1.to_out[0].weight, two.attn1.to_out[0].weight[high][:, heads])
+        gates = torch.cat((evenly(128, 64), 128 + evenly(128, 64)))  # values, and what gates them
+        assert torch.equal(one.ff.net[0].proj.weight, two.ff.net[0].proj.weight[gates][:, high])
+    joined = torch.cat((high, 32 + low))  # what comes from below, and the skip
+    conv, source = ours.up_blocks[0].resnets[2].conv1, theirs.up_blocks[0].resnets[2].conv1
+    assert torch.equal(conv.weight, source.weight[high][:, joined])
+
+
+def test_one_number_of_heads_gets_narrower_heads() -> None:
+    model = sd15()
+    student = shrink(model, config={"block_out_channels": (16, 32)}, init="copied")
+    assert student.network.config.attention_head_dim == model.network.config.attention_head_dim == 2
+    one, two = (net.network.down_blocks[0].attentions[0].transformer_blocks[0].attn1 for net in (student, model))
+    places = evenly(32, 16)  # of 2 heads of 16: 8 even places of each
+    assert places[:8].max() < 16 <= places[8:].min()
+    assert torch.equal(one.to_q.weight, two.to_q.weight[places][:, places])
+
+
+def test_the_second_attention_of_sd3_stays_with_its_blocks() -> None:
+    model = sd3()  # a second attention in the first block of four
+    student = shrink(model, config={"num_layers": 2}, init="copied")
+    ours, theirs = student.network.transformer_blocks, model.network.transformer_blocks
+    for block, source in ((0, 0), (1, 3)):  # the last has no words to give on
+        state, expected = ours[block].state_dict(), theirs[source].state_dict()
+        assert all(torch.equal(state[name], expected[name]) for name in expected) and state.keys() == expected.keys()
+    narrow = shrink(model, config={"num_attention_heads": 2, "caption_projection_dim": 16}, init="copied")
+    width = torch.cat((torch.arange(0, 8), torch.arange(16, 24)))
+    one, two = narrow.network.transformer_blocks[0].attn2, theirs[0].attn2
+    assert torch.equal(one.to_q.weight, two.to_q.weight[width][:, width])
+
+
+@pytest.mark.parametrize("make", TEXT)
+def test_a_text_student_is_a_pipeline_that_diffusers_draws_the_same_from(
+    make: Callable[[], Any], tmp_path: pathlib.Path
+) -> None:
+    student = shrink(make(), ratio=2, init="copied")
+    student.save(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    told = {k: v for k, v in student.pipeline.config.items() if k[0] != "_"}
+    assert told == {k: v for k, v in pipe.config.items() if k[0] != "_"}
+    pipe.set_progress_bar_config(disable=True)
+    model: Any = load(tmp_path, resolution=16)
+    for guidance in (1.0, 4.0):
+        length = {"max_sequence_length": model.text_length} if make is sd3 else {}
+        images = pipe(
+            "a red circle", height=16, width=16, num_inference_steps=3, generator=seeded(), guidance_scale=guidance,
+            output_type="pt", **length,
+        ).images  # fmt: skip
+        condition = model.encode(["a red circle"])
+        field = partial(model.predict, condition=condition, guidance=guidance)
+        last = rollout(field, model.noise(1, seeded()), model.grid(3)).last
+        torch.testing.assert_close(model.decode(last), images, atol=1e-4, rtol=0)
 
 
 def test_what_fits_nothing_stays_fresh() -> None:

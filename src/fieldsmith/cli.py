@@ -32,6 +32,7 @@ VERBS = {
     "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
     "diagnose": "Say what is undetermined in a model, and what to run next; nothing is trained.",
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
+    "push": "Upload a finished run to the hub, with a model card.",
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "sample": "Draw a grid of images from a model.",
     "demo": "Each verb once on small models, and the page that leads to what they made.",

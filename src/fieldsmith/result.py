@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from fieldsmith.errors import InputError, check_word
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Model
 from fieldsmith.models.export import check_format, sizes_of, write
+from fieldsmith.push import About, check_repo, push
 from fieldsmith.read import read_json, read_toml
 from fieldsmith.report.grid import picture
 from fieldsmith.report.page import Pair, png_uri
@@ -68,14 +71,23 @@ class Result:
 
     def _load(self) -> Model:
         assert self.out is not None
-        shipped = self.metrics.get("adapter") or "model"
-        if (self.out / shipped).is_dir() and shipped != "adapter":
-            return load(self.out / shipped)
-        if not (self.out / shipped).is_dir():
-            raise InputError(f"run '{self.out}' shipped no weights ({shipped})")
-        model = load(self.config["model"], self.config.get("resolution"), adapter=self.config.get("adapter") or ())
-        load_adapter(model, self.out / "adapter")
+        folder = self._shipped(self.out)
+        if folder.name != "adapter":
+            return load(folder)
+        settings = self.config
+        model = load(
+            settings["model"], settings.get("resolution"), None, settings.get("adapter") or (),
+            settings.get("config_from") or "",
+        )  # fmt: skip
+        load_adapter(model, folder)
         return model
+
+    def _shipped(self, out: pathlib.Path) -> pathlib.Path:
+        """The folder of the run's weights: adapter, model or guide. Raises InputError where there is none."""
+        shipped = self.metrics.get("adapter") or "model"
+        if not (out / shipped).is_dir():
+            raise InputError(f"run '{out}' shipped no weights ({shipped})")
+        return out / shipped
 
     def save(self, path: str | pathlib.Path, format: Format = "diffusers") -> pathlib.Path:
         """Write what others load: an adapter as one .safetensors file (diffusers', kohya's or ComfyUI's keys) or as a
@@ -98,6 +110,33 @@ class Result:
         check_format(model.family, format)
         write(model.adapter(), model.family, sizes_of(model.network), format, path)
         return path
+
+    def push_to_hub(self, repo: str, private: bool = False) -> str:
+        """Upload what `save` writes by default, with a model card, to 'owner/name' on the hub; its address.
+
+        Raises InputError where the name is none, without a token (`hf auth login`), where the token may not write there
+        and where the run shipped no weights; RunError where the network fails.
+        """
+        check_repo(repo)
+        with contextlib.ExitStack() as stack:
+            if self.out:
+                folder = self._shipped(self.out)
+            else:
+                model = self.model
+                folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / (
+                    "adapter" if model.spec else "model"
+                )
+                self.save(folder)
+            effects = self.metrics.get("rest", {})
+            rows = [
+                (row["name"], *(_short(row[one]) for one in ("before", "after", "change")), row["verdict"])
+                for row in (*effects.get("rows", ()), *effects.get("distances", ()))
+            ]
+            pictures = [(pair.label, _png(pair.before), _png(pair.after)) for pair in self.pairs[:SHOWN]]
+            numbers = [(name, *sides) for name, sides in self.table()]
+            return push(
+                repo, folder, About(self.verb, plain(self.config), folder.name, numbers, rows, pictures), private
+            )
 
     def show(self) -> Figure:
         """Before and after at equal seeds, a row a prompt; a matplotlib figure."""
@@ -166,10 +205,15 @@ def write_strip(images: torch.Tensor | Sequence[torch.Tensor], path: pathlib.Pat
     """Write images side by side as one PNG, beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
+    beside.write_bytes(_png(images))
+    beside.replace(path)
+
+
+def _png(images: torch.Tensor | Sequence[torch.Tensor]) -> bytes:
+    """Images side by side, as a PNG file holds them."""
     buffer = io.BytesIO()
     _strip(images).save(buffer, format="PNG")
-    beside.write_bytes(buffer.getvalue())
-    beside.replace(path)
+    return buffer.getvalue()
 
 
 def read_strip(path: pathlib.Path, n: int) -> torch.Tensor:

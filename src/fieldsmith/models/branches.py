@@ -31,13 +31,23 @@ class Branches:
         return guide(self.conditional, self.unconditional, guidance)
 
 
+def dropped(model: Model, condition: Condition, null: Tensor) -> Condition:
+    """The condition (batch rows) with the model's null condition in the rows where `null` (batch,) is true."""
+    if not null.any():
+        return condition
+    away = model.null.repeat(len(null)).parts
+    return Condition(
+        {name: torch.where(null.to(part.device).reshape(-1, *(1,) * (part.ndim - 1)), away[name], part)
+         for name, part in condition.parts.items()}
+    )  # fmt: skip
+
+
 def branches(model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Branches:
     """Both branches at x_t (batch, ...), t (batch,) in one forward of 2 x batch states.
 
-    Raises InputError where the model has no null condition ('').
+    Raises InputError where the model has no null condition.
     """
-    null = model.encode([""]).repeat(len(x_t))
-    both = stack((condition.repeat(len(x_t)), null))
+    both = stack((condition.repeat(len(x_t)), model.null.repeat(len(x_t))))
     pred = model.predict(torch.cat((x_t, x_t)), torch.cat((t, t)), both)
     conditional, unconditional = pred.value.chunk(2)
     return Branches(conditional, unconditional)

@@ -294,6 +294,11 @@ class Model(Trainable):
         for counter in self._counters:
             counter.total += n
 
+    @property
+    def null(self) -> Condition:
+        """What guidance leads away from, one row. Raises InputError where the model knows no such condition."""
+        return self.encode([""])
+
     def make_network(self, fields: dict[str, Any]) -> Any:
         """Another network of the same class, with these config fields and fresh weights of the global generator."""
         return type(self.network)(**fields)

@@ -54,9 +54,11 @@ FAMILIES = (
         exports=("kohya", "comfyui"), words_enter="attention",
     ),
     Family("sd15", ("StableDiffusionPipeline",), "sd15:SD15", path="variance-preserving", exports=("kohya", "comfyui"),
-           words_enter="inputs"),
-    Family("sdxl", ("StableDiffusionXLPipeline",), "sdxl:SDXL", path="variance-preserving", words_enter="inputs"),
-    Family("sd3", ("StableDiffusion3Pipeline",), "sd3:SD3", exports=("kohya", "comfyui"), words_enter="attention"),
+           words_enter="inputs", shrinks=True),
+    Family("sdxl", ("StableDiffusionXLPipeline",), "sdxl:SDXL", path="variance-preserving", words_enter="inputs",
+           shrinks=True),
+    Family("sd3", ("StableDiffusion3Pipeline",), "sd3:SD3", exports=("kohya", "comfyui"), words_enter="attention",
+           shrinks=True),
     Family("flux2-klein", ("Flux2KleinPipeline",), "flux2_klein:Flux2Klein", sources="optional",
            exports=("kohya", "comfyui")),
     Family("qwen-image", ("QwenImagePipeline",), "qwen_image:QwenImage", exports=("kohya", "comfyui")),
@@ -162,8 +164,8 @@ def _sharpen(family: Family) -> Support:
     note = "every weight trains"
     if "nothing" in family.condition:
         note += "; without classes, or with a null class"
-    if not family.shrinks:
-        note += "; by the methods that need neither a smaller network (guide) nor a learned variance"
+    if "words" in family.condition:
+        note += "; by the methods that need no learned variance"
     return Support(("full",), note)
 
 

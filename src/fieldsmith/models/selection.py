@@ -50,13 +50,18 @@ def evenly(of: int, n: int, unit: int = 1) -> Tensor:
     return (runs[:, None] * unit + torch.arange(unit)).flatten()
 
 
+def place_of(block: int, n: int, of: int) -> int:
+    """The teacher's block, of `of`, that a student's block of n comes from."""
+    return round(block * (of - 1) / max(1, n - 1))
+
+
 def _origin(name: str, student: nn.Module, teacher: nn.Module) -> Tensor | None:
     """The teacher's parameter of this name, in lists of blocks that at the same share of depth; None without one."""
     here: Any = student
     there: Any = teacher
     for part in name.split("."):
         if isinstance(here, nn.ModuleList) and isinstance(there, nn.ModuleList) and len(there):
-            place = round(int(part) * (len(there) - 1) / max(1, len(here) - 1))
+            place = place_of(int(part), len(here), len(there))
             here, there = getattr(here, part), there[place]
         else:
             here, there = getattr(here, part), getattr(there, part, None)
@@ -106,5 +111,11 @@ def _below(network: Any, block: int, layer: int) -> int:
 
 def _head(student: Any, teacher: Any) -> int:
     """The width of a head, kept whole; 1 where the two differ or attention has one head of any width."""
-    width = student.config.attention_head_dim
-    return int(width) if width and width == teacher.config.attention_head_dim else 1
+    sizes = []
+    for config in (student.config, teacher.config):
+        heads = config.attention_head_dim
+        if "cross_attention_dim" in config and "block_out_channels" in config:  # here it is how many heads there are
+            # one number for all levels: every head is narrower, and even places stay in their heads
+            heads = None if isinstance(heads, int) else config.block_out_channels[0] // heads[0]
+        sizes.append(heads)
+    return int(sizes[0]) if sizes[0] and sizes[0] == sizes[1] else 1

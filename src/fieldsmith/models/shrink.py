@@ -20,7 +20,7 @@ from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Model
 from fieldsmith.models.ddpm import ClassDDPM
 from fieldsmith.models.families import nothing_smaller
-from fieldsmith.models.selection import select_weights
+from fieldsmith.models.selection import place_of, select_weights
 
 Fields = dict[str, Any]  # of a network's config
 
@@ -37,6 +37,10 @@ class Family:
     classes: tuple[str, ...] = ()
 
 
+TEXT_UNET = (
+    "sample_size", "in_channels", "out_channels", "cross_attention_dim", "addition_embed_type",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+)  # fmt: skip
 FAMILIES = {
     "unet": Family(
         ("layers_per_block",), ("sample_size", "in_channels", "out_channels"),
@@ -48,6 +52,13 @@ FAMILIES = {
     "flux": Family(
         ("num_layers", "num_single_layers"),
         ("patch_size", "in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
+    ),
+    "sd15": Family(("layers_per_block",), TEXT_UNET),
+    "sdxl": Family(("layers_per_block",), TEXT_UNET),
+    "sd3": Family(
+        ("num_layers",),
+        ("sample_size", "patch_size", "in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim",
+         "pos_embed_max_size"),
     ),
 }  # fmt: skip
 
@@ -184,6 +195,14 @@ def _inputs(model: Model, network: Any) -> Fields:
         state = "sample" if model.family == "unet" else "hidden_states"
         return {state: torch.zeros(1, model.channels, *model.size), "timestep": torch.zeros(1), "class_labels": label}
     flux: Any = model
+    if model.family in ("sd15", "sdxl", "sd3"):
+        words = flux.dummy_condition().parts
+        latent, usual = torch.zeros(1, *flux.latent_shape), {"timestep": torch.zeros(1)}
+        usual["encoder_hidden_states"] = words["embeds"]
+        if model.family == "sd3":
+            return {**usual, "hidden_states": latent, "pooled_projections": words["pooled"]}
+        size = {"text_embeds": words["pooled"], "time_ids": torch.zeros(1, 6)} if "pooled" in words else None
+        return {**usual, "sample": latent, "added_cond_kwargs": size}
     return {
         "hidden_states": torch.zeros(1, *flux.latent_shape),
         "timestep": torch.zeros(1),
@@ -219,7 +238,7 @@ def _search(model: Model, family: Family, fields: Fields, ratio: float) -> Field
     if not 1 < ratio < math.inf:
         raise InputError(f"ratio={ratio:g} makes no smaller network; use a number above 1, such as 4")
     teacher = parameters(model.network)
-    smaller = [c for c in _candidates(model, family, fields) if c.parameters < teacher]
+    smaller = [c for c in candidates(model, fields) if c.parameters < teacher]
     if not smaller:
         raise InputError(
             f"{model.name} has no smaller network of its own shape; give a config instead of ratio={ratio:g}"
@@ -235,8 +254,15 @@ def _search(model: Model, family: Family, fields: Fields, ratio: float) -> Field
     return min(near, key=lambda c: (round(c.distortion, 6), -c.depth)).fields
 
 
-def _candidates(model: Model, family: Family, fields: Fields) -> Iterator[Candidate]:
+def candidates(model: Model, fields: Fields) -> Iterator[Candidate]:
+    """Every network that a search for a student of the model looks at."""
+    makers = {"sd15": _text_unets, "sdxl": _text_unets, "sd3": _sd3s}
+    return makers.get(model.family, _even)(model, fields)
+
+
+def _even(model: Model, fields: Fields) -> Iterator[Candidate]:
     """Every width at every depth. The count is linear in depths, so each width needs one network a depth and one."""
+    family = FAMILIES[model.family]
     least = {name: min(1, fields[name]) for name in family.depths}
     most = max(fields[name] for name in family.depths)
     for width, shares in _widths(model, fields):
@@ -246,6 +272,58 @@ def _candidates(model: Model, family: Family, fields: Fields) -> Iterator[Candid
             depth = {name: max(least[name], round(fields[name] * step / most)) for name in family.depths}
             more = sum(slopes[name] * (depth[name] - least[name]) for name in family.depths)
             yield Candidate(width | depth, base + more, shares, step / most)
+
+
+def _text_unets(model: Model, fields: Fields) -> Iterator[Candidate]:
+    """Every width with fewer layers a level and fewer transformer blocks a layer, in which the count is linear."""
+    widths, heads, layers = (fields[name] for name in ("block_out_channels", "attention_head_dim", "layers_per_block"))
+    given = fields["transformer_layers_per_block"]
+    if not isinstance(layers, int) or fields["reverse_transformer_layers_per_block"] is not None:
+        raise InputError(f"{model.name} has levels of different depths; give a config instead of a ratio")
+    deep = [given] * len(widths) if isinstance(given, int) else list(given)
+    # one number of heads stays, and they get narrower; heads by level stay as wide, and get fewer
+    inside = [1] * len(widths) if isinstance(heads, int) else [w // n for w, n in zip(widths, heads, strict=True)]
+    units = [math.lcm(fields["norm_num_groups"], heads if isinstance(heads, int) else one) for one in inside]
+    seen = set()
+    for k in range(1, max(widths) // min(units) + 1):
+        scale = k * min(units) / max(widths)
+        level = tuple(unit * max(1, round(w * scale / unit)) for w, unit in zip(widths, units, strict=True))
+        if level in seen or any(a > b for a, b in zip(level, widths, strict=True)):
+            continue
+        seen.add(level)
+        width: Fields = {"block_out_channels": level}
+        if not isinstance(heads, int):
+            width["attention_head_dim"] = tuple(w // one for w, one in zip(level, inside, strict=True))
+        shares = [a / b for a, b in zip(level, widths, strict=True)]
+        for count in range(1, layers + 1):
+            one = width | {"layers_per_block": count}
+            base = _count(model, fields | one | {"transformer_layers_per_block": (1,) * len(deep)})
+            slopes = [0] * len(deep)
+            for i in (i for i, n in enumerate(deep) if n > 1):
+                more = tuple(1 + (i == j) for j in range(len(deep)))
+                slopes[i] = _count(model, fields | one | {"transformer_layers_per_block": more}) - base
+            for step in range(1, max(deep) + 1):
+                blocks = tuple(max(1, round(n * step / max(deep))) for n in deep)
+                more_ = sum(slope * (n - 1) for slope, n in zip(slopes, blocks, strict=True))
+                depth = {"transformer_layers_per_block": blocks[0] if isinstance(given, int) else blocks}
+                yield Candidate(one | depth, base + more_, shares, count * step / (layers * max(deep)))
+
+
+def _sd3s(model: Model, fields: Fields) -> Iterator[Candidate]:
+    """Every number of heads and of blocks; the second attention is in those blocks that come from blocks with one."""
+    most, heads, dual = fields["num_layers"], fields["num_attention_heads"], set(fields["dual_attention_layers"])
+    for n in range(1, heads + 1):
+        width = {"num_attention_heads": n, "caption_projection_dim": n * fields["attention_head_dim"]}
+        shallow = fields | width | {"num_layers": 2, "dual_attention_layers": ()}
+        base = _count(model, shallow)
+        slope = _count(model, shallow | {"num_layers": 3}) - base
+        second = _count(model, shallow | {"dual_attention_layers": (0,)}) - base
+        for layers in range(min(2, most), most + 1):
+            kept = tuple(i for i in range(layers) if place_of(i, layers, most) in dual)
+            count = base + (layers - 2) * slope + len(kept) * second
+            yield Candidate(
+                width | {"num_layers": layers, "dual_attention_layers": kept}, count, [n / heads], layers / most
+            )
 
 
 def _count(model: Model, fields: Fields) -> int:
@@ -274,7 +352,10 @@ def _widths(model: Model, fields: Fields) -> Iterator[tuple[Fields, list[float]]
 
 def student_of(model: Model, network: Any, scales: tuple[float, ...] | None) -> Model:
     """The network in a pipeline of the teacher's class, with the teacher's other parts."""
-    pipeline = type(model.pipeline)(**{**model.pipeline.components, model.PART: network})
+    made_by = inspect.signature(type(model.pipeline).__init__).parameters
+    # what a pipeline was told beside its parts, such as whether guidance leads away from zeros
+    told = {k: v for k, v in model.pipeline.config.items() if k in made_by and k not in model.pipeline.components}
+    pipeline = type(model.pipeline)(**{**told, **model.pipeline.components, model.PART: network})
     name = f"a student of {model.name}"
     if not isinstance(model, ClassDDPM):
         return type(model)(pipeline, name, model.resolution)  # type: ignore[arg-type]

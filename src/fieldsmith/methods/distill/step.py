@@ -23,7 +23,7 @@ from fieldsmith.methods.distill.identifiability import identifiability
 from fieldsmith.methods.distill.losses import feature_loss, pair_loss, row_loss, square, weighted
 from fieldsmith.methods.distill.objectives import FEATURES, Objective
 from fieldsmith.methods.distill.teacher import PROFILE, Feed, curriculum_for, fitted, operations
-from fieldsmith.models.branches import branches
+from fieldsmith.models.branches import branches, dropped
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.prompts import encoded_prompts
 from fieldsmith.models.shrink import shrink
@@ -140,7 +140,7 @@ def check_pair(teacher: Model, student: Model, scales: tuple[float, ...] | None)
 
     `scales` are those that the student must take itself; None: it has two branches.
     """
-    teacher.encode([""])  # names the lack and the fix itself
+    _ = teacher.null  # names the lack and the fix itself
     if teacher.family != student.family:
         raise InputError(f"the student is of family {student.family}, the teacher of {teacher.family}; use one family")
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ class Step:
 
     def __init__(self, student: Model, feed: Feed, config: DistillConfig, objective: Objective, weights: Curriculum):
         self.student, self.feed, self.config, self.objective, self.weights = student, feed, config, objective, weights
-        self.conditions = encoded_prompts(student, (*feed.source.prompts, *(() if objective.guided_input else ("",))))
+        self.conditions = encoded_prompts(student, feed.source.prompts)
         self.taps: list[tuple[str, str]] = []
         self.regressors: Regressors | None = None
         if config.objective in FEATURES:
@@ -255,18 +255,18 @@ class Step:
 
     def _rows(self, rows: Rows, null: Tensor, log: Log) -> tuple[Tensor, Tensor | None]:
         goal, extra = self.objective, None
-        asked = torch.where(null, len(self.feed.source.prompts), rows.prompt)
+        asked = dropped(self.student, self.conditions[rows.prompt], null)
         shape = (-1, *(1,) * (rows.gap.ndim - 1))
         own = null & (goal.null_target == "unconditional")
         # an online feed holds the asked branch itself and a gap of 0, a bank both branches
         target = rows.conditional - own.reshape(shape) * rows.gap
         if self.regressors:
-            ours, theirs = self._record(rows.x_t, rows.t, self.conditions[asked], self.feed.conditions[rows.prompt])
+            ours, theirs = self._record(rows.x_t, rows.t, asked, self.feed.conditions[rows.prompt])
             pred, target = ours.output, theirs.output
             extra = feature_loss(self.regressors(ours.features), theirs.features)
             log.mean("feature error", extra.expand(len(rows)))
         else:
-            pred = self.student.predict(rows.x_t, rows.t, self.conditions[asked]).value
+            pred = self.student.predict(rows.x_t, rows.t, asked).value
         if goal.null_target == "noise":
             target = torch.where(null.reshape(shape), rows.noise, target)
         errors = square(pred, target).detach()

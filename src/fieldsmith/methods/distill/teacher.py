@@ -20,7 +20,7 @@ from fieldsmith.methods.distill.curriculum import Curriculum
 from fieldsmith.methods.distill.losses import square
 from fieldsmith.methods.distill.objectives import FEATURES, Objective
 from fieldsmith.models import pipeline_folder
-from fieldsmith.models.branches import branches
+from fieldsmith.models.branches import branches, dropped
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.prompts import Prompts, encoded_prompts
 from fieldsmith.training import step_generator
@@ -40,8 +40,8 @@ class Feed:
 
     @cached_property
     def conditions(self) -> Condition | Prompts:
-        """Every prompt, and the empty one last."""
-        return encoded_prompts(self.teacher, (*self.source.prompts, ""))
+        """Every prompt."""
+        return encoded_prompts(self.teacher, self.source.prompts)
 
     @property
     def paired(self) -> bool:
@@ -86,8 +86,8 @@ class Feed:
             output = branches(self.teacher, x_t, t, self.conditions[prompt])
             return Rows(x_t, t, prompt, noise, output.conditional, output.gap)
         away = null if goal.null_target == "unconditional" else torch.zeros_like(null)
-        wanted = torch.where(away, len(self.source.prompts), prompt)
-        value = self.teacher.predict(x_t, t, self.conditions[wanted]).value
+        wanted = dropped(self.teacher, self.conditions[prompt], away)
+        value = self.teacher.predict(x_t, t, wanted).value
         return Rows(x_t, t, prompt, noise, value, torch.zeros_like(noise))
 
     def a_step(self) -> int:
