@@ -65,10 +65,10 @@ def outside(*names: str) -> tuple[str, ...]:
 
 # docs/architecture.md has the same list in words; imports point up it only, so that there is no circle
 ORDER = (
-    "errors", "processes", "functions", "read", "pictures", "data", "servers", "paths", "samplers", "config", "disk",
-    "owner", "origins", "run", "sessions", "optimizers", "checkpoints", "interrupts", "training", "models", "preflight",
-    "worlds", "rewards", "report", "result", "previews", "trackers", "verb", "measure", "methods", "diagnoses",
-    "sampling", "zoo", "api", "planning", "commands", "cli",
+    "errors", "processes", "functions", "read", "concepts", "pictures", "data", "servers", "paths", "samplers",
+    "config", "disk", "owner", "origins", "run", "sessions", "optimizers", "checkpoints", "interrupts", "training",
+    "models", "preflight", "worlds", "rewards", "report", "result", "previews", "trackers", "shipping", "verb",
+    "measuring", "measure", "methods", "diagnoses", "sampling", "zoo", "api", "planning", "commands", "cli",
 )  # fmt: skip
 
 

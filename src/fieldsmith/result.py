@@ -7,7 +7,7 @@ import io
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Result:
     pairs: tuple[Pair, ...] = field(repr=False)  # images (n, 3, h, w) in [0, 1] before and after, at equal seeds
     out: pathlib.Path | None = None  # the run directory, where one was written
     trained: Model | None = field(default=None, repr=False)
+    again: Callable[..., Result] | None = field(default=None, repr=False)  # measures an opened run, `measure`
 
     @staticmethod
     def open(folder: str | pathlib.Path) -> Result:
@@ -76,6 +77,16 @@ class Result:
         model = load(self.config["model"], self.config.get("resolution"), adapter=self.config.get("adapter") or ())
         load_adapter(model, self.out / "adapter")
         return model
+
+    def measure(self, **settings: Any) -> Result:
+        """Measure this run again, or what a judge that failed left out: `fs.open_run(out).measure(judge="nudenet")`.
+
+        Nothing is trained; `settings` are those of the verb that say how it is measured (measuring.MEASURES). Raises
+        InputError at others, and where the run was written nowhere.
+        """
+        if self.again is None:
+            raise InputError("only a run that is opened can be measured again; use fieldsmith.open_run(OUT).measure()")
+        return self.again(**settings)
 
     def save(self, path: str | pathlib.Path, format: Format = "diffusers") -> pathlib.Path:
         """Write what others load: an adapter as one .safetensors file (diffusers', kohya's or ComfyUI's keys) or as a

@@ -23,7 +23,7 @@ import tomli_w
 
 from fieldsmith import disk, owner, processes
 from fieldsmith.errors import InputError
-from fieldsmith.read import read_toml
+from fieldsmith.read import read_json, read_toml
 
 PACKAGES = ("fieldsmith", "torch", "diffusers", "transformers", "peft", "accelerate")
 FOLDERS = ("checkpoints", "adapter", "model", "samples")
@@ -275,7 +275,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "metrics.json").exists()
+        """Whether it is trained and measured: a judge that failed is named as 'missing'."""
+        file = self.folder / "metrics.json"
+        return file.exists() and "missing" not in read_json(file, "record of numbers")
 
     @property
     def resumes(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class Verdicts(Protocol):
         """One number an image, (n,) int, equal where they show the same."""
 
 
+@runtime_checkable
+class ByQuestion(Protocol):
+    """Verdicts of a judge that is asked about each image, which costs: it answers what an image was asked for alone."""
+
+    def answers(self, asked: Sequence[Concept]) -> Tensor:
+        """Whether each image shows what was asked, (n,) bool."""
+
+
 class World(Protocol):
     """Concepts with captions, and a judge that reads them from pixels alone."""
 
@@ -56,6 +64,8 @@ class Asked:
 
     def right(self) -> Tensor:
         """Whether each image shows all that was asked; (n,) bool."""
+        if isinstance(self.seen, ByQuestion):
+            return self.seen.answers(self.asked)
         names = list(dict.fromkeys(self.asked))
         each = torch.stack([self.seen.shows(c) for c in names])
         return each[[names.index(c) for c in self.asked], torch.arange(len(self.asked))]
