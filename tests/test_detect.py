@@ -27,12 +27,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return clip_folder(tmp_path_factory.mktemp("judges") / "clip")
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def classifier_folder(folder: pathlib.Path) -> pathlib.Path:
     """A tiny random ViT that names three of ImageNet's classes."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-    folder = tmp_path_factory.mktemp("judges") / "vit"
     labels = {0: "tench, Tinca tinca", 1: "English springer", 2: "church, church building"}
     config = ViTConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
@@ -43,6 +41,11 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return classifier_folder(tmp_path_factory.mktemp("judges") / "vit")
 
 
 def pictures(n: int = 3, side: int = 40) -> Tensor:

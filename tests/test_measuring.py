@@ -111,6 +111,7 @@ def test_what_a_judge_cannot_see_is_looked_at_and_not_counted():
         ({"keep": ["a Red  circle"]}, "'a Red  circle' is in keep and among the targets"),
         ({"neighbours": ["red circle"]}, "'red circle' is in neighbours and among the targets"),
         ({"neighbours": ["star", "a star"]}, "'a star' stands twice in neighbours"),
+        ({"neighbours": ["dragon"]}, "'dragon' is not in the vocabulary of"),
         ({"neighbours": ["{mine}.txt"]}, "concept list '.*' cannot be read"),
         ({"templates": ["a photo"]}, "template 'a photo' should have one {}"),
         ({"model": "zoo:shapes-flux", "judge": "{mine}:shows"}, "the world of 'zoo:shapes-flux' has judge of its own"),

@@ -39,6 +39,13 @@ class Judged:
     paraphrases: Mapping[Any, Sequence[str]]  # concept -> prompts in other words
     detector: Detector | None = None  # where the judge is no exact one of the world's
 
+    def check_prompts(self, model: Model, config: EraseConfig) -> None:
+        """Raises InputError where the model does not know a word of what a detector will be asked about."""
+        if self.detector is not None and config.evaluate:
+            groups = (prompts for of_one in self.groups.values() for prompts in of_one.values())
+            asked = [*map(str, (one for prompts in groups for one in prompts)), *config.anchors]
+            model.check_prompts([*asked, *(one for words in self.paraphrases.values() for one in words)])
+
     def images(self, config: EraseConfig) -> int:
         """How many images are drawn of one model."""
         n = config.evaluate

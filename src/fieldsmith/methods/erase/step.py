@@ -60,6 +60,8 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
 
     Raises InputError where prompts or method do not fit the model, before anything is attached.
     """
+    if inputs.judged:
+        inputs.judged.check_prompts(model, config)
     job = _prepare(model, config, inputs)
     return watched(job, inputs.judged, config) if inputs.judged else job
 
