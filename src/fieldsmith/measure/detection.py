@@ -136,7 +136,7 @@ def erasure(old: dict[str, Asked], new: dict[str, Asked], target: Concept) -> Er
         numbers[f"{name} drop points"] = paired_difference(new[name].right(), old[name].right())
     every_new, every_old = (torch.cat([~a.seen.valid for a in side.values()]) for side in (new, old))
     numbers["invalid rise points"] = paired_difference(every_old, every_new)
-    if not kept:  # nothing else than the target is left to ask for
+    if sum(len(new[name].asked) for name in kept) < 2:  # nothing else than the target is left to ask for, or one image
         return Erasure(numbers, {}, old, new)
     kept_new, kept_old = (torch.cat([side[k].images for k in kept]) for side in (new, old))
     labels_new, labels_old = (torch.cat([side[k].seen.labels() for k in kept]) for side in (new, old))
