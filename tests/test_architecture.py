@@ -125,7 +125,9 @@ def test_losses_know_no_model_optimiser_or_accelerator():
 
 def test_what_help_needs_does_not_import_torch():
     configs = [f".methods.{verb}.config" for verb in ("align", "distill", "edit", "erase", "sharpen")]
-    commands = [f".commands.{name}" for name in ("verbs", "diagnose", "plan", "sample", "export", "families", "demo")]
+    commands = [
+        f".commands.{name}" for name in ("verbs", "diagnose", "plan", "sample", "export", "families", "demo", "measure")
+    ]
     modules = ("", ".cli", ".rewards", ".models.families", ".diagnoses.config", *configs, *commands)
     lines = [f"import fieldsmith{module}" for module in modules]
     script = "\n".join([*lines, "import sys", "print({'torch', 'diffusers', 'numpy'} & set(sys.modules) or 'light')"])

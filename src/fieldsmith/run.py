@@ -277,7 +277,8 @@ class Run:
     def finished(self) -> bool:
         """Whether it is trained and measured: a judge that failed is named as 'missing'."""
         file = self.folder / "metrics.json"
-        return file.exists() and "missing" not in read_json(file, "record of numbers")
+        record = read_json(file, "record of numbers") if file.exists() else None
+        return file.exists() and not (isinstance(record, dict) and "missing" in record)
 
     @property
     def resumes(self) -> bool:

@@ -13,7 +13,7 @@ from fieldsmith.config import from_file
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.read import read_toml
 
-USAGE = """fieldsmith measure RUN [--field value ...]
+USAGE = """usage: fieldsmith measure RUN [--field value ...]
 
 Measure a finished run again, without training, or complete what a judge that failed left out: metrics.json and
 report.html are written anew. Of a run's own settings those can be changed that only say how it is measured:
@@ -24,10 +24,10 @@ and sharpen, --samples of sharpen."""
 def measure(words: Sequence[str]) -> None:
     """Raises InputError before anything is written, RunError where a judge fails again."""
     rest = list(words)
-    if not rest or rest[0] in ("-h", "--help"):
+    if rest and rest[0] in ("-h", "--help"):
         print(USAGE)
         return
-    if rest[0].startswith("-"):
+    if not rest or rest[0].startswith("-"):
         raise InputError(
             "no run given; name its folder first, such as `fieldsmith measure runs/no-cat --judge nudenet`"
         )
