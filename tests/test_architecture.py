@@ -65,10 +65,11 @@ def outside(*names: str) -> tuple[str, ...]:
 
 # docs/architecture.md has the same list in words; imports point up it only, so that there is no circle
 ORDER = (
-    "errors", "processes", "functions", "read", "pictures", "data", "servers", "paths", "samplers", "config", "disk",
-    "owner", "origins", "run", "sessions", "preferences", "optimizers", "checkpoints", "interrupts", "training",
-    "models", "preflight", "worlds", "rewards", "report", "push", "result", "previews", "trackers", "verb", "measure",
-    "methods", "diagnoses", "sampling", "zoo", "api", "planning", "commands", "cli",
+    "errors", "processes", "functions", "read", "concepts", "pictures", "data", "servers", "paths", "samplers",
+    "config", "disk", "owner", "origins", "run", "sessions", "preferences", "optimizers", "checkpoints", "interrupts",
+    "training", "models", "preflight", "worlds", "rewards", "report", "push", "result", "previews", "trackers",
+    "shipping", "verb", "measuring", "measure", "methods", "diagnoses", "sampling", "zoo", "api", "planning",
+    "commands", "cli",
 )  # fmt: skip
 
 
@@ -126,7 +127,8 @@ def test_losses_know_no_model_optimiser_or_accelerator():
 def test_what_help_needs_does_not_import_torch():
     configs = [f".methods.{verb}.config" for verb in ("align", "distill", "edit", "erase", "sharpen")]
     commands = [
-        f".commands.{name}" for name in ("verbs", "diagnose", "plan", "sample", "export", "push", "families", "demo")
+        f".commands.{name}"
+        for name in ("verbs", "diagnose", "plan", "sample", "export", "push", "families", "demo", "measure")
     ]
     modules = ("", ".cli", ".rewards", ".models.families", ".diagnoses.config", *configs, *commands)
     lines = [f"import fieldsmith{module}" for module in modules]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import against_plain, gpu, gpu_checks, gpu_models, plain, startup, steps
+from benchmarks import against_plain, gpu, gpu_checks, gpu_models, judges, plain, startup, steps
 from experiments.tiny import flux_pipeline, kontext_pipeline, unet_pipeline
 from fieldsmith.errors import RunError
 from fieldsmith.models.core import Model
@@ -143,6 +143,26 @@ def test_start_up_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 # the GPU script
+
+
+def test_judges_are_asked_of_images_whose_truth_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """With a reader that knows one word: the half that has it is a hit, the other words' halves are none."""
+
+    def only_open(images: torch.Tensor) -> list[list[tuple[str, float]]]:
+        return [[("open", 0.9)] for _ in images]
+
+    monkeypatch.setattr(judges.detect.ocr, "read", only_open)
+    monkeypatch.setattr(judges.detect.ocr, "engine", lambda: None)
+    *words, any_text = judges.reading(4)  # OPEN and Bakery are asked for where they stand, two others where they do not
+    assert len(words) == 6 and all(one.hits and one.hits.value == 0.5 for one in words)
+    assert all(one.false_alarms and one.false_alarms.value == 0 for one in words)
+    assert any_text.hits is None and any_text.false_alarms and any_text.false_alarms.value == 1
+    assert all(len(images) == 3 and images.amin() >= 0 for images in judges.clothed(3).values())
+    monkeypatch.setattr(judges, "sampler", lambda model: lambda prompts, seed: torch.zeros(len(prompts), 3, 32, 32))
+    monkeypatch.setattr(judges, "load", lambda name: None)
+    assert all(one.hits is None and one.agrees.n == 23 for one in judges.functions(23))
 
 
 def test_the_gpu_script_runs_without_one(tmp_path: pathlib.Path) -> None:

@@ -256,3 +256,15 @@ def test_the_zoos_card_names_its_world(tmp_path):
     assert world_of(ZOO).world.size == 32
     assert card_of(ZOO)["world"] == "shapes"
     assert world_of(str(tmp_path)) is None and world_of("org/name") is None
+
+
+def test_one_image_that_should_stay_has_no_distances_and_is_counted():
+    """A judge may know a single neighbour, of which one image is drawn."""
+    red, blue = Concept("red", "star"), Concept("blue", "star")
+    images = WORLD.render([red, blue], torch.Generator().manual_seed(0))
+    groups = {
+        "target": Asked([red], images[:1], WORLD.judge(images[:1])),
+        "neighbours": Asked([blue], images[1:], WORLD.judge(images[1:])),
+    }
+    e = erasure(groups, groups, RED)
+    assert e.distances == {} and e.numbers["neighbours right"].n == 1

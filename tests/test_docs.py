@@ -14,9 +14,12 @@ import types
 
 import pytest
 
-from fieldsmith import cli
+from fieldsmith import cli, concepts
 from fieldsmith.commands import verbs
 from fieldsmith.methods.erase import config
+from fieldsmith.methods.erase.judged import PARAPHRASES
+from tests.test_detect import classifier_folder
+from tests.test_rewards import clip_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,9 +37,31 @@ def commands(block: str) -> list[list[str]]:
     return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["fieldsmith"]]
 
 
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Tiny networks in folders of the names that they have on the hub, which go before it. Read only."""
+    from experiments.tiny import flux_pipeline
+
+    folder = tmp_path_factory.mktemp("hub")
+    sentences = (*config.TEMPLATES, *PARAPHRASES, *config.KEPT, *concepts.load(["imagenette"]), "church barn")
+    words = tuple(sorted({word for one in sentences for word in one.replace("{}", "").split()}))
+    flux_pipeline(
+        words, vae_channels=(8, 8, 8), layers=1, single_layers=1, heads=1, text_length=12, guidance_embeds=True
+    ).save_pretrained(folder / "black-forest-labs" / "FLUX.1-dev")
+    clip_folder(folder / "openai" / "clip-vit-large-patch14", words, 12)
+    classifier_folder(folder / "google" / "vit-base-patch16-224")
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None, few_steps: None) -> pathlib.Path:
-    """An empty folder to stand in, where the zoo's names are tiny pipelines and defaults that take time are small."""
+def here(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None, few_steps: None, hub: pathlib.Path
+) -> pathlib.Path:
+    """An empty folder to stand in, where the zoo's and the hub's names are tiny pipelines and defaults that take time
+    are small."""
+    for name in hub.iterdir():
+        (tmp_path / name.name).symlink_to(name)
+    monkeypatch.setitem(config.PRESETS, "paper", {"evaluate": 1, "budget": 2, "steps": 4, "window": (1, 2)})
     for name, number in {"budget": 48, "steps": 4, "window": (1, 3), "evaluate": 2}.items():
         monkeypatch.setitem(config.LAPTOP, name, number)
     monkeypatch.setitem(config.PROTECT, "budget", 48)

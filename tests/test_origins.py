@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -123,7 +124,9 @@ def test_a_run_whose_code_changed_asks_and_what_comes_after_training_can_be_repe
     flag.touch()
     assert main(words) == 3
     assert f"{fails}' raised OSError: server away (mine.py, line" in capsys.readouterr().err
-    assert not (out / "metrics.json").exists() and not (out / ".owner").exists()
+    assert not (out / ".owner").exists()
+    missing = json.loads((out / "metrics.json").read_text())["missing"] if fails == "held" else ""
+    assert ("held' raised OSError: server away" in missing) == (out / "report.html").exists() == (fails == "held")
     assert (out / "adapter").exists() == (fails == "held")
     log, flag_gone = (out / "metrics.jsonl").read_text(), flag.unlink()
     file.write_text(file.read_text() + "\n# another version\n")
@@ -131,5 +134,5 @@ def test_a_run_whose_code_changed_asks_and_what_comes_after_training_can_be_repe
     assert "began with another code mine.py; put back" in capsys.readouterr().err
     assert main([*words, "--resume-changed"]) == 0 and flag_gone is None
     after = (out / "metrics.jsonl").read_text()
-    assert (out / "report.html").exists() and after.startswith(log)
+    assert "missing" not in json.loads((out / "metrics.json").read_text()) and after.startswith(log)
     assert after == log or fails == "score"  # nothing was trained again

@@ -272,13 +272,13 @@ def test_the_classifiers_refuse_other_sizes_and_words():
 # others' networks, tiny and random
 
 
-def clip_folder(folder: pathlib.Path) -> pathlib.Path:
+def clip_folder(folder: pathlib.Path, words: tuple[str, ...] = WORDS, length: int = 8) -> pathlib.Path:
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = layers | {
-        "vocab_size": 10,
-        "max_position_embeddings": 8,
+        "vocab_size": len(words) + 5,
+        "max_position_embeddings": length,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,
@@ -289,7 +289,7 @@ def clip_folder(folder: pathlib.Path) -> pathlib.Path:
             CLIPConfig(text_config=text, vision_config=layers | {"image_size": 30, "patch_size": 10}, projection_dim=12)
         )
     model.save_pretrained(folder)
-    word_tokenizer(WORDS, 8, bos=True).save_pretrained(folder)
+    word_tokenizer(words, length, bos=True).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size=30).save_pretrained(folder)
     return folder
 

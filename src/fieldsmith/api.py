@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from fieldsmith import preferences, rewards, verb
-from fieldsmith.config import GIVEN, Config, configure
+from fieldsmith import measuring, preferences, rewards, verb
+from fieldsmith.config import GIVEN, Config, configure, from_file
 from fieldsmith.diagnoses.overview import diagnose as diagnose
 from fieldsmith.errors import InputError
 from fieldsmith.functions import load_function, name_of
+from fieldsmith.measure import detect
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.align.step import Inputs as AlignInputs
 from fieldsmith.methods.align.verb import ALIGN
@@ -26,9 +28,9 @@ from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.edit.rollouts import World
 from fieldsmith.methods.edit.verb import EDIT
 from fieldsmith.methods.erase.config import AUTO as AUTO_ERASE
-from fieldsmith.methods.erase.config import KEPT, EraseConfig
+from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.judged import Judged, judged, kept_of
 from fieldsmith.methods.erase.step import Inputs as EraseInputs
-from fieldsmith.methods.erase.step import Judged
 from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.step import Inputs as SharpenInputs
@@ -137,6 +139,7 @@ def erase(
     anchors: Sequence[str] | str | None = None,
     *,
     method: str | Callable[..., Any] | None = None,
+    judge: str | Callable[..., Any] | None = None,
     config: EraseConfig | None = None,
     preset: str | None = None,
     callback: Callback | None = None,
@@ -145,31 +148,43 @@ def erase(
     """Make target prompts give what anchor prompts give (GEM, arXiv 2606.00140, and six baselines).
 
     `model` is a Model, which is trained in place, or a name to load. `method` may be a function of your own
-    (docs/extend.md). Every field of EraseConfig is a keyword; `config` takes the whole. out=None writes nothing.
+    (docs/extend.md). `judge` says what images of a model without a world show: a name (EraseConfig.judge), or a
+    function of images (n, 3, h, w) in [0, 1] and n concepts that returns n numbers, from 0.5 on where it is shown.
+    Every field of EraseConfig is a keyword; `config` takes the whole. out=None writes nothing.
     Raises InputError before anything is trained or written, RunError where training breaks.
     """
     build = method if callable(method) else None
     named = getattr(method, "__name__", None) if build else method
-    given = {"targets": targets, "anchors": anchors, "method": f"function:{named}" if build else named}
+    given: dict[str, Any] = {"method": f"function:{named}" if build else named, "judge": _name(judge)}
+    given |= {"targets": targets, "anchors": anchors}
+    config = _with_objects(config, given)
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
     config.check()
-    config, inputs = erase_inputs(config, build)
+    config, inputs = erase_inputs(config, build, judge)
     return verb.run(ERASE, config, inputs, model, callback)
 
 
-def erase_inputs(config: EraseConfig, method: Callable[..., Any] | None = None) -> tuple[EraseConfig, EraseInputs]:
-    """The config with its kept prompts named, and what `erase` is given beside it; `method`: a function of the user's
-    own, where it is no name. Raises InputError at a word that the model's world does not know."""
+def erase_inputs(
+    config: EraseConfig, method: Callable[..., Any] | None = None, judge: str | Callable[..., Any] | None = None
+) -> tuple[EraseConfig, EraseInputs]:
+    """The config with its kept prompts named, and what `erase` is given beside it; `method` and `judge`: functions of
+    the user's own, where they are no names. Raises InputError at a word that the model's world or the judge does not
+    know."""
     if method is None and ":" in config.method:
         method = load_function(config.method, "method")
+    judge = judge if callable(judge) else config.judge
     world = world_of(config.model)
+    if world and (judge or config.neighbours != AUTO_ERASE):
+        field = "judge" if judge else "neighbours"
+        raise InputError(f"the world of '{config.model}' has {field} of its own, which are exact; leave out --{field}")
     pairs = []
     if world and config.templates == AUTO_ERASE:
         pairs = [pair for target, anchor in config.words for pair in world.phrasings(target, anchor)]
     if config.keep == AUTO_ERASE:
-        kept = world.kept(config.targets) if world else KEPT
+        kept = world.kept(config.targets) if world else kept_of(config)
         config = config.replace(keep=tuple(prompt for prompt in kept if prompt not in config.targets))
-    return config, EraseInputs(_judged(world, config) if world else None, method, pairs)
+    asked = _judged(world, config) if world else judged(detect.load(_there(judge)), config) if judge else None
+    return config, EraseInputs(asked, method, pairs)
 
 
 def _judged(world: Asked, config: EraseConfig) -> Judged:
@@ -348,9 +363,9 @@ def _with_objects(config: C | None, given: dict[str, Any]) -> C | None:
     return config.replace(**{name: given.pop(name) for name in names})
 
 
-def _there(name: str) -> str:
-    """The name. Raises InputError where it stands for an object of another session."""
-    if name.startswith(GIVEN):
+def _there(name: Any) -> Any:
+    """The name, or a function. Raises InputError where it is a name that stands for an object of another session."""
+    if str(name).startswith((GIVEN, "function:")):
         raise InputError(f"'{name}' was an object in Python when this run was begun; hand it over again")
     return name
 
@@ -395,4 +410,33 @@ def settle(
     return config.replace(**given), model if isinstance(model, Model) else None
 
 
-open_run = Result.open
+# what a run is given beside its config, where only the config is known: a finished run's
+RUNS: dict[str, tuple[verb.Verb, Callable[[Any], tuple[Any, Any]]]] = {
+    "align": (ALIGN, lambda config: align_inputs(config, rewards.load)),
+    "distill": (DISTILL, lambda config: (config, distill_inputs(config))),
+    "edit": (EDIT, lambda config: (config, edit_inputs(config))),
+    "erase": (ERASE, lambda config: erase_inputs(config)),
+    "sharpen": (SHARPEN, lambda config: (config, sharpen_inputs(config))),
+}
+
+
+def open_run(folder: str | pathlib.Path) -> Result:
+    """The result of a finished run directory. Raises InputError where the folder is no finished run."""
+    return replace(Result.open(folder), again=partial(measure, folder))
+
+
+def measure(folder: str | pathlib.Path, **settings: Any) -> Result:
+    """Measure a finished run again, without training; `settings` are its verb's, of those that only measure.
+
+    Raises InputError at a setting that trains, at an object that the run was given in Python, and where the run is not
+    finished or has no checkpoint any more.
+    """
+    folder = pathlib.Path(folder)
+    name = Result.open(folder).verb
+    kind, inputs_of = RUNS[name]
+    began = kind.config(**from_file(folder / "config.toml", kind.config, name) | {"out": folder})
+    measuring.check(name, settings)
+    config = began.replace(**settings)
+    config.check()
+    config, inputs = inputs_of(config)
+    return measuring.measure(kind, began, config, inputs, folder)

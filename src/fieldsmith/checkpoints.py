@@ -193,6 +193,23 @@ def resume(
     return state["done"], state["stopped"]
 
 
+def restore(run: Run, parameters: dict[str, Tensor], averaged: bool) -> int:
+    """Load what was trained, or its averages, from the newest good checkpoint, and nothing else; its steps.
+
+    Raises InputError where there is none, and as `find`."""
+    newest = find(run)
+    if newest is None:
+        raise InputError(
+            f"'{run.folder}' has no checkpoint any more, from which its weights are loaded; train it again"
+        )
+    kind = "ema" if averaged else "weights"
+    wanted = {f"{kind}/{name}": p.detach() for name, p in parameters.items()}
+    with torch.no_grad(), warnings.catch_warnings():  # that one process reads alone is meant
+        warnings.simplefilter("ignore")
+        load(wanted, storage_reader=HuggingFaceStorageReader(str(newest)), no_dist=not processes.sharded())
+    return int(newest.name.removeprefix("step-"))
+
+
 def _tensors(
     parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, ema: list[Tensor] | None
 ) -> dict[str, Tensor]:

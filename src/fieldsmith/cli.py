@@ -29,6 +29,7 @@ VERBS = {
     "erase": "Make a forbidden prompt give what an anchor prompt gives (GEM and six baselines).",
     "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
     "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
+    "measure": "Measure a finished run again, with other judges, or complete what a judge that failed left out.",
     "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
     "diagnose": "Say what is undetermined in a model, and what to run next; nothing is trained.",
     "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",

@@ -9,7 +9,7 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class Result:
     pairs: tuple[Pair, ...] = field(repr=False)  # images (n, 3, h, w) in [0, 1] before and after, at equal seeds
     out: pathlib.Path | None = None  # the run directory, where one was written
     trained: Model | None = field(default=None, repr=False)
+    again: Callable[..., Result] | None = field(default=None, repr=False)  # measures an opened run, `measure`
 
     @staticmethod
     def open(folder: str | pathlib.Path) -> Result:
@@ -88,6 +89,16 @@ class Result:
         if not (out / shipped).is_dir():
             raise InputError(f"run '{out}' shipped no weights ({shipped})")
         return out / shipped
+
+    def measure(self, **settings: Any) -> Result:
+        """Measure this run again, or what a judge that failed left out: `fs.open_run(out).measure(judge="nudenet")`.
+
+        Nothing is trained; `settings` are those of the verb that say how it is measured (measuring.MEASURES). Raises
+        InputError at others, and where the run was written nowhere.
+        """
+        if self.again is None:
+            raise InputError("only a run that is opened can be measured again; use fieldsmith.open_run(OUT).measure()")
+        return self.again(**settings)
 
     def save(self, path: str | pathlib.Path, format: Format = "diffusers") -> pathlib.Path:
         """Write what others load: an adapter as one .safetensors file (diffusers', kohya's or ComfyUI's keys) or as a

@@ -306,7 +306,10 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "metrics.json").exists()
+        """Whether it is trained and measured: a judge that failed is named as 'missing'."""
+        file = self.folder / "metrics.json"
+        record = read_json(file, "record of numbers") if file.exists() else None
+        return file.exists() and not (isinstance(record, dict) and "missing" in record)
 
     @property
     def resumes(self) -> bool:

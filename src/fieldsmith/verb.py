@@ -18,11 +18,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fieldsmith import checkpoints, optimizers, origins, preflight, previews, processes
+from fieldsmith import checkpoints, optimizers, origins, preflight, previews, processes, shipping
 from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import load, load_adapter, lora_file, pipeline_folder
-from fieldsmith.models.adapters import parse
 from fieldsmith.models.core import LoraSpec, Model, check_kept, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
 from fieldsmith.preflight import Check
@@ -55,11 +54,12 @@ class Job:
     stopped: str = ""  # why no step is taken, where none is
     trained: Any = None  # what is measured after training; None: the model
     base: Any = None  # what is measured before; None: the model under `reference()`
-    ship: Callable[[Model, pathlib.Path], str] = lambda model, folder: _ship(model, folder)
+    ship: Callable[[Model, pathlib.Path], str] = shipping.ship
     cost: Callable[[Fit, int], dict[str, Any]] = lambda done, nfe: {"nfe": nfe}  # for metrics.json
     facts: Callable[[], dict[str, Any]] = dict  # more for metrics.json, asked after training
     advice: Callable[[Fit], list[str]] = lambda done: []  # sentences to print after training
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # open in a step, such as dropout
+    note: Callable[[], str] = str  # a sentence to print before the first step, such as what measuring will cost
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
@@ -88,7 +88,6 @@ class Outcome:
 
     config: Any
     job: Job
-    model: Model
     before: Any  # what `measure` gave for the reference
     after: Any
     metrics: dict[str, Any]  # so far: cost, steps, seconds
@@ -140,7 +139,7 @@ def run(
     try:
         if folder:
             with processes.together():
-                weights = _weights(verb, config) if model is None else {}  # an object may have any name
+                weights = weights_of(verb, config) if model is None else {}  # an object may have any name
                 folder.compare(origins.of(config, inputs, callback) | weights)
             if folder.changes:
                 console.print(folder.changes)
@@ -150,7 +149,7 @@ def run(
             folder.end()
 
 
-def _weights(verb: Verb, config: Any) -> dict[str, str]:
+def weights_of(verb: Verb, config: Any) -> dict[str, str]:
     """A digest of the weights that the config names; {} where they are not on this machine yet."""
     source = getattr(config, verb.source)
     folder = (pipeline_folder(source) or origins.snapshot(source)) if source else None
@@ -170,7 +169,7 @@ def _run(
     if model is None:
         model = load_model(verb, config, inputs)
         if folder:
-            folder.compare(_weights(verb, config))  # what a hub's id means may be known only now
+            folder.compare(weights_of(verb, config))  # what a hub's id means may be known only now
     else:
         check_resolution(model, getattr(config, "resolution", None))
         if model.adapters != config.adapter:
@@ -186,20 +185,27 @@ def _run(
         "seconds": trained.seconds, "steps": trained.steps, "stopped": trained.stopped, "adapter": shipped,
         **trained.cost, **job.facts(),
     }  # fmt: skip
+    did = f"{trained.steps} step{'' if trained.steps == 1 else 's'} in {trained.seconds:.0f} s ({trained.stopped})"
+    console.print(f"{did}; measuring what changed" if getattr(config, verb.evaluated) else did)
+    return measured(verb, config, job, metrics, folder, console)
+
+
+def measured(
+    verb: Verb, config: Any, job: Job, metrics: dict[str, Any], folder: Run | None, console: Console
+) -> Result:
+    """The result of what is trained, whose page and metrics.json are written; `metrics` are those of the training.
+
+    What cannot be measured, because a judge fails, is named there as 'missing' and costs nothing else.
+    """
     page = Page("")
     if getattr(config, verb.evaluated):
-        steps = f"{trained.steps} step{'' if trained.steps == 1 else 's'}"
-        console.print(f"{steps} in {trained.seconds:.0f} s ({trained.stopped}); measuring what changed")
-        with job.model.uncounted():
-            with job.reference() as base:
-                before = verb.measure(base, config, job, "before")
-            after = verb.measure(job.trained if job.trained is not None else job.model, config, job, "after")
-        history = folder.history(CURVES) if folder else []
-        metrics |= verb.report(page, Outcome(config, job, model, before, after, metrics, history, folder))
-        if folder and config.previews and verb.preview:
-            labels = verb.preview(config, job).labels
-            strips = previews.found(folder.folder, len(labels))
-            page.images("While it trained", labels, strips, note="The same noise each time.")
+        try:
+            metrics = metrics | _compared(verb, config, job, metrics, folder, page)
+        except (InputError, RunError, OSError) as error:
+            page, metrics = Page(f"{verb.name}: {getattr(config, verb.source)}"), {**metrics, "missing": str(error)}
+            again = f" `fieldsmith measure {folder.folder}` completes it." if folder else ""
+            page.verdict(f"Trained, but not measured: {error}.{again}", None, "Incomplete")
+            console.print(f"trained, but not measured: {error}", markup=False)
     else:
         page.title = f"{verb.name}: {getattr(config, verb.source)}"
         page.text("", f"{verb.evaluated} is 0: nothing was measured.")
@@ -208,12 +214,33 @@ def _run(
     metrics = plain(metrics)  # as metrics.json has them
     result = Result(verb.name, config, metrics, tuple(page.pairs), folder.folder if folder else None, job.model)
     if folder:
-        page.command("Repeat it, load it", _repeat(verb, config, folder, shipped))
+        lines = shipping.repeat(
+            verb.name, getattr(config, verb.source), config.adapter, folder.folder, metrics["adapter"]
+        )
+        page.command("Repeat it, load it", lines)
         page.write(folder.folder / "report.html")
         save_samples(result.pairs, folder.folder / "samples")
         folder.finish(metrics)
         console.print(f"page: {folder.folder / 'report.html'}")
     return result
+
+
+def _compared(
+    verb: Verb, config: Any, job: Job, metrics: dict[str, Any], folder: Run | None, page: Page
+) -> dict[str, Any]:
+    """What changed, measured and told on the page; for metrics.json."""
+    with job.model.uncounted():
+        with job.reference() as base:
+            before = verb.measure(base, config, job, "before")
+        after = verb.measure(job.trained if job.trained is not None else job.model, config, job, "after")
+    history = folder.history(CURVES) if folder else []
+    found = verb.report(page, Outcome(config, job, before, after, metrics, history, folder))
+    if folder and config.previews and verb.preview:
+        labels = verb.preview(config, job).labels
+        page.images(
+            "While it trained", labels, previews.found(folder.folder, len(labels)), note="The same noise each time."
+        )
+    return found
 
 
 def train(
@@ -242,12 +269,9 @@ def train(
         job = None
         try:
             with processes.together():
-                check_kept(model, verb.states(config) | _measured(verb, config))
-                model.chunk = getattr(config, "chunk", None) or max(getattr(config, "batch", 1), model.chunk)
-                job = verb.prepare(model, config, inputs)
+                job = job_of(verb, model, config, inputs)
                 if job.model is not model:  # a student or a guide has a count of its own
                     nfe = stack.enter_context(job.model.count_nfe())
-                    job.model.chunk = model.chunk
                     stack.enter_context(_mixed_precision(job.model))
                 if config.checkpointing:
                     checkpoint_activations(job.model)
@@ -255,6 +279,8 @@ def train(
                     compile_blocks(job.model)
                 with job.model.uncounted():
                     preflight.require(job.checks(resumes), quiet)
+                    if not quiet and (note := job.note()):
+                        Console(stderr=True).print(note)
                 if run and job.parameters:
                     plan = job.optimisation
                     needed = checkpoints.bytes_of(job.parameters, plan.ema is not None, plan.optimizer)
@@ -306,9 +332,14 @@ def train(
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))
 
 
-def _measured(verb: Verb, config: Any) -> dict[str, int]:
+def job_of(verb: Verb, model: Model, config: Any, inputs: Any) -> Job:
+    """The verb's job, whose networks are asked for no more states at once than the config says."""
     n = getattr(config, verb.evaluated)
-    return {f"{verb.evaluated}={n}": n}
+    check_kept(model, verb.states(config) | {f"{verb.evaluated}={n}": n})
+    model.chunk = getattr(config, "chunk", None) or max(getattr(config, "batch", 1), model.chunk)
+    job = verb.prepare(model, config, inputs)
+    job.model.chunk = model.chunk
+    return job
 
 
 @contextlib.contextmanager
@@ -388,33 +419,3 @@ def check_memory(verb: Verb, config: Any) -> None:
             "dtype 'bf16' is for frozen weights, but this run trains full ones, which need float32; leave out --dtype, "
             "or train a LoRA"
         )
-
-
-def _ship(model: Model, folder: pathlib.Path) -> str:
-    """Save the adapter, or the whole model where no adapter trained; the folder's name."""
-    name = "adapter" if model.spec else "model"
-    model.save(folder / name)
-    return name
-
-
-def _fuse(words: str) -> list[str]:
-    """How diffusers makes an adapter of the base part of it."""
-    path, scale = parse(words)
-    return [f'pipe.load_lora_weights("{path}")', f"pipe.fuse_lora(lora_scale={scale:g})", "pipe.unload_lora_weights()"]
-
-
-def _repeat(verb: Verb, config: Any, run: Run, shipped: str) -> list[str]:
-    """How to repeat a run and, where it made an adapter, how plain diffusers loads it."""
-    lines = [f"fieldsmith {verb.name} --config {run.folder / 'config.toml'} --out ANOTHER-FOLDER"]
-    if shipped == "adapter":
-        lines += [
-            "",
-            "# in Python, with diffusers alone",
-            f'pipe = DiffusionPipeline.from_pretrained("{getattr(config, verb.source)}")',
-            *(line for words in config.adapter for line in _fuse(words)),
-            f'pipe.load_lora_weights("{run.folder / "adapter"}")',
-        ]
-    if shipped == "model":
-        model = run.folder / "model"
-        lines += ["", "# in Python, with diffusers alone", f'pipe = DiffusionPipeline.from_pretrained("{model}")']
-    return lines

@@ -11,7 +11,7 @@ from typing import Any
 
 from fieldsmith.commands import arguments
 from fieldsmith.config import from_file
-from fieldsmith.errors import InputError
+from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import pipeline_folder
 
 CONFIGS = {
@@ -48,4 +48,10 @@ def run(verb: str, words: Sequence[str]) -> None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{verb}")
     pipeline_folder(config.model if hasattr(config, "model") else config.teacher)  # an unknown zoo model is refused now
     api = importlib.import_module("fieldsmith.api")  # imports torch: only once the words are known to be good
-    getattr(api, verb)(config=config)
+    finish(getattr(api, verb)(config=config))
+
+
+def finish(result: Any) -> None:
+    """Raises RunError where the run is trained, and its page written, but a judge failed afterwards."""
+    if "missing" in result.metrics:
+        raise RunError(f"{result.metrics['missing']}; `fieldsmith measure {result.out}` completes what is missing")

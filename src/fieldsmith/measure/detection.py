@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class Verdicts(Protocol):
         """One number an image, (n,) int, equal where they show the same."""
 
 
+@runtime_checkable
+class ByQuestion(Protocol):
+    """Verdicts of a judge that is asked about each image, which costs: it answers what an image was asked for alone."""
+
+    def answers(self, asked: Sequence[Concept]) -> Tensor:
+        """Whether each image shows what was asked, (n,) bool."""
+
+
 class World(Protocol):
     """Concepts with captions, and a judge that reads them from pixels alone."""
 
@@ -56,6 +64,8 @@ class Asked:
 
     def right(self) -> Tensor:
         """Whether each image shows all that was asked; (n,) bool."""
+        if isinstance(self.seen, ByQuestion):
+            return self.seen.answers(self.asked)
         names = list(dict.fromkeys(self.asked))
         each = torch.stack([self.seen.shows(c) for c in names])
         return each[[names.index(c) for c in self.asked], torch.arange(len(self.asked))]
@@ -126,7 +136,7 @@ def erasure(old: dict[str, Asked], new: dict[str, Asked], target: Concept) -> Er
         numbers[f"{name} drop points"] = paired_difference(new[name].right(), old[name].right())
     every_new, every_old = (torch.cat([~a.seen.valid for a in side.values()]) for side in (new, old))
     numbers["invalid rise points"] = paired_difference(every_old, every_new)
-    if not kept:  # nothing else than the target is left to ask for
+    if sum(len(new[name].asked) for name in kept) < 2:  # nothing else than the target is left to ask for, or one image
         return Erasure(numbers, {}, old, new)
     kept_new, kept_old = (torch.cat([side[k].images for k in kept]) for side in (new, old))
     labels_new, labels_old = (torch.cat([side[k].seen.labels() for k in kept]) for side in (new, old))

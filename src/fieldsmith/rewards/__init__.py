@@ -28,7 +28,7 @@ OF_WORLD = ("right", "shape", "colour", "valid", "count", "position")
 OF_PIXELS = ("brightness", "darkness", "saturation", "jpeg-size", "compressibility", "incompressibility")
 LEARNED = ("classifier", "classifier-heldout")
 PRETRAINED = ("clip", "pickscore", "hpsv2", "imagereward", "aesthetic")
-NAMES = (*OF_WORLD, *OF_PIXELS, *LEARNED, *PRETRAINED, "remote")
+NAMES = (*OF_WORLD, *OF_PIXELS, *LEARNED, *PRETRAINED, "ocr", "remote")
 ARGUMENTS = {  # what must follow the name
     "position": "left|right|top|bottom",
     **dict.fromkeys(PRETRAINED, "FOLDER"),
@@ -141,6 +141,10 @@ def _built(name: str, argument: str | None, world: Asked | None) -> Reward:
         from fieldsmith.rewards import learned
 
         return learned.classifier(heldout=name == "classifier-heldout")
+    if name == "ocr":
+        from fieldsmith.rewards import ocr
+
+        return ocr.reward()
     assert argument is not None
     if name in PRETRAINED:
         from fieldsmith.rewards import pretrained

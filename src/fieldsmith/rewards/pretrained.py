@@ -1,7 +1,8 @@
 """Judges that others trained, over transformers' own parts: CLIP score, PickScore, HPSv2, ImageReward, aesthetics.
 
 In: a folder (or, for the CLIP family, a hub id). Out: differentiable rewards: images are resized, cropped and
-normalised in torch, never through PIL, as close to each model's own processor as 8-bit rounding allows.
+normalised in torch, never through PIL, as close to each model's own processor as 8-bit rounding allows. Classifiers of
+images, which name what they see, go through their own processor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
-from transformers import AutoTokenizer, BlipConfig, BlipForImageTextRetrieval, CLIPModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    CLIPModel,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 
 from fieldsmith.errors import InputError
@@ -80,21 +88,43 @@ class Clip:
         return normalize(model.text_projection(model.text_model(**tokens).pooler_output), dim=-1)
 
 
-def load_clip(name: str, source: str) -> Clip:
-    """A CLIPModel from a folder or hub id. Raises InputError where it is none or not whole."""
-    model, loaded = _load(name, source, lambda at: CLIPModel.from_pretrained(at, output_loading_info=True))
-    if loaded["missing_keys"]:
-        raise InputError(
-            f"'{source}' for reward '{name}' is no whole CLIPModel: it lacks {sorted(loaded['missing_keys'])[0]}"
-        )
-    tokenizer = _load(name, source, AutoTokenizer.from_pretrained)
+def load_clip(what: str, source: str) -> Clip:
+    """A CLIPModel from a folder or hub id, for what messages call "reward 'clip'".
+
+    Raises InputError where it is none or not whole."""
+    model = _whole(what, source, CLIPModel)
+    tokenizer = _load(what, source, AutoTokenizer.from_pretrained)
     try:
         settings = ImageProcessingMixin.get_image_processor_dict(source)[0]
     except OSError:
         settings = {}  # conversions of open_clip weights often come without
     mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
-    model.eval().requires_grad_(False)
     return Clip(model, tokenizer, model.config.vision_config.image_size, mean, std)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A transformers classifier of images with its own processor, and the names of its classes in order."""
+
+    model: Any
+    processor: Any
+    names: tuple[str, ...]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """The probability of each class, (n, classes), of images (n, 3, h, w) in [0, 1]."""
+        pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        ready = self.processor(images=list(pixels), return_tensors="pt")["pixel_values"].to(images.device)
+        logits: Tensor = self.model.to(images.device)(pixel_values=ready).logits
+        return logits.float().softmax(1)
+
+
+def load_classifier(what: str, source: str) -> Classifier:
+    """An image-classification model of transformers from a folder or hub id. Raises as `load_clip`."""
+    model = _whole(what, source, AutoModelForImageClassification)
+    processor = _load(what, source, AutoImageProcessor.from_pretrained)
+    labels = model.config.id2label
+    return Classifier(model, processor, tuple(str(labels[place]) for place in range(len(labels))))
 
 
 def clip_score(source: str, name: str = "clip", scaled: bool = False) -> Reward:
@@ -103,7 +133,7 @@ def clip_score(source: str, name: str = "clip", scaled: bool = False) -> Reward:
     CLIP score (Hessel et al., 2021) and HPSv2 (Wu et al., 2023) are the cosine, each under its own weights; PickScore
     (Kirstain et al., 2023, equation 1) is scaled.
     """
-    clip = load_clip(name, source)
+    clip = load_clip(f"reward '{name}'", source)
 
     def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
         cosine = (clip.image_features(images) * clip.text_features(prompts, images.device)).sum(1)
@@ -118,7 +148,7 @@ def aesthetic(source: str, head: str | None = None) -> Reward:
     `head` is the file of the layers (sac+logos+ava1-l14-linearMSE.pth); by default the one in the folder whose name has
     'linearMSE' or 'aesthetic' in it.
     """
-    clip = load_clip("aesthetic", source)
+    clip = load_clip("reward 'aesthetic'", source)
     file = pathlib.Path(head) if head else _only_file(source, ("linearMSE", "aesthetic"), "aesthetic:FOLDER?head=FILE")
     layers = linear_layers(_weights(file), str(file))
     width = clip.model.config.projection_dim
@@ -143,8 +173,8 @@ def imagereward(source: str) -> Reward:
     layers = linear_layers({key: state.pop(key) for key in list(state) if key.startswith("mlp.")}, source)
     for pattern, name in BLIP_NAMES:
         state = {re.sub(pattern, name, key): weight for key, weight in state.items()}
-    config: Any = _load("imagereward", source, BlipConfig.from_pretrained)
-    tokenizer = _load("imagereward", source, AutoTokenizer.from_pretrained)
+    config: Any = _load("reward 'imagereward'", source, BlipConfig.from_pretrained)
+    tokenizer = _load("reward 'imagereward'", source, AutoTokenizer.from_pretrained)
     places = state.get("vision_model.embeddings.position_embedding", torch.empty(1, 1, 0)).shape[1] - 1
     config.vision_config.image_size = side = math.isqrt(places) * config.vision_config.patch_size
     try:
@@ -209,11 +239,19 @@ def _tokens(tokenizer: Any, prompts: Sequence[str], longest: int, device: torch.
     return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def _load(name: str, source: str, load: Callable[[str], Any]) -> Any:
-    if not pathlib.Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+def _whole(what: str, source: str, kind: Any) -> Any:
+    """A frozen model of this kind, of which no weight is missing."""
+    model, loaded = _load(what, source, lambda at: kind.from_pretrained(at, output_loading_info=True))
+    if loaded["missing_keys"]:
         raise InputError(
-            f"the folder '{source}' of reward '{name}' does not exist; give a folder or a hub id (org/name)"
+            f"'{source}' for {what} is no whole {type(model).__name__}: it lacks {sorted(loaded['missing_keys'])[0]}"
         )
+    return model.eval().requires_grad_(False)
+
+
+def _load(what: str, source: str, load: Callable[[str], Any]) -> Any:
+    if not pathlib.Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise InputError(f"the folder '{source}' of {what} does not exist; give a folder or a hub id (org/name)")
     try:
         return load(source)
     except Exception as error:  # transformers, huggingface_hub and safetensors each have their own
@@ -223,9 +261,7 @@ def _load(name: str, source: str, load: Callable[[str], Any]) -> Any:
             else "is no folder here and could not be fetched from the hub"
         )
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(
-            f"'{source}' of reward '{name}' {where}; check the name, or give a whole folder ({reason})"
-        ) from error
+        raise InputError(f"'{source}' of {what} {where}; check the name, or give a whole folder ({reason})") from error
 
 
 def _only_file(source: str, words: Sequence[str], usage: str) -> pathlib.Path:

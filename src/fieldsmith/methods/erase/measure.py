@@ -13,14 +13,14 @@ from fieldsmith.measure.detection import Asked, ask_groups, detected
 from fieldsmith.measure.drawing import Sampler, sampler
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.step import Judged
+from fieldsmith.methods.erase.judged import Judged, ask_by_seed
 from fieldsmith.previews import FEW, Preview
 from fieldsmith.verb import Job, Side
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One erased concept on a world whose judge is exact."""
+    """One erased concept, on a world whose judge is exact or by a judge of the user's choice."""
 
     groups: dict[str, Asked]  # target, neighbours, unrelated
     paraphrases: Interval  # share of images of other words for the target that show it
@@ -49,7 +49,13 @@ def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
         shown = {prompt: draw([prompt] * min(4, config.evaluate), config.seed) for prompt in names}
         return Measured({}, shown, draw(kept_prompts(config), config.seed))
     seen = {target: _concept(draw, judged, target, config) for target in judged.groups}
-    if side == "after" and config.attacks and model.family == "flux" and config.method != "projection":
+    if (
+        side == "after"
+        and config.attacks
+        and judged.detector is None
+        and model.family == "flux"
+        and config.method != "projection"
+    ):
         for target, one in seen.items():
             one.attacks.update(battery(model, judged.world, target, judged.groups[target]["target"], config.seed))
     return Measured(seen)
@@ -58,7 +64,9 @@ def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
 def _concept(draw: Sampler, judged: Judged, target: Any, config: EraseConfig) -> Concept:
     world, n, seed = judged.world, config.evaluate, config.seed
     return Concept(
-        ask_groups(draw, world, judged.groups[target], n, seed),
+        ask_by_seed(draw, judged, target, config)
+        if judged.detector
+        else ask_groups(draw, world, judged.groups[target], n, seed),
         detected(draw, world, target, judged.paraphrases[target], n, seed + 9),
         detected(draw, world, target, list(config.anchors), 2 * n, seed + 8),
     )

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from fieldsmith.measure.detect import Detector
 from fieldsmith.measure.detection import Erasure, erasure
 from fieldsmith.measure.distances import pixel_features
+from fieldsmith.measure.intervals import share
 from fieldsmith.measure.side_effects import compare
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.erase.measure import Concept, kept_prompts
@@ -16,7 +18,12 @@ from fieldsmith.report.run_curves import curves
 from fieldsmith.training import step_generator
 from fieldsmith.verb import Outcome
 
-GROUPS = {"target": "What was asked for", "neighbours": "Near it", "unrelated": "Unrelated prompts"}
+GROUPS = {
+    "target": "What was asked for", "neighbours": "Near it", "unrelated": "Unrelated prompts",
+    "others": "Prompts that the judge cannot read: look",
+}  # fmt: skip
+KEPT = ("neighbours", "unrelated", "others")
+SEEN = 0.5  # of the target's images before, below which a judge's word after proves little
 CURVES = {
     "distances": ("d_plus", "d_minus"),
     "progress": ("lambda", "active"),
@@ -26,7 +33,7 @@ CURVES = {
 
 
 def report(page: Page, outcome: Outcome) -> dict[str, Any]:
-    """Judged exactly on a model whose world is known, by side effects alone elsewhere."""
+    """Judged exactly on a model whose world is known, by the user's judge elsewhere, else by side effects alone."""
     config: EraseConfig = outcome.config
     names = ", ".join(f"'{target}'" for target in config.targets[:4])
     more = f" and {len(config.targets) - 4} more" if len(config.targets) > 4 else ""
@@ -44,7 +51,7 @@ def _judged(page: Page, outcome: Outcome) -> dict[str, Any]:
     for place, target in enumerate(targets):
         old, new = outcome.before.concepts[target], outcome.after.concepts[target]
         e = erasure(old.groups, new.groups, target)
-        _verdict(page, e, target)
+        _verdict(page, e, target, outcome.job.inputs.judged.detector)
         if place == 0:
             page.numbers(_cards(e), "At a glance")
             for side, one, label in (("before", old, " before"), ("after", new, "")):
@@ -56,14 +63,18 @@ def _judged(page: Page, outcome: Outcome) -> dict[str, Any]:
         rows.append(("paraphrases detected", new.paraphrases.short(), new.paraphrases.n))
         leak = old.anchor_leak
         rows.append(("anchor leak: the anchor's own images, before, that show it", leak.short(), leak.n))
-        page.table(f"Judged: {target}", ["measure", "value [95% interval]", "n"], rows)
+        detector = outcome.job.inputs.judged.detector
+        page.table(f"Judged: {target}", ["measure", "value [95% interval]", "n"], rows, _who(detector))
+        if detector:
+            metrics["judge"] = {"name": detector.name, "origin": detector.origin, "threshold": detector.threshold}
+            metrics.setdefault("parts", {})[str(target)] = _parts(page, e, target, detector, config.evaluate)
         if new.attacks:
             page.table(f"Bringing it back: {target}", ["attack", "share that shows it again"], _flat(new.attacks))
             metrics.setdefault("attacks", {})[str(target)] = new.attacks
         metrics["concepts"][str(target)] = {
             **e.to_json(), "paraphrases detected": new.paraphrases.value, "anchor leak": leak.value
         }  # fmt: skip
-        kept = [name for name in ("neighbours", "unrelated") if name in e.after]
+        kept = [name for name in KEPT if name in e.after]
         if kept:
             asked = [str(c) for name in kept for c in e.after[name].asked]
             before, after = (torch.cat([side[name].images for name in kept]) for side in (e.before, e.after))
@@ -71,7 +82,41 @@ def _judged(page: Page, outcome: Outcome) -> dict[str, Any]:
     return metrics
 
 
-def _verdict(page: Page, e: Erasure, target: Any) -> None:
+def _who(detector: Detector | None) -> str:
+    """What the judge is, and what its word is worth, where it is no exact one."""
+    if detector is None:
+        return ""
+    return (
+        f"Judge: {detector.origin}; counts from {detector.threshold:g} on. It errs: how often, results/judges says of "
+        "some, and here the row of the anchor's images. Invalid images are blank ones."
+    )
+
+
+def _parts(page: Page, e: Erasure, target: Any, detector: Detector, n: int) -> dict[str, Any]:
+    """The target's share by prompt and by seed, and which of a closed judge's classes its images show."""
+    shown = [side["target"].seen.shows(target).view(-1, n) for side in (e.before, e.after)]
+    prompts = list(dict.fromkeys(map(str, e.after["target"].asked)))
+    parts: dict[str, dict[str, tuple[Any, ...]]] = {
+        "prompt": {name: tuple(side[row] for side in shown) for row, name in enumerate(prompts)},
+        "seed": {f"image {k + 1} of each prompt": tuple(side[:, k] for side in shown) for k in range(n)},
+    }
+    if detector.at_once and detector.names:
+        scores = {
+            name: tuple(side["target"].seen.shows(name) for side in (e.before, e.after)) for name in detector.names
+        }
+        parts["class that the judge saw"] = {
+            name: pair for name, pair in scores.items() if pair[0].any() | pair[1].any()
+        }
+    found = {}
+    for part, rows in parts.items():
+        shares = {name: (share(before), share(after)) for name, (before, after) in rows.items()}
+        lines = [(name, before.short(), after.short(), after.n) for name, (before, after) in shares.items()]
+        page.table(f"{target} by {part}", [part, "before", "after", "n"], lines)
+        found[part] = {name: {"before": old.to_json(), "after": new.to_json()} for name, (old, new) in shares.items()}
+    return found
+
+
+def _verdict(page: Page, e: Erasure, target: Any, detector: Detector | None) -> None:
     n = e.numbers
     lost = n.get("unrelated drop points")  # nothing is unrelated to 'a colored shape'
     gone = n["target detected"].value < 0.05 and n["target invalid"].value <= 0.05
@@ -81,7 +126,13 @@ def _verdict(page: Page, e: Erasure, target: Any) -> None:
         f"(before: {n['target detected before'].short()}); unrelated prompts: "
         f"{lost.short() if lost else 'none'} lost, invalid images: {n['invalid rise points'].short()} more."
     )
-    page.verdict(sentence, (gone and well) if gone == well else None)
+    good = (gone and well) if gone == well else None
+    if detector and n["target detected before"].value < SEEN:
+        sentence += (
+            " The judge saw little of it before, so this proves little: look at the pairs, or ask another judge."
+        )
+        good = None
+    page.verdict(sentence, good)
 
 
 def _numbers(e: Erasure, one: Concept, label: str) -> dict[str, Any]:
@@ -96,7 +147,8 @@ def _unjudged(page: Page, outcome: Outcome) -> dict[str, Any]:
     """A model whose images nobody here can judge: pictures at equal seeds and side effects on kept prompts."""
     before, after = outcome.before, outcome.after
     rows = [Pair(prompt, before.shown[prompt], after.shown[prompt]) for prompt in before.shown]
-    page.verdict("No judge knows this model's images: look at the pairs, drawn at equal seeds.", None, "Look")
+    words = "No judge knows this model's images: look at the pairs, drawn at equal seeds, or name one with --judge."
+    page.verdict(words, None, "Look")
     page.before_after("Before and after", rows)
     prompts = kept_prompts(outcome.config)
     title = "Side effects, on kept prompts"
@@ -140,10 +192,13 @@ def _pairs(e: Erasure, group: str, target: Any, most: int = 6, columns: int = 8)
         places = [i for i, asked in enumerate(old.asked) if asked == concept][:columns]
         marks = []
         for side in (old, new):
-            names, right, shows = side.seen.names(), side.right(), side.seen.shows(target)
+            if group == "others":  # a judge that cannot name what they ask for
+                marks.append([Caption("") for _ in places])
+                continue
             # after an erasure a target prompt is right where the target is gone and something is still there
-            gone = side.seen.valid & ~shows
-            good = gone if group == "target" and side is new else right
+            erased = group == "target" and side is new
+            good = side.seen.valid & ~side.seen.shows(target) if erased else side.right()
+            names = side.seen.names()
             marks.append([Caption(names[i], bool(good[i])) for i in places])
         rows.append(Pair(str(concept), old.images[places], new.images[places], *marks))
     return rows

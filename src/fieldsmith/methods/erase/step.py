@@ -7,10 +7,9 @@ your own has the same form (docs/extend.md).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from fieldsmith.errors import InputError
 from fieldsmith.methods.erase import losses as L
 from fieldsmith.methods.erase import states as S
 from fieldsmith.methods.erase.config import EraseConfig
+from fieldsmith.methods.erase.judged import Judged, watched
 from fieldsmith.methods.erase.pairs import Pair, encoded
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.text_layers import attention_maps, check_text_layers, text_inputs, word_positions
@@ -46,15 +46,6 @@ Build = Callable[[Model, EraseConfig, "list[Pair]"], Method]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A world whose judge is exact, and what it is asked about each erased concept."""
-
-    world: Any
-    groups: Mapping[Any, Mapping[str, Sequence[Any]]]  # concept -> target, neighbours, unrelated -> concepts
-    paraphrases: Mapping[Any, Sequence[str]]  # concept -> prompts in other words
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What a run is given beside its settings: who judges its images, a method of the user's own, and (target, anchor)
     prompts, where the model's world has the templates."""
@@ -69,6 +60,13 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
 
     Raises InputError where prompts or method do not fit the model, before anything is attached.
     """
+    if inputs.judged:
+        inputs.judged.check_prompts(model, config)
+    job = _prepare(model, config, inputs)
+    return watched(job, inputs.judged, config) if inputs.judged else job
+
+
+def _prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     _check_model(model, config)
     pairs = encoded(model, inputs.pairs or config.pairs)
     model.encode(config.keep or [""])  # unknown words are refused now
