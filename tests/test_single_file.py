@@ -79,6 +79,20 @@ def released_sd3(transformer: Any) -> dict[str, Tensor]:
     return {f"model.diffusion_model.{key}": weight for key, weight in whole.items()}
 
 
+def released_vae(vae: Any) -> dict[str, Tensor]:
+    """The autoencoder's weights under Stable Diffusion's own names, of one without attention."""
+    levels = len(vae.config.block_out_channels)
+    found = {}
+    for key, weight in vae.state_dict().items():
+        name = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+        name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
+        name = re.sub(r"up_blocks\.(\d)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+        name = name.replace(".resnets.", ".block.").replace("downsamplers.0", "downsample")
+        found[f"first_stage_model.{name.replace('upsamplers.0', 'upsample')}"] = weight.contiguous()
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """One pipeline's folder, and another one's UNet in `other.safetensors` beside it."""
@@ -102,6 +116,25 @@ def test_a_file_gives_its_denoiser_and_the_folder_the_rest(folder):
     ours = model.predict(x, t, condition).value
     theirs = wanted(x, 499, encoder_hidden_states=condition.parts["embeds"]).sample
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_files_own_autoencoder_and_encoder_of_words_are_used(tmp_path):
+    base, wanted = (sd15_pipeline(("a", "red", "circle"), seed=seed) for seed in (0, 1))
+    base.save_pretrained(tmp_path / "pipeline")
+    encoder = {
+        f"text_model.{key.removeprefix('text_model.')}": w for key, w in wanted.text_encoder.state_dict().items()
+    }
+    words = {f"cond_stage_model.transformer.{key}": weight.clone() for key, weight in encoder.items()}
+    images = released_unet(wanted.unet) | released_vae(wanted.vae)
+    save_file(images | words, tmp_path / "whole.safetensors")
+    strange = {key.replace("text_model", "roberta"): weight for key, weight in words.items()}
+    save_file(images | strange, tmp_path / "strange.safetensors")
+    with pytest.raises(InputError, match="its encoder of words is in no layout that diffusers reads"):
+        load(tmp_path / "strange.safetensors", config_from=tmp_path / "pipeline")
+    model = load(tmp_path / "whole.safetensors", config_from=tmp_path / "pipeline")
+    for part in ("unet", "vae", "text_encoder"):
+        theirs, ours = getattr(wanted, part).state_dict(), getattr(model.pipeline, part).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs), part
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fieldsmith.models.families import family_of_lora, same_family
 
 SUFFIX = ".safetensors"
 AUTOENCODER = ("first_stage_model.", "vae.")  # what its weights' names begin with
+ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 
 
 def single_file(name: str, config_from: str) -> pathlib.Path | None:
@@ -55,7 +56,7 @@ def check_file(file: pathlib.Path, family: str, config_from: str) -> list[str]:
 def parts(file: pathlib.Path, index: Mapping[str, Any], denoiser: str, **options: Any) -> dict[str, Any]:
     """The modules that the file holds, by their names in the pipeline; `options` are diffusers' from_single_file's.
 
-    Encoders of words that are not in the file are left to the pipeline.
+    Encoders of words that are not in the file are left to the pipeline. Raises InputError where they are there unread.
     """
     import diffusers  # late
     from diffusers.loaders import single_file_utils as by_diffusers
@@ -78,4 +79,6 @@ def parts(file: pathlib.Path, index: Mapping[str, Any], denoiser: str, **options
                 create = by_diffusers.create_diffusers_t5_model_from_checkpoint
             if create:
                 found[part] = create(kind, checkpoint=dict(weights), subfolder=part, **options).eval()
+    if any(key.startswith(ENCODERS) for key in weights) and not any(part.startswith("text_encoder") for part in found):
+        raise InputError("its encoder of words is in no layout that diffusers reads; save the denoiser alone")
     return found
