@@ -68,7 +68,7 @@ ORDER = (
     "errors", "processes", "functions", "read", "concepts", "pictures", "data", "servers", "paths", "samplers",
     "config", "disk", "owner", "origins", "run", "sessions", "preferences", "optimizers", "checkpoints", "interrupts",
     "training", "models", "preflight", "worlds", "rewards", "report", "push", "result", "previews", "trackers",
-    "shipping", "verb", "measuring", "measure", "methods", "diagnoses", "sampling", "zoo", "api", "planning",
+    "shipping", "verb", "measuring", "measure", "methods", "diagnoses", "sampling", "zoo", "calls", "api", "planning",
     "commands", "cli",
 )  # fmt: skip
 

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fieldsmith import measuring, preferences, rewards, verb
-from fieldsmith.config import GIVEN, Config, configure, from_file
+from fieldsmith.calls import data_name, settle, still_there, with_objects
+from fieldsmith.config import GIVEN, Config, from_file
 from fieldsmith.diagnoses.overview import diagnose as diagnose
 from fieldsmith.errors import InputError
 from fieldsmith.functions import load_function, name_of
@@ -41,9 +42,8 @@ from fieldsmith.models.features import load_features
 from fieldsmith.pictures import Frame
 from fieldsmith.preferences import Preferences
 from fieldsmith.read import read_prompts
-from fieldsmith.result import Result, going_on
+from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
-from fieldsmith.run import base_of
 from fieldsmith.sampling import sample as sample
 from fieldsmith.sessions import UserSessions, frame_of
 from fieldsmith.verb import Callback
@@ -111,7 +111,7 @@ def align_inputs(
     world = world_of(config.model)
     prompts = read_prompts(config.prompts)
     if config.pairs:
-        pairs = pairs or preferences.load(_there(config.pairs))
+        pairs = pairs or preferences.load(still_there(config.pairs))
         of_pairs = tuple(dict.fromkeys(pairs.prompts))
         if prompts not in ((), of_pairs):
             raise InputError("prompts come with the pairs that dpo learns from; leave out prompts")
@@ -157,7 +157,7 @@ def erase(
     named = getattr(method, "__name__", None) if build else method
     given: dict[str, Any] = {"method": f"function:{named}" if build else named, "judge": _name(judge)}
     given |= {"targets": targets, "anchors": anchors}
-    config = _with_objects(config, given)
+    config = with_objects(config, given)
     config, model = settle(EraseConfig, model, "model", config, preset, None, given, settings)
     config.check()
     config, inputs = erase_inputs(config, build, judge)
@@ -183,7 +183,7 @@ def erase_inputs(
     if config.keep == AUTO_ERASE:
         kept = world.kept(config.targets) if world else kept_of(config)
         config = config.replace(keep=tuple(prompt for prompt in kept if prompt not in config.targets))
-    asked = _judged(world, config) if world else judged(detect.load(_there(judge)), config) if judge else None
+    asked = _judged(world, config) if world else judged(detect.load(still_there(judge)), config) if judge else None
     return config, EraseInputs(asked, method, pairs)
 
 
@@ -278,12 +278,12 @@ def distill(
     takes the whole. out=None writes nothing. The result's model is the student. Raises InputError before anything is
     trained or written, RunError where training breaks.
     """
-    given: dict[str, Any] = {"data": _data_name(data)}
+    given: dict[str, Any] = {"data": data_name(data)}
     if isinstance(student, (str, pathlib.Path)):
         given["student"] = student
     elif not isinstance(student, Model):
         given["shrink"] = student
-    config = _with_objects(config, given)
+    config = with_objects(config, given)
     config, teacher = settle(DistillConfig, teacher, "teacher", config, preset, scale, given, settings)
 
     return verb.run(DISTILL, config, distill_inputs(config, data, student), teacher, callback)
@@ -298,7 +298,7 @@ def distill_inputs(config: DistillConfig, data: Any = None, student: Any = None)
         source = data
         if data is None or isinstance(data, (str, pathlib.Path)):
             known = ", ".join(classes.NAMED)
-            source = _there(data_of(config.teacher, known) if config.data == "auto" else config.data)
+            source = still_there(data_of(config.teacher, known) if config.data == "auto" else config.data)
         return classes.load(source, size, channels, fit=config.fit, background=config.background)
 
     return DistillInputs(sized, student=student if isinstance(student, Model) else None)
@@ -323,8 +323,8 @@ def sharpen(
     takes the whole. out=None writes nothing. Raises InputError before anything is trained or written, RunError where
     training or judging breaks.
     """
-    given = {"data": _data_name(data), "judge": _name(judge)}
-    config = _with_objects(config, given)
+    given = {"data": data_name(data), "judge": _name(judge)}
+    config = with_objects(config, given)
     config, model = settle(SharpenConfig, model, "model", config, preset, scale, given, settings)
 
     return verb.run(SHARPEN, config, sharpen_inputs(config, data, judge), model, callback)
@@ -337,7 +337,7 @@ def sharpen_inputs(config: SharpenConfig, data: Any = None, judge: Any = None) -
         verdict = judge if callable(judge) else config.judge
         if data is None or isinstance(data, (str, pathlib.Path)):
             name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
-            return catalogue.load(_there(name), size, verdict, channels, config.fit, config.background)
+            return catalogue.load(still_there(name), size, verdict, channels, config.fit, config.background)
         if hasattr(data, "sample"):
             world: JudgedWorld = data
             return world
@@ -346,68 +346,6 @@ def sharpen_inputs(config: SharpenConfig, data: Any = None, judge: Any = None) -
         return own.of(data, verdict, Frame(size, channels, config.fit, config.background))
 
     return SharpenInputs(sized, features=load_features(config.extractor) if config.extractor else None)
-
-
-def _data_name(data: Any) -> str | None:
-    """How a config names data: a name as it is, an object as 'given:NAME'."""
-    if data is None or isinstance(data, (str, pathlib.Path)):
-        return None if data is None else str(data)
-    return f"{GIVEN}{getattr(data, 'name', None) or type(data).__name__}"
-
-
-def _with_objects(config: C | None, given: dict[str, Any]) -> C | None:
-    """Functions and objects may be given beside a config, which cannot hold them: move their names into it."""
-    if config is None:
-        return None
-    names = [name for name, value in given.items() if str(value).startswith((GIVEN, "function:"))]
-    return config.replace(**{name: given.pop(name) for name in names})
-
-
-def _there(name: Any) -> Any:
-    """The name, or a function. Raises InputError where it is a name that stands for an object of another session."""
-    if str(name).startswith((GIVEN, "function:")):
-        raise InputError(f"'{name}' was an object in Python when this run was begun; hand it over again")
-    return name
-
-
-def settle(
-    kind: type[C],
-    model: Model | Result | str | None,
-    source: str,
-    config: C | None,
-    preset: str | None,
-    scale: str | None,
-    named: dict[str, Any],
-    settings: dict[str, Any],
-) -> tuple[C, Model | None]:
-    """The config of a call, and the model where it was given as one; `source` is the field that names it.
-
-    A Result, or a finished run's directory, stands for what the run left: its base with its adapters. Raises InputError
-    where both a config and settings are given, or at a bad setting.
-    """
-    given = {name: value for name, value in named.items() if value is not None} | settings
-    model = going_on(model)
-    begun = getattr(config, source) if model is None and config is not None else model
-    if isinstance(begun, str) and (found := base_of(begun)):
-        model, of_base = found.model, {"config_from": found.config_from} if found.config_from else {}
-        if config is not None:
-            config = config.replace(**{source: model, "adapter": (*found.adapter, *config.adapter)}, **of_base)
-        else:
-            given |= of_base | {"adapter": (*found.adapter, *given.get("adapter", ()))}
-    if isinstance(model, Model):
-        given[source] = model.name
-        if model.adapters and config is None:
-            given.setdefault("adapter", model.adapters)
-    elif model is not None:
-        given[source] = str(model)
-    if config is None:
-        return configure(kind, given, preset, scale), model if isinstance(model, Model) else None
-    other = sorted(set(given) - {source})
-    if other or preset or scale:
-        raise InputError(f"config and {', '.join(other) or 'preset'} are both given; put everything into the config")
-    if isinstance(model, Model) and not config.adapter:
-        given["adapter"] = model.adapters
-    return config.replace(**given), model if isinstance(model, Model) else None
 
 
 # what a run is given beside its config, where only the config is known: a finished run's

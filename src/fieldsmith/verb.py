@@ -23,7 +23,7 @@ from fieldsmith.config import Config, LoraConfig
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import load, load_adapter, lora_file, pipeline_folder
 from fieldsmith.models.core import LoraSpec, Model, check_kept, check_resolution
-from fieldsmith.models.memory import checkpoint_activations, compile_blocks, offload
+from fieldsmith.models.memory import checkpoint_activations, compile_blocks, mixed_precision, offload
 from fieldsmith.preflight import Check
 from fieldsmith.previews import Preview
 from fieldsmith.report.page import Page
@@ -265,14 +265,14 @@ def train(
     began_plain = not model.trains
     with contextlib.ExitStack() as stack:
         nfe = stack.enter_context(model.count_nfe())
-        stack.enter_context(_mixed_precision(model))
+        stack.enter_context(mixed_precision(model))
         job = None
         try:
             with processes.together():
                 job = job_of(verb, model, config, inputs)
                 if job.model is not model:  # a student or a guide has a count of its own
                     nfe = stack.enter_context(job.model.count_nfe())
-                    stack.enter_context(_mixed_precision(job.model))
+                    stack.enter_context(mixed_precision(job.model))
                 if config.checkpointing:
                     checkpoint_activations(job.model)
                 if config.compile:
@@ -340,16 +340,6 @@ def job_of(verb: Verb, model: Model, config: Any, inputs: Any) -> Job:
     job = verb.prepare(model, config, inputs)
     job.model.chunk = model.chunk
     return job
-
-
-@contextlib.contextmanager
-def _mixed_precision(model: Model) -> Iterator[None]:
-    """Inside, the network computes in the type that the launcher names: bf16 on GPUs unless it says otherwise."""
-    before, model.precision = model.precision, processes.mixed_precision()
-    try:
-        yield
-    finally:
-        model.precision = before
 
 
 def attach(

@@ -6,7 +6,7 @@ In: a model, whose outputs stay the same. Weights in bf16 are `models.load(dtype
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from accelerate import cpu_offload_with_hook
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fieldsmith import processes
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Model
 
@@ -77,3 +78,13 @@ def offload(model: Model, others: Sequence[nn.Module] = ()) -> list[str]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return list(parts)
+
+
+@contextlib.contextmanager
+def mixed_precision(model: Model) -> Iterator[None]:
+    """Inside, the network computes in the type that the launcher names: bf16 on GPUs unless it says otherwise."""
+    before, model.precision = model.precision, processes.mixed_precision()
+    try:
+        yield
+    finally:
+        model.precision = before
