@@ -634,12 +634,12 @@ def test_what_the_judge_likes_is_learned(objective: Any, judge: Any, sign: int) 
 
 
 def test_the_branches_and_the_supervised_objective_lower_their_losses(tmp_path: Any) -> None:
-    """By the run's own log, last against first quarter."""
+    """By the run's own log, last against first third."""
     for name, settings in (
         ("loss", {"objective": "supervised", "sources": "clean"}),
         ("identity", {"objective": "none", "identity": 1.0}),
     ):
-        config = replace(LEARNING, epochs=16, rollouts=4, **settings)  # type: ignore[arg-type]
+        config = replace(LEARNING, epochs=12, rollouts=3, **settings)  # type: ignore[arg-type]
         run = Run(tmp_path / name, "edit", config)
         trained(config, run=run)
         losses = [line[name] for line in run.history()]

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models.core import Model
@@ -24,6 +25,7 @@ from fieldsmith.models.selection import place_of, select_weights
 
 Fields = dict[str, Any]  # of a network's config
 
+COUNTED: dict[tuple[type, str], int] = {}  # parameters by class and config: a second student is found at once
 EQUAL = 0.05  # counts whose logarithms are this near count as equal, so that shape decides
 
 
@@ -327,8 +329,21 @@ def _sd3s(model: Model, fields: Fields) -> Iterator[Candidate]:
 
 
 def _count(model: Model, fields: Fields) -> int:
-    with torch.device("meta"):
-        return parameters(type(model.network)(**fields))
+    kind = type(model.network)
+    key = kind, repr(sorted(fields.items()))
+    if key not in COUNTED:
+        with torch.device("meta"), Unfilled():
+            COUNTED[key] = parameters(kind(**fields))
+    return COUNTED[key]
+
+
+class Unfilled(TorchFunctionMode):
+    """Where weights are counted and never read, what fills them does nothing: half of a network's making."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _widths(model: Model, fields: Fields) -> Iterator[tuple[Fields, list[float]]]:
