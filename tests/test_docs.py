@@ -14,9 +14,12 @@ import types
 
 import pytest
 
+from experiments.tiny import flux_pipeline
+from experiments.tiny_text import sdxl_pipeline
 from fieldsmith import cli
 from fieldsmith.commands import verbs
 from fieldsmith.methods.erase import config
+from fieldsmith.worlds import shapes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,9 +37,25 @@ def commands(block: str) -> list[list[str]]:
     return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["fieldsmith"]]
 
 
+@pytest.fixture(scope="module")
+def hub_models(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Tiny pipelines of the same families in folders by the names of real ones. Read only."""
+    folder = tmp_path_factory.mktemp("hub")
+    words = shapes.VOCABULARY
+    sdxl_pipeline(words).save_pretrained(folder / "stabilityai" / "stable-diffusion-xl-base-1.0")
+    flux = flux_pipeline(words, vae_channels=(8, 8, 8), layers=1, single_layers=1, heads=1)
+    flux.save_pretrained(folder / "black-forest-labs" / "FLUX.1-dev")
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None, few_steps: None) -> pathlib.Path:
-    """An empty folder to stand in, where the zoo's names are tiny pipelines and defaults that take time are small."""
+def here(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, with_tiny_zoo: None, few_steps: None,
+    hub_models: pathlib.Path,
+) -> pathlib.Path:  # fmt: skip
+    """A folder to stand in, where the zoo's and the hub's names are tiny pipelines and what takes time is little."""
+    for owner in hub_models.iterdir():
+        (tmp_path / owner.name).symlink_to(owner)
     for name, number in {"budget": 264, "steps": 12, "evaluate": 4}.items():
         monkeypatch.setitem(config.LAPTOP, name, number)
     monkeypatch.setitem(config.PROTECT, "budget", 264)
