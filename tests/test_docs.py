@@ -14,10 +14,13 @@ import types
 
 import pytest
 
+from experiments.tiny import flux_pipeline
+from experiments.tiny_text import sdxl_pipeline
 from fieldsmith import cli, concepts
 from fieldsmith.commands import verbs
 from fieldsmith.methods.erase import config
 from fieldsmith.methods.erase.judged import PARAPHRASES
+from fieldsmith.worlds import shapes
 from tests.test_detect import classifier_folder
 from tests.test_rewards import clip_folder
 
@@ -40,14 +43,13 @@ def commands(block: str) -> list[list[str]]:
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Tiny networks in folders of the names that they have on the hub, which go before it. Read only."""
-    from experiments.tiny import flux_pipeline
-
     folder = tmp_path_factory.mktemp("hub")
     sentences = (*config.TEMPLATES, *PARAPHRASES, *config.KEPT, *concepts.load(["imagenette"]), "church barn")
-    words = tuple(sorted({word for one in sentences for word in one.replace("{}", "").split()}))
+    words = tuple(sorted({word for one in sentences for word in one.replace("{}", "").split()} | {*shapes.VOCABULARY}))
     flux_pipeline(
         words, vae_channels=(8, 8, 8), layers=1, single_layers=1, heads=1, text_length=12, guidance_embeds=True
     ).save_pretrained(folder / "black-forest-labs" / "FLUX.1-dev")
+    sdxl_pipeline(shapes.VOCABULARY).save_pretrained(folder / "stabilityai" / "stable-diffusion-xl-base-1.0")
     clip_folder(folder / "openai" / "clip-vit-large-patch14", words, 12)
     classifier_folder(folder / "google" / "vit-base-patch16-224")
     return folder
