@@ -31,6 +31,7 @@ from fieldsmith.worlds.emoji_captions import (
     parse,
 )
 from fieldsmith.worlds.emoji_glyphs import ATLAS, LARGE, SIDE, SMALL, USUAL, glyph, ground
+from fieldsmith.worlds.emoji_judge import Thing
 
 WORLD = EmojiWorld()
 DRAWN = WORLD.sample(400, seed=0)
@@ -231,6 +232,17 @@ def test_objects_begin_at_every_eighth_pixel_and_have_three_sides_unless_told_ot
     assert {side for _, side, _, _ in laid_out(True)} == {side for sides in USUAL for side in sides}
     assert {at % 8 for _, _, *corner in laid_out(True) for at in corner} == {*range(8)}
     assert all(at >= 0 and at + side <= SIDE for _, side, *corner in laid_out(False) for at in corner)
+
+
+def test_objects_stand_in_the_order_in_which_they_are_named():
+    def seen(caption: str) -> list[tuple[Thing, ...]]:
+        images = render(*[caption] * 12, seed=4)
+        return [one.things for one in WORLD.judge(images).seen if one]
+
+    for things in seen("a star and a ball on blue"):
+        where = {thing.name: (thing.x, thing.y) for thing in things}
+        across, down = (b - a for a, b in zip(where["star"], where["ball"], strict=True))
+        assert max(across, down) > 20 and min(across, down) > -12  # the ball is on the right or below
 
 
 def test_a_place_is_where_the_caption_says():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,11 +28,11 @@ from fieldsmith.report.grid import save_grid
 from fieldsmith.run import Run, plain, write_atomically
 from fieldsmith.training import Log, Optimisation, fit
 from fieldsmith.worlds.emoji import EmojiWorld
-from fieldsmith.worlds.emoji_captions import LONGEST, VOCABULARY
+from fieldsmith.worlds.emoji_captions import BACKGROUNDS, LONGEST, OBJECTS, VOCABULARY, Group, Scene
 from fieldsmith.worlds.emoji_glyphs import SIDE
 from fieldsmith.worlds.emoji_groups import kinds
 
-CHUNK = 500  # pictures drawn and encoded at once
+CHUNK, ALONE = 500, 125  # pictures drawn and encoded at once, and of these: single objects beside the world's own share
 STEPS, GUIDANCE = 28, 2.5  # at which the card says how often the model is right
 
 
@@ -45,11 +46,11 @@ class EmojiFlux:
     vae_batch: int = 24
     vae_lr: float = 2e-3
     kl: float = 1e-4  # weight of the latents' KL to N(0, I), per latent number
-    images: int = 40_000  # size of the training pool, a multiple of 500
+    images: int = 60_000  # size of the training pool, a multiple of 500
     heads: int = 5  # transformer width / 32
     layers: int = 2
     single_layers: int = 3
-    steps: int = 6_000
+    steps: int = 12_000
     batch: int = 48
     lr: float = 1e-3
     ema: float = 0.999
@@ -120,16 +121,25 @@ def train_autoencoder(model: Flux, config: EmojiFlux, cycle: int, folder: pathli
 
 @torch.no_grad()
 def pool(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> tuple[Tensor, list[str]]:
-    """Unscaled latents of the training pictures (images, tokens, channels), and captions; kept in two files."""
+    """Unscaled latents of the training pictures (images, tokens, channels), and captions; kept in two files.
+
+    A quarter more of them are single objects, which are large there and nowhere else, and so learned last.
+    """
     tensors, texts = folder / "latents.safetensors", folder / "captions.json"
     if not texts.exists():
         world, latents, captions = EmojiWorld(), [], []
         vae = model.pipeline.vae
         shift, scale = vae.config.shift_factor, vae.config.scaling_factor
         for chunk in range(config.images // CHUNK):
-            batch = world.sample(CHUNK, config.seed * 10**5 + chunk)
-            latents.append((model.encode_images(batch.images) / scale + shift).half())
-            captions += batch.captions
+            seed = config.seed * 10**5 + chunk
+            batch = world.sample(CHUNK - ALONE, seed)
+            draw = random.Random(seed)
+            alone = [
+                Scene((Group(draw.choice(OBJECTS)),), None, draw.choice((None, *BACKGROUNDS))) for _ in range(ALONE)
+            ]
+            images = torch.cat([batch.images, world.render(alone, torch.Generator().manual_seed(seed))])
+            latents.append((model.encode_images(images) / scale + shift).half())
+            captions += [*batch.captions, *map(str, alone)]
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": torch.cat(latents)}, tensors)
         write_atomically(texts, json.dumps(captions))
