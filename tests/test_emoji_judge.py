@@ -83,7 +83,7 @@ def test_judge_reads_through_blur_and_slight_noise():
 
 def test_judge_tells_names_sizes_and_places():
     asked_for = parse("a small star above a bus on pink")
-    (seen,) = WORLD.judge(WORLD.render([asked_for], seeded(0))).seen
+    (seen,) = WORLD.judge(ANYWHERE.render([asked_for], seeded(0))).seen
     assert seen and {thing.name: thing.side < 18 for thing in seen.things} == {"star": True, "bus": False}
     star, bus = sorted(seen.things, key=lambda thing: thing.y)
     assert (star.name, bus.name) == ("star", "bus") and 20 < bus.y - star.y < 28 and abs(star.x - bus.x) <= 4

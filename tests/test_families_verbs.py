@@ -22,7 +22,6 @@ from fieldsmith.methods.erase.pairs import encoded
 from fieldsmith.methods.erase.step import Projected
 from fieldsmith.models.sd3 import SD3
 from fieldsmith.models.sd15 import SD15
-from fieldsmith.models.shrink import shrink
 from fieldsmith.models.text_layers import attention_maps, text_inputs, word_positions
 from fieldsmith.models.variance_head import with_variance_head
 from fieldsmith.rewards import Reward
@@ -158,8 +157,6 @@ def test_aligning_runs(family: str, name: str) -> None:
 
 def test_what_has_no_place_on_a_family_is_refused() -> None:
     for family in ("sd15", "sd3"):
-        with pytest.raises(InputError, match="has no smaller network that fieldsmith can build"):
-            shrink(model_of(family), 4.0)
         with pytest.raises(InputError, match=f"family {family}, which has no variance head"):
             with_variance_head(model_of(family))
     with pytest.raises(InputError, match="subset 'qk_dual' is unknown for family sd15; known: attention"):
