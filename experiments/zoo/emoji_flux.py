@@ -32,7 +32,7 @@ from fieldsmith.worlds.emoji_captions import BACKGROUNDS, LONGEST, OBJECTS, VOCA
 from fieldsmith.worlds.emoji_glyphs import SIDE
 from fieldsmith.worlds.emoji_groups import kinds
 
-CHUNK, ALONE = 500, 125  # pictures drawn and encoded at once, and of these: single objects beside the world's own share
+CHUNK = 500  # pictures drawn and encoded at once
 STEPS, GUIDANCE = 28, 2.5  # at which the card says how often the model is right
 
 
@@ -123,7 +123,7 @@ def train_autoencoder(model: Flux, config: EmojiFlux, cycle: int, folder: pathli
 def pool(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> tuple[Tensor, list[str]]:
     """Unscaled latents of the training pictures (images, tokens, channels), and captions; kept in two files.
 
-    A quarter more of them are single objects, which are large there and nowhere else, and so learned last.
+    A quarter of them are single objects beside the world's own, which are large there and nowhere else, and so learned last.
     """
     tensors, texts = folder / "latents.safetensors", folder / "captions.json"
     if not texts.exists():
@@ -132,14 +132,15 @@ def pool(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> tuple[Tensor, 
         shift, scale = vae.config.shift_factor, vae.config.scaling_factor
         for chunk in range(config.images // CHUNK):
             seed = config.seed * 10**5 + chunk
-            batch = world.sample(CHUNK - ALONE, seed)
+            alone = CHUNK // 4  # single objects beside the world's own share
+            batch = world.sample(CHUNK - alone, seed)
             draw = random.Random(seed)
             alone = [
                 Scene((Group(draw.choice(OBJECTS)),), None, draw.choice((None, *BACKGROUNDS))) for _ in range(ALONE)
             ]
             images = torch.cat([batch.images, world.render(alone, torch.Generator().manual_seed(seed))])
             latents.append((model.encode_images(images) / scale + shift).half())
-            captions += [*batch.captions, *map(str, alone)]
+            captions += [*batch.captions, *map(str, single)]
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": torch.cat(latents)}, tensors)
         write_atomically(texts, json.dumps(captions))
