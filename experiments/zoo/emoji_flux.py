@@ -123,7 +123,8 @@ def train_autoencoder(model: Flux, config: EmojiFlux, cycle: int, folder: pathli
 def pool(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> tuple[Tensor, list[str]]:
     """Unscaled latents of the training pictures (images, tokens, channels), and captions; kept in two files.
 
-    A quarter of them are single objects beside the world's own, which are large there and nowhere else, and so learned last.
+    A quarter of them are single objects beside the world's own share: large there and nowhere else, they are learned
+    last.
     """
     tensors, texts = folder / "latents.safetensors", folder / "captions.json"
     if not texts.exists():
@@ -135,10 +136,10 @@ def pool(model: Flux, config: EmojiFlux, folder: pathlib.Path) -> tuple[Tensor, 
             alone = CHUNK // 4  # single objects beside the world's own share
             batch = world.sample(CHUNK - alone, seed)
             draw = random.Random(seed)
-            alone = [
-                Scene((Group(draw.choice(OBJECTS)),), None, draw.choice((None, *BACKGROUNDS))) for _ in range(ALONE)
+            single = [
+                Scene((Group(draw.choice(OBJECTS)),), None, draw.choice((None, *BACKGROUNDS))) for _ in range(alone)
             ]
-            images = torch.cat([batch.images, world.render(alone, torch.Generator().manual_seed(seed))])
+            images = torch.cat([batch.images, world.render(single, torch.Generator().manual_seed(seed))])
             latents.append((model.encode_images(images) / scale + shift).half())
             captions += [*batch.captions, *map(str, single)]
         folder.mkdir(parents=True, exist_ok=True)
