@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fieldsmith as fs
 from fieldsmith.cli import main
@@ -31,8 +32,10 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> fs.Result:
     return fs.erase("zoo:shapes-flux-small", "triangle", "circle", **TINY, out=out)
 
 
-def adapter_of(run: pathlib.Path) -> bytes:
-    return (run / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
+def adapter_of(run: pathlib.Path) -> dict[str, list[float]]:
+    """Its weights; the header of the file has a set of layers, in any order."""
+    stored = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+    return {name: part.flatten().tolist() for name, part in stored.items()}
 
 
 def test_a_result_given_as_the_model_is_its_base_with_its_adapter(first, tmp_path):
