@@ -35,6 +35,6 @@ class Pair:
 
 def encoded(model: Model, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
     """Pairs (target, anchor) of prompts, whose embeddings are kept within bounds: templates make many of them."""
-    words = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
-    prompts = Prompts(model, words)
-    return [Pair((target, anchor), prompts, (words.index(target), words.index(anchor))) for target, anchor in pairs]
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompt for pair in pairs for prompt in pair))}
+    prompts = Prompts(model, list(rows))
+    return [Pair((target, anchor), prompts, (rows[target], rows[anchor])) for target, anchor in pairs]
