@@ -115,7 +115,8 @@ def _training_scene(draw: random.Random, apart: bool) -> Scene:
 def _lay_out(scene: Scene, draw: random.Random, anywhere: bool) -> list[tuple[str, int, int, int]]:
     """Name, side, left and top of each object, in pixels."""
     objects = scene.objects
-    sides = [draw.choice(SMALL if one.small else LARGE if len(objects) == 1 else MIDDLE) for one in objects]
+    kinds = [SMALL if one.small else LARGE if len(objects) == 1 else MIDDLE for one in objects]
+    sides = [draw.choice(kind) for kind in kinds]
     if len(objects) == 1:
         free = 10 if objects[0].small else 2
         centres = [(24 + draw.randint(-free, free), 24 + draw.randint(-free, free))]
@@ -132,7 +133,7 @@ def _lay_out(scene: Scene, draw: random.Random, anywhere: bool) -> list[tuple[st
         centres = [(x + draw.randint(-1, 1), y + draw.randint(-1, 1)) for x, y in draw.sample(corners, 3)]
     places = [(x - side // 2, y - side // 2) for side, (x, y) in zip(sides, centres, strict=True)]
     if not anywhere:
-        sides = [next(usual for kind, usual in USUAL.items() if side in kind) for side in sides]
+        sides = [USUAL[kind] for kind in kinds]
         places = [(on_grid(x), on_grid(y)) for x, y in places]
         if scene.relation is None:  # objects are read in the order in which they are named
             places.sort(key=lambda at: at[0] + 2 * at[1])
