@@ -125,18 +125,18 @@ def test_a_model_is_diagnosed_with_what_it_allows_and_the_next_command_is_filled
 
 def test_an_interrupted_overview_keeps_the_diagnoses_that_it_made(tmp_path, monkeypatch):
     settings = {"targets": "circle", "reward": "brightness", **SMALL, "out": tmp_path / "run"}
-    made = run.diagnose
+    made = run.one
 
-    def breaks(model, kind, **given):
+    def breaks(kind, *given):
         if kind == "reward":
             raise KeyboardInterrupt
-        return made(model, kind, **given)
+        return made(kind, *given)
 
-    monkeypatch.setattr(run, "diagnose", breaks)
+    monkeypatch.setattr(run, "one", breaks)
     with pytest.raises(KeyboardInterrupt):
         fs.diagnose("zoo:shapes-flux-small", **settings)
     before = (tmp_path / "run" / "concepts" / "metrics.json").stat().st_mtime_ns
-    monkeypatch.setattr(run, "diagnose", made)
+    monkeypatch.setattr(run, "one", made)
     found = fs.diagnose("zoo:shapes-flux-small", **settings)
     assert {one["kind"] for one in found.numbers["findings"]} == {"concepts", "reward"}
     assert (tmp_path / "run" / "concepts" / "metrics.json").stat().st_mtime_ns == before
@@ -161,9 +161,27 @@ def test_what_cannot_be_diagnosed_is_refused_in_a_sentence(words, says, capsys, 
     said = " ".join(capsys.readouterr().err.split())
     assert "Traceback" not in said
     assert re.search(says, said), said
+    assert not any(tmp_path.iterdir())  # nothing is left on disk
 
 
 def test_a_model_that_allows_no_diagnosis_is_told_why(capsys, flux_folder, tmp_path):
     assert main(["diagnose", str(flux_folder), "--out", str(tmp_path / "run")]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "nothing can be diagnosed of" in said and "concepts: " in said and "guidance: it needs --teacher" in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_reward_is_asked_in_parts_that_say_what_the_whole_says():
+    model = fs.load("zoo:shapes-flux-small")
+    prompts = ["a red circle", "a blue cross", "a green star"]
+    sizes = []
+
+    def bright(images: Tensor, prompts: list[str]) -> Tensor:
+        sizes.append(len(images))
+        return images.mean((1, 2, 3))
+
+    found = []
+    for model.chunk in (64, 4):
+        settings = {"prompts": prompts, "samples": 2, "steps": 2, "reward": bright, "beside": "jpeg-size"}
+        found.append(fs.diagnose(model, "reward", **settings).numbers["reward"]["value"])
+    assert sizes == [6, 4, 2] and found[0] == pytest.approx(found[1], rel=1e-5)

@@ -33,17 +33,18 @@ def sample(
     steps: int = 28,
     guidance: float | None = None,
     adapter: str | pathlib.Path | Sequence[str | pathlib.Path] = (),
+    config_from: str | pathlib.Path = "",
 ) -> list[Image.Image]:
     """n images of each prompt, prompt by prompt, as PIL pictures; equal seeds give equal noise.
 
-    `model` is a Model as it stands or a name to load, with each `adapter`, FILE or FILE:scale, in its weights. Raises
-    InputError at an unknown name or word, n or steps below 1.
+    `model` is a Model as it stands or a name to load, with each `adapter`, FILE or FILE:scale, in its weights, and the
+    config of a single file from `config_from`. Raises InputError at an unknown name or word, n or steps below 1.
     """
     for name, value in (("n", n), ("steps", steps)):
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")
     if not isinstance(model, Model):
-        model = load(model, adapter=adapter)
+        model = load(model, adapter=adapter, config_from=config_from)
     elif adapter:
         raise InputError("adapter= goes with the name of a model; use load(name, adapter=...) for one that is loaded")
     check_kept(model, {f"n={n}": n})

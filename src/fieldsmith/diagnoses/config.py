@@ -57,6 +57,8 @@ class ModelConfig(DiagnosisConfig):
     """A diffusers pipeline folder, a hub id or a zoo model."""
     adapter: Words = ()
     """Adapters (of any trainer) in the model: FILE, FILE:scale or a run's adapter/, --adapter again for each."""
+    config_from: str = ""
+    """Of a model in one file: a pipeline folder or hub id of the same layout, which has its config and tokenizers."""
     resolution: Pixels | None = None
     """Image side in pixels; None: the model's own, at most 512."""
 
@@ -193,7 +195,7 @@ class OverviewConfig(ModelConfig, DataConfig):
     guidance: float | None = None
     """Guidance scale; None: what the model's card says."""
     chunk: Count = 256
-    """States or images at a time; lower it when memory is short."""
+    """States at a time in guidance and smoothness; lower it when memory is short."""
 
 
 @config

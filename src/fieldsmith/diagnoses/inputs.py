@@ -49,7 +49,7 @@ def model_of(config: Any, resolution: int | None = None) -> Model:
                 "adapter= goes with the name of a model; use load(name, adapter=...) for one that is loaded"
             )
         return given
-    return load(str(given), resolution or config.resolution, adapter=config.adapter)
+    return load(str(given), resolution or config.resolution, adapter=config.adapter, config_from=config.config_from)
 
 
 def _name(given: Any) -> str:

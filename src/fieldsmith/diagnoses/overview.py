@@ -6,9 +6,10 @@ one finding a diagnosis, whose own pages lie in folders beside it.
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 from fieldsmith.diagnoses import Diagnosis, config_of, run
@@ -60,29 +61,28 @@ def diagnose(model: Any = None, kind: str | None = None, *, config: Any = None, 
     if config.model is None:
         raise InputError("no model given; add a folder, a hub id or a zoo model, e.g. zoo:shapes-flux-small")
     directory = Run(config.out, "diagnose", config) if config.out else None
-    if directory and directory.finished:
-        CONSOLE.print(f"this run is complete: {directory.folder / 'report.html'}")
-        numbers = json.loads((directory.folder / "metrics.json").read_text(encoding="utf-8"))
-        return Diagnosis(numbers, numbers["words"], None)
+    if complete := run.made(directory):
+        return complete
     given = run.with_objects(config, objects)
     name = getattr(given.model, "name", None) or str(given.model)
     objects["model"] = model_of(given)
-    if directory:
-        directory.begin()
+    begin = cache(directory.begin) if directory else lambda: None  # once the first diagnosis is made, and never again
     try:
-        found, left_out = _each(config, objects, name)
+        found, left_out = _each(config, objects, name, begin)
         diagnosis = _together(config, name, found, left_out)
         if directory:
+            begin()
             run.write(directory, diagnosis, "")
     finally:
         if directory:
             directory.end()
-    CONSOLE.print(diagnosis.words, markup=False)
     return diagnosis
 
 
-def _each(config: OverviewConfig, objects: dict[str, Any], name: str) -> tuple[dict[str, Diagnosis], dict[str, str]]:
-    """The diagnoses that can be made, and why others cannot.
+def _each(
+    config: OverviewConfig, objects: dict[str, Any], name: str, begin: Callable[[], object]
+) -> tuple[dict[str, Diagnosis], dict[str, str]]:
+    """The diagnoses that can be made, and why others cannot; `begin` is called before the first is written.
 
     Raises InputError where the user asked for one of these by what was given for it.
     """
@@ -97,7 +97,7 @@ def _each(config: OverviewConfig, objects: dict[str, Any], name: str) -> tuple[d
         taken = {one: value for one, value in objects.items() if one in {field.name for field in fields(part)}}
         CONSOLE.print(f"\ndiagnosis: {kind}")
         try:
-            found[kind] = run.diagnose(taken.pop("model"), kind, config=part, **taken)
+            found[kind] = run.one(kind, part, taken, begin)
         except InputError as error:
             if _asked(kind, config):
                 raise
@@ -139,12 +139,8 @@ def _together(config: OverviewConfig, name: str, found: dict[str, Diagnosis], le
     findings = sorted((finding(kind, one, config, name) for kind, one in found.items()), key=_worst_first)
     faults = [one for one in findings if one.tone == "bad"]
     open_ = [one for one in findings if one.tone == "mixed"]
-    nfe = sum(one.numbers["nfe"] for one in found.values())
     numbers: dict[str, Any] = {
-        "method": "diagnose",
-        "instrument": "overview",
-        "nfe": nfe,
-        "seconds": sum(one.numbers["seconds"] for one in found.values()),
+        "nfe": sum(one.numbers["nfe"] for one in found.values()),
         "findings": [dict(vars(one)) for one in findings],
         "left out": left_out,
     }
@@ -165,8 +161,8 @@ def _together(config: OverviewConfig, name: str, found: dict[str, Diagnosis], le
         page.text("What cannot be told yet", f"Look harder with --samples {4 * config.samples}: intervals halve.")
     if left_out:
         page.table("Left out", ("diagnosis", "why"), list(left_out.items()))
-    numbers |= {"words": words, "answer": page.answer and {part: page.answer[part] for part in ("tone", "word")}}
-    return Diagnosis(numbers, words, page)
+    seconds = sum(one.numbers["seconds"] for one in found.values())
+    return run.told("overview", Diagnosis(numbers, words, page), seconds)
 
 
 def _worst_first(one: Finding) -> int:

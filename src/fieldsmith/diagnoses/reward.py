@@ -35,9 +35,7 @@ HOW = (
 def diagnosis(model: Model, config: RewardConfig, reward: Reward, beside: Reward, prompts: Sequence[str]) -> Diagnosis:
     """`beside` is what the user trusts. Raises InputError where the reward is the same for every image."""
     n = config.samples
-    asked = [prompt for prompt in prompts for _ in range(n)]
-    images = sampler(model, config.steps, config.guidance)(asked, config.seed)
-    chased, trusted = (judge(images, asked).double().cpu().view(-1, n) for judge in (reward, beside))
+    chased, trusted, pictures = _judged(model, config, reward, beside, prompts)
     if (chased == chased[:, :1]).all():
         raise InputError(
             f"reward '{reward.name}' says the same of all {n} images of every prompt, so that there is nothing to "
@@ -55,7 +53,7 @@ def diagnosis(model: Model, config: RewardConfig, reward: Reward, beside: Reward
         for judge, values in ((reward, chased), (beside, trusted))
     }
     numbers = {
-        "nfe": len(asked) * config.steps * (1 if config.guidance in (None, 1) else 2),
+        "nfe": len(prompts) * n * config.steps * (1 if config.guidance in (None, 1) else 2),
         "best of": sizes,
         "curves": curves,
         "reward": rise.to_json(),
@@ -71,12 +69,29 @@ def diagnosis(model: Model, config: RewardConfig, reward: Reward, beside: Reward
     order = chased.argsort(1, descending=True)
     rows, captions = [], []
     for place, prompt in enumerate(list(prompts)[:SHOWN]):
-        ends = [order[place, 0], order[place, -1]]
-        rows.append((prompt, images.view(-1, n, *images.shape[1:])[place, ends]))
+        ends = order[place, [0, -1]]
+        rows.append((prompt, pictures[place][ends]))
         captions.append([Caption(f"{chased[place, i]:.3g}; beside {trusted[place, i]:.3g}") for i in ends])
     page.images("What the reward likes best and least", ("best", "least"), rows, captions)
     page.text("How to read it", HOW)
     return Diagnosis(numbers, words, page)
+
+
+def _judged(
+    model: Model, config: RewardConfig, reward: Reward, beside: Reward, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Both judges' numbers, (prompts, n) each, and the images of the first prompts: no others are kept."""
+    n, draw = config.samples, sampler(model, config.steps, config.guidance)
+    numbers: tuple[list[Tensor], list[Tensor]] = ([], [])
+    pictures: list[Tensor] = []
+    at_once = max(1, model.chunk // n)
+    for first in range(0, len(prompts), at_once):
+        asked = [prompt for prompt in prompts[first : first + at_once] for _ in range(n)]
+        images = draw(asked, [config.seed + first * n + place for place in range(len(asked))])
+        for found, judge in zip(numbers, (reward, beside), strict=True):
+            found.append(judge(images, asked).double().cpu().view(-1, n))
+        pictures += images.split(n)[: SHOWN - len(pictures)]
+    return torch.cat(numbers[0]), torch.cat(numbers[1]), pictures
 
 
 MEANING = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -35,16 +37,19 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
     `fieldsmith diagnose KIND --help`, where a teacher, data or a reward may be an object; `config` takes the whole.
     out=None writes nothing. Raises InputError with the value and the fix before anything is written.
     """
-    config, objects = settle(model, kind, config, settings)
+    return one(kind, *settle(model, kind, config, settings))
+
+
+def one(kind: str, config: Any, objects: dict[str, Any], begin: Callable[[], object] = lambda: None) -> Diagnosis:
+    """One diagnosis of what a config names and of objects in the places of names; `begin` is called before anything is
+    written. Raises as `diagnose`."""
     for name, what in NEEDED[kind].items():
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; add --{name} {what}")
     config.check()
     directory = Run(config.out, f"diagnose {kind}", config) if config.out else None
-    if directory and directory.finished:
-        CONSOLE.print(f"this run is complete: {directory.folder / 'report.html'}")
-        numbers = json.loads((directory.folder / "metrics.json").read_text(encoding="utf-8"))
-        return Diagnosis(numbers, numbers["words"], None)
+    if complete := made(directory):
+        return complete
     inputs = INPUTS[kind](with_objects(config, objects))
     kept = {name: getattr(config, name, 0) for name in ("samples", "tuples", "states", "each")}
     if isinstance(inputs["model"], Model):
@@ -52,14 +57,9 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
     began = time.monotonic()
     module = importlib.import_module(f"fieldsmith.diagnoses.{kind}")
     diagnosis: Diagnosis = module.diagnosis(inputs.pop("model"), config, **inputs)
-    answer = diagnosis.page.answer if diagnosis.page else None
-    shared = {
-        "method": "diagnose", "instrument": kind, "seconds": time.monotonic() - began, "words": diagnosis.words,
-        "answer": answer and {name: answer[name] for name in ("tone", "word")},
-    }  # fmt: skip
-    diagnosis = replace(diagnosis, numbers={**shared, **diagnosis.numbers})
-    CONSOLE.print(diagnosis.words, markup=False)
+    diagnosis = told(kind, diagnosis, time.monotonic() - began)
     if directory and diagnosis.page:
+        begin()
         directory.begin()
         try:
             write(directory, diagnosis, kind)
@@ -68,12 +68,29 @@ def diagnose(model: Model | str | None, kind: str, *, config: Any = None, **sett
     return diagnosis
 
 
+def made(directory: Run | None) -> Diagnosis | None:
+    """What a complete run directory holds; None where there is none."""
+    if directory is None or not directory.finished:
+        return None
+    CONSOLE.print(f"this run is complete: {directory.folder / 'report.html'}")
+    numbers = json.loads((directory.folder / "metrics.json").read_text(encoding="utf-8"))
+    return Diagnosis(numbers, numbers["words"], None)
+
+
+def told(kind: str, diagnosis: Diagnosis, seconds: float) -> Diagnosis:
+    """The diagnosis, printed, with the numbers that all kinds have."""
+    answer = diagnosis.page.answer if diagnosis.page else None
+    shared = {
+        "method": "diagnose", "instrument": kind, "seconds": seconds, "words": diagnosis.words,
+        "answer": answer and {name: answer[name] for name in ("tone", "word")},
+    }  # fmt: skip
+    CONSOLE.print(diagnosis.words, markup=False)
+    return replace(diagnosis, numbers={**shared, **diagnosis.numbers})
+
+
 def settle(model: Model | str | None, kind: str, config: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config of a call, and by name what was handed over as an object. Raises InputError at an unknown setting."""
     model = going_on(model)
-    found = base_of(model) if isinstance(model, str) else None
-    if found:
-        model, settings = found.model, settings | {"adapter": (*found.adapter, *settings.get("adapter", ()))}
     given = settings if model is None else {"model": model, **settings}
     objects = {name: value for name, value in given.items() if name != "prompts" and _is_object(value)}
     if config is None:
@@ -82,6 +99,10 @@ def settle(model: Model | str | None, kind: str, config: Any, settings: dict[str
             check_word(name, [field.name for field in fields(kind_of_config)], f"diagnose {kind}'s settings")
         named = {name: getattr(value, "name", type(value).__name__) for name, value in objects.items()}
         config = kind_of_config(**{**given, **named})
+    named_model = None if "model" in objects else getattr(config, "model", None)
+    if named_model and (found := base_of(named_model)):
+        adapters = (*found.adapter, *config.adapter)
+        config = dataclasses.replace(config, model=found.model, adapter=adapters, config_from=found.config_from)
     return config, objects
 
 
