@@ -42,18 +42,9 @@ class AlignConfig(Config, LoraConfig, OptimConfig, DataConfig, MemoryConfig):
     """Raise a reward by reward score matching or by one of the methods that it unifies (`--preset`)."""
 
     FIRST = (
-        "model",
-        "reward",
-        "prompts",
-        "held_out_rewards",
-        "epochs",
-        "rollouts",
-        "steps",
-        "guidance",
-        "lr",
-        "evaluate",
+        "model", "reward", "prompts", "held_out_rewards", "epochs", "rollouts", "steps", "guidance", "lr", "evaluate",
         "out",
-    )
+    )  # fmt: skip
     NOTES: ClassVar[str] = ""  # filled in below, where the recipes are
 
     model: str = "zoo:shapes-flux"
