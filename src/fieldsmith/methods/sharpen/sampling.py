@@ -18,7 +18,7 @@ from fieldsmith.samplers import Field, Variance, ancestral
 
 def field_of(model: Model) -> Field:
     """The model's unconditional field."""
-    return conditioned(model, model.null)
+    return conditioned(model, model.encode([""]))
 
 
 def conditioned(model: Model, condition: Condition) -> Field:

@@ -203,7 +203,7 @@ class Step:
     def __init__(self, model: Model, data: Tensor | Encoded, config: SharpenConfig):
         assert isinstance(model.path, VariancePreserving)
         self.model, self.data, self.config, self.path = model, data, config, model.path
-        self.condition = model.null
+        self.condition = model.encode([""])
         index = torch.arange(self.path.length)
         t = (index + 1).double() / self.path.length
         sigma = self.path.sigma(t)
