@@ -179,6 +179,15 @@ def tiny(name: str) -> Model:
     return MAKERS[name]()
 
 
+@pytest.mark.parametrize("name", ("sd15", "sdxl"))
+def test_a_model_of_words_has_a_guide(name: str) -> None:
+    model = MAKERS[name]()
+    config = SharpenConfig(method="guide", steps=2, batch=4, warmup=1, ema=0.5, share_every=1, guide_size=2.0)
+    job, trained = sharpen(model, model.encode_images(pictures(model, 8)), config)
+    assert trained.steps == 2 and job.model is not model
+    assert shrink.parameters(job.model.network) < shrink.parameters(model.network)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_traits_are_those_of_the_model(family: Family) -> None:
     model = tiny(family.name)

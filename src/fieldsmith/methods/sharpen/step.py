@@ -203,6 +203,7 @@ class Step:
     def __init__(self, model: Model, data: Tensor | Encoded, config: SharpenConfig):
         assert isinstance(model.path, VariancePreserving)
         self.model, self.data, self.config, self.path = model, data, config, model.path
+        # not model.null: SDXL's is zeros, among which attention has nothing to choose, so that half of it cannot learn
         self.condition = model.encode([""])
         index = torch.arange(self.path.length)
         t = (index + 1).double() / self.path.length
