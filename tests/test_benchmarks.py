@@ -6,9 +6,6 @@ import ast
 import functools
 import json
 import pathlib
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,16 +124,7 @@ def test_large_networks_have_about_50_million_parameters(make: Callable[[], list
     assert 4.5e7 < sum(p.numel() for p in make()[0].network.parameters()) < 6e7
 
 
-def test_start_up_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its process is this one, which spares a start: imports cost next to nothing here."""
-
-    def here(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert words[:2] == [sys.executable, "-m"]
-        runpy.run_module(words[2], run_name="__main__")
-        return subprocess.CompletedProcess(words, 0, capsys.readouterr().out)
-
-    monkeypatch.setattr(subprocess, "run", here)
-    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)  # is timed, and put back
+def test_start_up_is_measured_in_a_process_of_its_own() -> None:
     found = startup.measure(rounds=1)
     assert min(found.importing, found.loading, found.networks) > 0
     assert found.networks < found.preparing
