@@ -34,7 +34,8 @@ def reward(name: str, argument: str | None, world: Asked | None) -> Reward:
     """
     if world is None:
         raise InputError(
-            f"reward '{name}' is the judge of a world, and this model has none; use a model whose card.json names one, such as zoo:shapes-flux"
+            f"reward '{name}' is the judge of a world, and this model has none; use a model whose card.json names one, "
+            "such as zoo:shapes-flux"
         )
     if world.name == "emoji" and name not in EMOJI:
         raise InputError(f"reward '{name}' is the shapes world's; the emoji world has {', '.join(EMOJI)}")
