@@ -38,6 +38,11 @@ RECIPES: dict[str, tuple[Any, Train]] = {
     ),
     "columns-ddpm": (judged_ddpm.JudgedDDPM(), judged_ddpm.train),
     "scenes-kontext": (scenes_kontext.ScenesKontext(), scenes_kontext.train),
+    # narrower and stopped early: an editor that its own sessions can still teach
+    "scenes-kontext-small": (
+        scenes_kontext.ScenesKontext(autoencoder="zoo:scenes-kontext", heads=2, steps=2_000, decay=2_000),
+        scenes_kontext.train,
+    ),
     "shapes-classifier": (shapes_classifier.Classifiers(), shapes_classifier.train),
     "fashion-classifier": (fashion_classifier.FashionClassifier(), fashion_classifier.train),
 }

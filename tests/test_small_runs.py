@@ -6,7 +6,8 @@ import dataclasses
 import html
 import json
 import pathlib
-from typing import Any
+import sys
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -45,6 +46,29 @@ def test_nothing_is_written_without_a_folder(
     assert result.out is None and list(tmp_path.iterdir()) == []
 
 
+class Inside:
+    """A process that is none: the command runs here, and has ended when it is first asked."""
+
+    def __init__(
+        self, command: list[str], stdout: BinaryIO, stderr: int, env: dict[str, str], start_new_session: bool
+    ) -> None:
+        assert command[:3] == [sys.executable, "-m", "fieldsmith"] and int(env["OMP_NUM_THREADS"]) >= 1
+        self.returncode = main(command[3:])
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def test_a_chapter_that_stops_ends_the_demo_with_its_sentence(
+    tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    wrong = dataclasses.replace(demo.CHAPTERS[0], words="--targets triangle --lr nan")
+    monkeypatch.setattr(demo, "CHAPTERS", [wrong])
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "the chapter erase stopped (exit code 2): " in (said := capsys.readouterr().err) and "nan" in said
+    assert "nan" in (tmp_path / "erase.log").read_text() and not (tmp_path / "index.html").exists()
+
+
 def test_the_demo_is_commands_that_are_known_and_a_card_each(
     tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -58,9 +82,14 @@ def test_the_demo_is_commands_that_are_known_and_a_card_each(
     }
     some = [dataclasses.replace(chapter, words=words[chapter.verb]) for chapter in demo.CHAPTERS[:2]]
     monkeypatch.setattr(demo, "CHAPTERS", some)
+    monkeypatch.setattr(demo, "Popen", Inside)
     assert main(["demo", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert "chapter 2 of 2, about 0:0" in said.err and f"open {tmp_path / 'index.html'}" in said.out
+    assert (
+        "align is done; about 0:0" in said.err
+        and "erase is done\n" in said.err
+        and f"open {tmp_path / 'index.html'}" in said.out
+    )
     page = (tmp_path / "index.html").read_text()
     for chapter in some:
         assert (tmp_path / chapter.verb / "report.html").is_file() and f'href="{chapter.verb}/report.html"' in page

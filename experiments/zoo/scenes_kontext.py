@@ -1,4 +1,4 @@
-"""The recipe of zoo:scenes-kontext: a real Flux Kontext pipeline that edits the scenes world, one turn at a time.
+"""The recipe of zoo:scenes-kontext and its small, half-trained sister: Flux pipelines that edit the scenes world.
 
 First its VAE (24 pixels to 6 x 6 x 16 latents, so 9 tokens, one a cell), then transformer and text encoders together
 on clean pairs: planned state before, instruction, planned state after. It never sees its own outputs.
@@ -18,6 +18,7 @@ from experiments.tiny import kontext_pipeline
 from experiments.zoo.flux_recipe import numbers, standardised, train_flow, train_vae
 from fieldsmith.measure.editing import scores
 from fieldsmith.measure.exposure import exposure
+from fieldsmith.models import load
 from fieldsmith.models.core import Condition
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.run import Run, plain, write_atomically
@@ -30,6 +31,7 @@ class ScenesKontext:
     """Settings of the recipe; the defaults made the model in the zoo."""
 
     seed: int = 0
+    autoencoder: str = ""  # a model whose autoencoder is taken as it is; '' trains one
     size: int = 24  # pixels
     sessions: int = 12_000  # of three turns each, whose clean states are the training pool
     dependency: float = 0.35
@@ -51,8 +53,7 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
     """Train from nothing, resumably; the pipeline is in folder/model."""
     torch.set_num_threads(config.threads)
     run, vae_run = Run(folder / "flow", "pretrain", config), Run(folder / "vae", "pretrain", config)
-    for part in (run, vae_run):
-        part.begin()
+    run.begin()
     pipeline = kontext_pipeline(
         VOCABULARY, vae_channels=(16, 32, 32), latent_channels=16, heads=config.heads, text_length=10,
         size=config.size, seed=config.seed,
@@ -61,8 +62,13 @@ def train(config: ScenesKontext, folder: pathlib.Path, name: str) -> FluxKontext
     sessions = ScenesWorld(config.size).sessions(config.sessions, 3, config.seed, config.dependency, config.still)
     states = torch.stack([(sessions.clean(turn) * 255).round().byte() for turn in range(4)], 1)  # (n, 4, 3, size, size)
     images = states.flatten(0, 1)
-    train_vae(model, lambda rows: images[rows] / 127.5 - 1, len(images), config, vae_run)
-    latents = standardised(model, torch.cat([model.encode_images(part / 255) for part in images.split(256)]))
+    if config.autoencoder:
+        pipeline.register_modules(vae=load(config.autoencoder).pipeline.vae)
+    else:
+        vae_run.begin()
+        train_vae(model, lambda rows: images[rows] / 127.5 - 1, len(images), config, vae_run)
+    latents = torch.cat([model.encode_images(part / 255) for part in images.split(256)])
+    latents = latents if config.autoencoder else standardised(model, latents)
     latents = latents.unflatten(0, (len(sessions), 4))
     prompts = [sessions.prompts(turn) for turn in (1, 2, 3)]
 

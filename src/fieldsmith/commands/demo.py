@@ -1,21 +1,25 @@
 """`fieldsmith demo`: each verb once on the zoo's small models, and the gallery that leads to what they made.
 
-In: --out DIR. Out: a complete run directory for each verb, and DIR/index.html with a card for each.
+In: --out DIR. Out: a complete run directory for each verb with what its command said beside it (VERB.log), and
+DIR/index.html with a card for each. Every chapter is its command in a process of its own, a core each.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from subprocess import STDOUT, Popen
 from typing import TYPE_CHECKING, Any
 
-from fieldsmith.commands import arguments, verbs
-from fieldsmith.config import config
+from fieldsmith.commands import arguments
+from fieldsmith.config import Count, config
+from fieldsmith.errors import InputError, RunError
 from fieldsmith.run import check_out
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ class DemoConfig:
 
     out: pathlib.Path = pathlib.Path("demo")
     """The folder to write."""
+    at_once: Count = os.cpu_count() or 1
+    """Chapters that run at the same time; as many as there are cores."""
 
 
 @dataclass(frozen=True)
@@ -138,32 +144,94 @@ CHAPTERS = (
 
 def demo(words: Sequence[str]) -> None:
     """All five chapters, then the gallery. Raises InputError where the folder cannot be written."""
-    out = arguments.parse(DemoConfig(), list(words), "demo").out
-    check_out(out, folder=True)
-    api = importlib.import_module("fieldsmith.api")  # imports torch: once the words are known to be good
+    config = arguments.parse(DemoConfig(), list(words), "demo")
+    check_out(config.out, folder=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    run_all(CHAPTERS, config.out, min(config.at_once, len(CHAPTERS)))
+    api = importlib.import_module("fieldsmith.api")  # imports torch: once there is something to show
     from fieldsmith.report.page import Page  # for the same reason
 
-    cards, began, done = [], time.monotonic(), 0.0
-    for place, chapter in enumerate(CHAPTERS, 1):
-        left = _left(time.monotonic() - began, done)
-        print(f"\nchapter {place} of {len(CHAPTERS)}{left}: {chapter.title}\n  {chapter.command}", file=sys.stderr)
-        settings = verbs.settings(chapter.verb, chapter.words.split()).replace(out=out / chapter.verb)
-        cards.append(card(chapter, getattr(api, chapter.verb)(config=settings)))
-        done += chapter.share
     page = Page(
         "fieldsmith, tried out", "Five complaints about image models, and what one command each does about them."
     )
-    page.cards("", cards)
-    page.write(out / "index.html")
-    print(f"open {(out / 'index.html').resolve()}")
+    page.cards("", [card(chapter, api.open_run(config.out / chapter.verb)) for chapter in CHAPTERS])
+    page.write(config.out / "index.html")
+    print(f"open {(config.out / 'index.html').resolve()}")
 
 
-def _left(seconds: float, done: float) -> str:
+@dataclass
+class Running:
+    """A chapter's process."""
+
+    chapter: Chapter
+    process: Popen[bytes]
+    log: pathlib.Path
+    began: float
+
+
+def run_all(chapters: Sequence[Chapter], out: pathlib.Path, at_once: int) -> None:
+    """Every chapter's command, `at_once` at a time, the longest first.
+
+    Raises what stopped a chapter, InputError or RunError; the others are told to end, and the same command resumes all.
+    """
+    waiting = sorted(chapters, key=lambda chapter: -chapter.share)
+    running: list[Running] = []
+    done: list[tuple[float, float]] = []  # share and seconds of those that ended
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(_start(waiting.pop(0), out, threads))
+            ended = [one for one in running if one.process.poll() is not None]
+            for one in ended:
+                running.remove(one)
+                _check(one)
+                done.append((one.chapter.share, time.monotonic() - one.began))
+                print(f"{one.chapter.verb} is done{_left(done, running, waiting, at_once)}", file=sys.stderr)
+            if not ended:
+                time.sleep(0.2)
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.wait()
+
+
+def _start(chapter: Chapter, out: pathlib.Path, threads: str) -> Running:
+    print(f"{chapter.verb}: {chapter.title}\n  {chapter.command}", file=sys.stderr)
+    command = [sys.executable, "-m", "fieldsmith", chapter.verb, *chapter.words.split()]
+    log = out / f"{chapter.verb}.log"
+    with log.open("wb") as file:
+        process = Popen(
+            [*command, "--out", str(out / chapter.verb)], stdout=file, stderr=STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            start_new_session=True,  # Ctrl-C reaches it through `run_all` alone, once
+        )  # fmt: skip
+    return Running(chapter, process, log, time.monotonic())
+
+
+def _check(one: Running) -> None:
+    """Raises what the command of a chapter ended with."""
+    code = one.process.returncode
+    if code:
+        said = one.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+        sentence = f"the chapter {one.chapter.verb} stopped (exit code {code}): {said[-1]}"
+        raise (InputError if code == 2 else RunError)(sentence)
+
+
+def _left(
+    done: Sequence[tuple[float, float]], running: Sequence[Running], waiting: Sequence[Chapter], at_once: int
+) -> str:
     """What is left, from what this machine took so far."""
-    if not done:
+    if not running and not waiting:
         return ""
-    left = datetime.timedelta(seconds=10 * round(seconds / done * (1 - done) / 10))
-    return f", about {left} left"
+    pace = sum(seconds for _, seconds in done) / sum(share for share, _ in done)  # seconds for a share of 1
+    now = time.monotonic()
+    lanes = [max(0.0, one.chapter.share * pace - (now - one.began)) for one in running]
+    lanes += [0.0] * (at_once - len(lanes))
+    for chapter in waiting:  # each begins where one ends first
+        lanes[lanes.index(min(lanes))] += chapter.share * pace
+    return f"; about {datetime.timedelta(seconds=10 * round(max(lanes) / 10))} left"
 
 
 def card(chapter: Chapter, result: Result) -> Card:
