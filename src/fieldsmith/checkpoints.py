@@ -17,20 +17,20 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from fieldsmith import disk, processes
 from fieldsmith.errors import InputError
 from fieldsmith.run import Run
+
+# torch.distributed.checkpoint takes most of a second to import, which only runs that write or resume pay
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 FILE = "model-00001-of-00001.safetensors"  # in a checkpoint; the name that torch's own writer has for it
 STATE = "state.json"
@@ -118,6 +118,9 @@ def save_step(
                     shutil.rmtree(old)
                 beside.mkdir(parents=True)
             if sharded:
+                from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+                from torch.distributed.checkpoint.state_dict_saver import save
+
                 processes.wait()
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
             else:
@@ -169,6 +172,9 @@ def resume(
     if newest is None:
         run.rewind(0)
         return 0, None
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     state = json.loads((newest / STATE).read_text(encoding="utf-8"))
     reader = HuggingFaceStorageReader(str(newest))
     with torch.no_grad():
@@ -202,6 +208,9 @@ def restore(run: Run, parameters: dict[str, Tensor], averaged: bool) -> int:
         raise InputError(
             f"'{run.folder}' has no checkpoint any more, from which its weights are loaded; train it again"
         )
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     kind = "ema" if averaged else "weights"
     wanted = {f"{kind}/{name}": p.detach() for name, p in parameters.items()}
     with torch.no_grad(), warnings.catch_warnings():  # that one process reads alone is meant
@@ -226,6 +235,8 @@ def _tensors(
 
 def _moments(reader: HuggingFaceStorageReader) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
     """The optimiser's tensors in a checkpoint: 'parameter/key', shape and type."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         if name.startswith("moments/") and isinstance(stored, TensorStorageMetadata):
             yield name.removeprefix("moments/"), stored.size, stored.properties.dtype

@@ -11,11 +11,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fieldsmith import processes
@@ -28,6 +27,9 @@ from fieldsmith.read import read_json, read_toml
 from fieldsmith.report.grid import picture
 from fieldsmith.report.page import Pair, png_uri
 from fieldsmith.run import plain, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Format = Literal["diffusers", "kohya", "comfyui", "merged"]
 FORMATS = ("diffusers", "kohya", "comfyui", "merged")
@@ -151,6 +153,8 @@ class Result:
 
     def show(self) -> Figure:
         """Before and after at equal seeds, a row a prompt; a matplotlib figure."""
+        from matplotlib.figure import Figure  # here: most runs are never shown, and start sooner without it
+
         rows = self.pairs[:SHOWN]
         if not rows:
             raise InputError("this run drew no pictures; run it with evaluate above 0")

@@ -11,12 +11,14 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
-import openai
 
 from fieldsmith.errors import RewardError
+
+if TYPE_CHECKING:
+    import openai
 
 LONGEST_PAUSE = 60.0  # seconds between two attempts, whatever the server or the back-off asks
 LARGEST_ANSWER = 64 * 2**20  # bytes; 16 replies of 1,024 tokens with 20 log-probabilities each are about 20 MB
@@ -35,6 +37,8 @@ class Server:
         self, address: str, key: str = "", timeout: float = 60.0, retries: int = 4, pause: float = 1.0, seed: int = 0
     ):
         """`timeout`, and `pause` before the first retry, in seconds; it doubles each time, with jitter by `seed`."""
+        import openai  # here, as in `post`: a second that only runs with a server pay
+
         self.address = address.rstrip("/")
         self.retries, self.pause, self.seed = retries, pause, seed
         self._key = key
@@ -65,6 +69,8 @@ class Server:
         `stopped` ends the waiting between two attempts. Raises RewardError where trouble stays, which names what the
         question is `about`.
         """
+        import openai
+
         stopped = stopped or threading.Event()
         jitter = random.Random(f"{self.seed} {json.dumps(body)}")
         trouble, retry_after = "", 0.0
@@ -99,6 +105,8 @@ class Server:
 
     def describe(self, error: openai.APIError) -> str:
         """What went wrong between here and the server, in a few words and without the key."""
+        import openai
+
         if isinstance(error, openai.APIStatusError):
             response = error.response
             words = response.text.strip()[:200] or response.reason_phrase

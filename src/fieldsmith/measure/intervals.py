@@ -12,7 +12,7 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -129,7 +129,7 @@ def mean_interval(values: Tensor, level: float = 0.95, unit: str = "") -> Interv
     values = values.detach().cpu().double()
     mean = float(values.mean())
     spread = float(values.std()) if n > 1 else math.nan
-    half = float(student_t.ppf((1 + _checked_level(level)) / 2, max(1, n - 1))) * spread / math.sqrt(n)
+    half = float(stdtrit(max(1, n - 1), (1 + _checked_level(level)) / 2)) * spread / math.sqrt(n)
     return interval_of(mean, mean - half, mean + half, n, unit)
 
 

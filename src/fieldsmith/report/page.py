@@ -13,17 +13,18 @@ import pathlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-import matplotlib
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from fieldsmith.report.grid import picture
 from fieldsmith.run import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with any common colour blindness; their yellow, too faint on white, is out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -290,6 +291,9 @@ def png_uri(image: Image.Image) -> str:
 
 def draw(panel: Panel, wide: bool) -> Figure:
     """One panel as a figure: light axes, no frame, colour and dash by the series' place."""
+    import matplotlib  # here, for a command that draws no curve starts sooner without it
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": "#999999", "axes.labelcolor": "#444444"}):
         figure = Figure(figsize=(6.0, 3.1) if wide else (4.6, 3.1), layout="constrained")
         axes = figure.add_subplot()
@@ -315,6 +319,8 @@ def draw(panel: Panel, wide: bool) -> Figure:
 
 def svg_of(figure: Figure, prefix: str) -> Markup:
     """The figure as SVG for the middle of a page: no date, no outside name, ids that no other figure has."""
+    import matplotlib  # as in `draw`
+
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "fieldsmith", "svg.fonttype": "path"}):
         metadata = {"Date": None, "Creator": None}

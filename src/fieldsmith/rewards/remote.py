@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
-import openai
 import torch
 from torch import Tensor
 
@@ -161,6 +160,8 @@ class RemoteJudge:
 
     def _find_model(self) -> str:
         """The model to ask for, once the server has answered."""
+        import openai  # here: a second that only runs with a server pay
+
         wanted = self.options.model
         try:
             listed = self._server.get("/models")

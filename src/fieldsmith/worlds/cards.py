@@ -12,7 +12,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -229,6 +228,8 @@ def _put(image: Image.Image, text: str, box: Box, ink: tuple[int, int, int]) -> 
 @lru_cache
 def _glyph(text: str) -> Image.Image:
     """Its ink alone, without margins."""
+    import matplotlib  # for its font alone, and only where cards are drawn
+
     font_file = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     font, bold = ImageFont.truetype(str(font_file), 160), 4
     left, top, right, bottom = font.getbbox(text, stroke_width=bold)
