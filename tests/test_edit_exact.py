@@ -396,6 +396,21 @@ def test_measures_by_hand() -> None:
     assert float(never[0]) == 0 and never[1].isnan()
 
 
+def test_what_a_run_gained_is_told_from_the_same_sessions() -> None:
+    """Five more of 100 sessions done: each side's own interval is four points wide either way, the gain's is not."""
+    done = torch.arange(100)[:, None].expand(100, 2) < 50
+    more = torch.arange(100)[:, None].expand(100, 2) < 55
+    kept = torch.ones(100, 2)
+    before, after = (editing.SessionVerdicts(one, kept) for one in (done, more))
+    gained = editing.overall_change(before, after)
+    assert gained.value == pytest.approx(100 * (math.sqrt(0.55) - math.sqrt(0.5)), rel=1e-5) and gained.unit == "points"
+    assert gained.low > 0
+    apart = [editing.scores(one).overall[-1] for one in (before, after)]
+    assert apart[1].low < apart[0].high
+    same = editing.overall_change(before, before)
+    assert same.value == same.low == same.high == 0 and not same.excludes_zero
+
+
 def test_published_ratios_of_edival() -> None:
     """Notes, 1.3: Qwen-Image-Edit's 72.90 / 44.06 / 22.55 are .729 / .604 / .512 given that all before were done."""
     n = 10_000

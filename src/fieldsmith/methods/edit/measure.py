@@ -35,6 +35,8 @@ class Measured:
     images: Tensor  # of a few sessions, (n, T + 1, 3, h, w): the start and what came out of each turn
     instructions: list[list[str]]  # of these, by turn
     done: list[list[bool | None]]  # whether they were followed, by turn; None where nobody knows
+    verdicts: editing.SessionVerdicts | None = None  # of all sessions, where a world gives verdicts
+    last: Tensor | None = None  # scores of following at the last turn, (evaluate,), where a judge gives them
 
 
 def measure(model: Model, config: EditConfig, job: Job, side: Side) -> Measured:
@@ -79,7 +81,7 @@ def _exact(model: Model, config: EditConfig, inputs: Inputs, world: World) -> Me
         numbers["artefacts"] = drift.artefacts.mean(1).tolist()
     instructions = [sessions.prompts(turn)[:SHOWN] for turn in range(1, sessions.turns + 1)]
     done: list[list[bool | None]] = [[bool(x) for x in one.done[:SHOWN]] for one in seen.own]
-    return Measured(numbers, seen.images[:SHOWN], instructions, done)
+    return Measured(numbers, seen.images[:SHOWN], instructions, done, seen.verdicts)
 
 
 def _judged(model: Model, config: EditConfig, inputs: Inputs) -> Measured:
@@ -96,10 +98,13 @@ def _judged(model: Model, config: EditConfig, inputs: Inputs) -> Measured:
         after = edit(model, condition, source, generator, config.evaluate_steps, config.guidance)
         with processes.together():  # each process asks of its own part, and all hear all of them
             scores = inputs.judge(sessions[own.tolist()], turn, before[own], after[own], first[own])
-        numbers["score of following"].append(mean_interval(processes.gather(scores.following)).to_json())
+        following = processes.gather(scores.following)
+        numbers["score of following"].append(mean_interval(following).to_json())
         numbers["score of consistency"].append(mean_interval(processes.gather(scores.consistency)).to_json())
         images.append(after)
         instructions.append(sessions.prompts(turn)[:SHOWN])
         before, source = after, inputs.channel(after, generator)
     unknown: list[bool | None] = [None] * SHOWN
-    return Measured(numbers, torch.stack(images, 1)[:SHOWN], instructions, [unknown for _ in instructions])
+    return Measured(
+        numbers, torch.stack(images, 1)[:SHOWN], instructions, [unknown for _ in instructions], last=following
+    )

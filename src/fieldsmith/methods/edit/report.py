@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fieldsmith.measure.editing import MEASURES
+from fieldsmith.measure.editing import MEASURES, overall_change
+from fieldsmith.measure.intervals import Interval, mean_interval
 from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.measure import Measured
 from fieldsmith.report.page import Caption, Page, Pair, Panel
@@ -31,7 +32,8 @@ def report(page: Page, outcome: Outcome) -> dict[str, Any]:
     page.title = f"{config.model}: sessions of {config.turns} turns"
     page.subtitle = f"{config.preset or config.objective}; seed {config.seed}"
     key = "overall" if "overall" in new else "score of following"
-    _verdict(page, key, old[key], new[key])
+    change = _change(outcome.before, outcome.after)
+    _verdict(page, key, old[key], new[key], change)
     _cards(page, key, old, new, outcome.metrics["nfe"])
     if outcome.metrics["stopped"] not in ("steps", "budget"):
         page.text("", f"The run stopped early: {outcome.metrics['stopped']}.")
@@ -56,19 +58,24 @@ def report(page: Page, outcome: Outcome) -> dict[str, Any]:
         ]
         page.curves("Asked for nothing, turn after turn", panels)
     curves(page, outcome, CURVES)
-    return {"before": old, "after": new}
+    return {"before": old, "after": new, "change": change.to_json()}
 
 
-def _verdict(page: Page, key: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+def _change(before: Measured, after: Measured) -> Interval:
+    """What the last turn gained, in points; both sides have the same sessions and noise."""
+    if before.verdicts is not None and after.verdicts is not None:
+        return overall_change(before.verdicts, after.verdicts)
+    assert before.last is not None and after.last is not None
+    return mean_interval(100 * (after.last - before.last), unit="points")
+
+
+def _verdict(page: Page, key: str, old: list[dict[str, Any]], new: list[dict[str, Any]], change: Interval) -> None:
     before, after = old[-1], new[-1]
-    known = after["low"] is not None  # one session has no interval
-    apart = known and (after["low"] > before["high"] or after["high"] < before["low"])
-    grew = after["value"] > before["value"]
     page.verdict(
-        f"At turn {len(new)}, {NAMES[key]} is {_percent(after)}, before it was {_percent(before)}, over {after['n']} "
-        "held-out sessions.",
-        grew if apart else None,
-        ("Better" if grew else "Worse") if apart else "No clear change",
+        f"At turn {len(new)}, {NAMES[key]} is {_percent(after)}, before it was {_percent(before)}: {change.short()}, "
+        f"over the same {after['n']} held-out sessions.",
+        change.value > 0 if change.excludes_zero else None,
+        ("Better" if change.value > 0 else "Worse") if change.excludes_zero else "No clear change",
     )
 
 
