@@ -214,16 +214,18 @@ def test_dags_detailed_balance() -> None:
 
 
 def test_sqdfs_pull() -> None:
-    """Their KL is a mean over a state's numbers, so that alpha there is `temperature` times these numbers here."""
+    """Their KL is twice ours and a mean over a state's numbers: their alpha is `temperature` times half of these."""
     their = released("sqdf")
     f, reference, c = tensors(their, "output", "reference", "c")
     f.requires_grad_()
     s, k = ddim_steps(), step_ids(their)
-    guidance = L.over(s.omega[k], c) * c * DIM / their["alpha"]
-    pull = slope(their["alpha"] * first_order(s, "discount", k, f, reference, guidance), f)
-    for i, row in enumerate(their["rows"]):
-        same(pull[i : i + 1], row["slope"])
-        same(L.gaussian_kl(f, reference, s.w[k])[i : i + 1] / DIM, row["kl"])
+    same(2 * L.gaussian_kl(f, reference, s.w[k]) / DIM, their["kl"])
+    temperature = 2 * their["alpha"] / DIM
+    guidance = L.over(s.omega[k], c) * c / temperature
+    loss = 2 * their["alpha"] * first_order(s, "discount", k, f, reference, guidance)
+    same(slope(loss, f), their["slope"])
+    published = AlignConfig.preset_of("sqdf", "paper", {}).temperature  # of alpha 2 at SD1.5's 16,384 numbers
+    assert published == pytest.approx(2 * their["alpha"] / 16_384, rel=0.02)
 
 
 def test_tempflow_grpos_loss() -> None:

@@ -340,7 +340,8 @@ PAPER: dict[str, Settings] = {
         "guidance": 7.5, "steps": 50, "full": True, "subset": "all", "lr": 2e-5, "weight_decay": 1e-2, "epochs": 2000,
         "prompts_per_epoch": 2048, "updates": 1, "renoise": 1, "temperature": 0.305, "chunk": 8,
     },
-    **dict.fromkeys(("ddpo", "dpok", "pcpo-diffusion", "sqdf", "reinforce"), SD15),
+    **dict.fromkeys(("ddpo", "dpok", "pcpo-diffusion", "reinforce"), SD15),
+    "sqdf": {**SD15, "temperature": 2.4e-4},  # alpha 2, of twice the KL as a mean over SD1.5's 16,384 numbers
     "dance-grpo": {**SD15, "train_steps": None},
     # the released anchor has 4.5 where the log-ratio's weight is 0.44 at most steps: 8e-5 there is 8.4e-3 here
     "rsm-branch-sd15": {
