@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fieldsmith.methods.edit import credit
 from fieldsmith.methods.policy import losses as L
 from fieldsmith.methods.policy.advantages import advantages, optimality
 from fieldsmith.methods.policy.old import kept
-from fieldsmith.paths import Prediction, RectifiedFlow
+from fieldsmith.paths import Prediction
 from fieldsmith.samplers import dance_sde_step, flow_sde_step
-
-FOLDER = pathlib.Path(__file__).parent / "released"
-FLOW = RectifiedFlow()
-
-
-def released(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
-    assert len(found["commit"]) == 40
-    return found
-
-
-def tensor(value: Any) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def same(ours: Tensor, theirs: Any) -> None:
-    torch.testing.assert_close(ours, tensor(theirs), rtol=1e-5, atol=1e-5)
-
-
-def slope(value: Tensor, of: Tensor) -> Tensor:
-    return torch.autograd.grad(value.sum(), of, retain_graph=True)[0]
+from tests.released import FLOW, released, same, slope, tensor
 
 
 def test_flow_grpos_step_and_log_probability() -> None:

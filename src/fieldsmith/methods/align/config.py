@@ -274,12 +274,16 @@ RECIPES: dict[str, Settings] = {
     },
     "flow-grpo": {**PPO, "advantage": "global-std", "last_step": "draw", "kl": 0.04, "kl_scale": "dt"},
     "dance-grpo": {**PPO, "sde": "dance-sde", "shared_noise": True, "last_step": "ode", "train_steps": 5},
-    "branch-grpo": {**PPO, "rollout": "tree", "branches": (2, 1, 2, 1, 1, 2, 1, 1, 1, 1), "rollouts": 1},
+    "branch-grpo": {
+        **PPO, "sde": "dance-sde", "rollout": "tree", "branches": (2, 1, 2, 1, 1, 2, 1, 1, 1, 1), "rollouts": 1,
+        "last_step": "ode",
+    },
     "grpo-guard": {"trust": "guard-hinge", "strength": "guard", "last_step": "draw", "kl": 0.004},
     "pcpo-diffusion": {"trust": "hinge", "strength": "pcpo", "sde": "ddim-uniform"},
     "pcpo-flow": {"trust": "hinge", "strength": "pcpo", "last_step": "draw"},
     "tempflow-grpo": {
-        **PPO, **BRANCHES, "branches": (6, 6, 6, 6, 6, 6, 6, 6, 6, 0), "strength": "tempflow", "kl": 0.004,
+        **PPO, **BRANCHES, "branches": (6, 6, 6, 6, 6, 6, 6, 6, 6, 0), "group_by": "prompt", "strength": "tempflow",
+        "kl": 0.004,
     },
     "nft": {
         "estimator": "nft", "rollout": "ode", "advantage": "global-std", "nft_beta": 1.0, "old": "ramp", "kl": 0.0001,
@@ -336,14 +340,16 @@ PAPER: dict[str, Settings] = {
         "guidance": 7.5, "steps": 50, "full": True, "subset": "all", "lr": 2e-5, "weight_decay": 1e-2, "epochs": 2000,
         "prompts_per_epoch": 2048, "updates": 1, "renoise": 1, "temperature": 0.305, "chunk": 8,
     },
-    **dict.fromkeys(("ddpo", "dpok", "pcpo-diffusion", "sqdf", "reinforce"), SD15),
+    **dict.fromkeys(("ddpo", "dpok", "pcpo-diffusion", "reinforce"), SD15),
+    "sqdf": {**SD15, "temperature": 2.4e-4},  # alpha 2, of twice the KL as a mean over SD1.5's 16,384 numbers
     "dance-grpo": {**SD15, "train_steps": None},
     # the released anchor has 4.5 where the log-ratio's weight is 0.44 at most steps: 8e-5 there is 8.4e-3 here
     "rsm-branch-sd15": {
         **SD15, "rollouts": 5, "branches": tuple(4 if k % 10 == 0 else 0 for k in range(50)), "sde": "ddim-uniform",
         "anchor": 8.4e-3,
     },
-    **{name: {**SD15_FIRST, "lr": 1e-3} for name in ("residual-nabla-db", "residual-nabla-db-full")},
+    # whose loss is half of the release's, so that its 100 is 50 here
+    **{name: {**SD15_FIRST, "lr": 1e-3, "proximal": 50.0} for name in ("residual-nabla-db", "residual-nabla-db-full")},
     "rsm-terminal-sd15": {**SD15_FIRST, "lr": 4e-3},
     **{name: {**SD35_FIRST, "temperature": 1 / 3e7} for name in ("vgg-flow", "vgg-flow-full")},
     "rsm-terminal-sd35": {**SD35_FIRST, "temperature": 1 / 1.5e7},
