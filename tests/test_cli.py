@@ -310,7 +310,9 @@ def test_a_message_moves_no_cursor(capsys):
     assert not set(capsys.readouterr().err[:-1]) & {"\x1b", "\r", "\n"}
 
 
-def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys, tmp_path, flux_folder, monkeypatch):
+def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(
+    capsys, tmp_path, small_flux_folder, monkeypatch
+):
     gradient, calls = training._gradient, []
 
     def interrupted(*args: Any) -> Any:
@@ -319,7 +321,8 @@ def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys,
             raise KeyboardInterrupt
         return gradient(*args)
 
-    words = [*TINY, "--model", str(flux_folder), "--dropout", "0.3"]
+    words = [*TINY, "--model", str(small_flux_folder), "--dropout", "0.3"]
+    words[words.index("--budget") + 1] = "30"  # ten steps
     assert (
         main([*words, "--previews", "0", "--out", str(tmp_path / "whole")]) == 0
     )  # they draw from nothing that trains
@@ -335,7 +338,7 @@ def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys,
     )
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(20))
+    assert steps == list(range(10))
     page = (tmp_path / "cut" / "report.html").read_text()
     assert "No judge knows" in page
     assert len(previews.found(tmp_path / "cut", 2)) == 4 and not previews.found(tmp_path / "whole", 2)
@@ -348,12 +351,12 @@ def test_an_interrupted_run_is_code_130_and_the_same_command_finishes_it(capsys,
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device", "weights"),
                                    RuntimeError("CUDA out of memory")], ids=repr)  # fmt: skip
-def test_a_machine_that_gives_out_is_code_3(capsys, tmp_path, flux_folder, monkeypatch, error):
+def test_a_machine_that_gives_out_is_code_3(capsys, tmp_path, small_flux_folder, monkeypatch, error):
     def breaking(*args: Any) -> Any:
         raise error
 
     monkeypatch.setattr(training, "_gradient", breaking)
-    assert main([*TINY, "--model", str(flux_folder), "--out", str(tmp_path / "run")]) == 3
+    assert main([*TINY, "--model", str(small_flux_folder), "--out", str(tmp_path / "run")]) == 3
     assert "last good checkpoint stays" in capsys.readouterr().err
 
 

@@ -32,6 +32,7 @@ FEW = 2**16  # numbers in a tensor of one dimension that is real
 BLOCKS = 4  # a network's list of as many blocks or more is run by one of each kind
 DRAWS = (aten.randn.default, aten.randn.generator, aten.rand.default, aten.rand.generator)
 BY_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # results hang on more than shapes
+MADE: dict[Any, Any] = {}  # by operation and what it was given: the layout of its results, in every rehearsal the same
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
@@ -51,7 +52,6 @@ class Shapes(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode):
         super().__init__()
         self.mode, self.generator = mode, torch.Generator().manual_seed(0)
-        self._made: dict[Any, Any] = {}  # by operation and what it was given: the layout of its results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -81,13 +81,13 @@ class Shapes(TorchDispatchMode):
             return _each(views, Tensor, lambda view: FakeTensor(self.mode, view, args[0].device))
         if func._schema.is_mutable or not BY_NUMBERS.isdisjoint(func.tags):
             return func(*args, **kwargs)
-        key = func, _key(args), _key(tuple(kwargs.items()))
-        if key not in self._made:
+        key = func, _key(args), _key(tuple(kwargs.items())), torch.get_default_dtype()
+        if key not in MADE:
             output = func(*args, **kwargs)
             if _is_new(output, (args, kwargs)):
-                self._made[key] = _each(output, Tensor, _layout)
+                MADE[key] = _each(output, Tensor, _layout)
             return output
-        return _each(self._made[key], Layout, self._empty)
+        return _each(MADE[key], Layout, self._empty)
 
     def _empty(self, layout: Layout) -> Tensor:
         with in_kernel_invocation_manager(self.mode):
