@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.tiny import flux_pipeline, unet_pipeline
-from fieldsmith.errors import InputError
+from fieldsmith.errors import InputError, NotFiniteError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import LoraSpec, Model, check_resolution, stack
 from fieldsmith.models.families import FAMILIES
@@ -254,6 +254,35 @@ def test_gradient_through_predict_is_the_networks() -> None:
     assert one.grad is not None and two.grad is not None
     torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-6)
     assert nfe.total == 2 * 3
+
+
+def test_numbers_that_are_not_finite_are_named_with_their_prompts_and_times() -> None:
+    model = tiny_flux()
+    condition, x, t = model.encode(PROMPTS), model.noise(3, seeded()), torch.tensor([0.25, 0.5, 0.75])
+    model.predict(x, t, condition, 2.0)
+    assert model.asked() == f", at t=0.25, 0.5, 0.75 under {', '.join(map(repr, PROMPTS))}"
+    worse = x.clone()
+    worse[1] = torch.inf
+    with pytest.raises(
+        NotFiniteError, match=r"^the network's state x_t holds inf in 1 of 3 rows, at t=0\.5 under 'a blue c"
+    ):
+        model.predict(worse, t, condition)
+    torn = condition[[2, 0]]
+    torn.parts["embeds"][1, 0, 0] = torch.nan
+    with pytest.raises(
+        NotFiniteError, match=r"part 'embeds' holds nan in 1 of 2 rows, at t=0\.1 under 'a red square'$"
+    ):
+        model.predict(x[:2], torch.tensor(0.1), torn)
+    with pytest.raises(NotFiniteError, match=r"^the latent to decode holds nan in 3 of 3 rows, at t=0\.1"):
+        model.decode(x * torch.nan)
+    with pytest.raises(NotFiniteError, match=r"^the image to encode holds -inf in 2 of 2 rows$"):
+        model.encode_images(torch.full((2, 3, 32, 32), -torch.inf))
+    shown = tiny_unet(class_rows=4)  # whose condition is rows of an embedding
+    shown.predict(shown.noise(2, seeded()), torch.tensor([0.5, 0.25]), shown.encode(["1", "2"]), None)
+    assert shown.asked() == ", at t=0.5, 0.25 under '1', '2'"
+    next(shown.network.parameters()).data.fill_(torch.nan)
+    with pytest.raises(NotFiniteError, match=r"network's output holds nan in 1 of 1 rows, at t=0\.5 under '1'"):
+        shown.predict(shown.noise(1, seeded()), torch.tensor(0.5), shown.encode(["1"]))
 
 
 def test_counters_nest_and_what_is_uncounted_leaves_them_alone() -> None:

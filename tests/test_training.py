@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fieldsmith import checkpoints, disk, training
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError, NotFiniteError, RewardError
 from fieldsmith.run import Run
 from fieldsmith.training import Fit, Log, Optimisation, fit
 
@@ -275,10 +275,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(tmp_path, 
         seen.append(parameters["b"].detach().clone())
         yield parameters["b"].sum() * (bad if step == 12 else 1.0)
 
-    with pytest.raises(RunError, match="at step 12; lower the learning rate"):
-        fit(parameters, losses, PLAN, begun(tmp_path / "run"))
+    with pytest.raises(NotFiniteError) as caught:
+        fit(parameters, losses, PLAN, begun(tmp_path / "run"), asked=lambda: ", at t=0.5 under 'cat'")
+    assert str(caught.value).removeprefix("the loss became ").removeprefix("-") == (
+        f"{bad}, at t=0.5 under 'cat', at step 12; the weights have diverged: begin in a new folder with a lower lr "
+        f"than {PLAN.lr:g}; the last good checkpoint is '{tmp_path}/run/checkpoints/step-00000010'"
+    )
     assert torch.equal(parameters["b"], seen[-1])
-    assert left_behind(tmp_path / "run")["name"] == "step-00000012"
+    assert left_behind(tmp_path / "run")["name"] == "step-00000010"  # at 12 the same loss would come again
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_moves():
@@ -287,9 +291,30 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_moves():
     def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
         yield p.sqrt().sum()  # 0, with slope infinity
 
-    with pytest.raises(RunError, match="gradient became inf"):
+    with pytest.raises(
+        NotFiniteError, match=r"gradient of 'p' became inf, at step 0; no update was made yet.*float32$"
+    ):
         fit({"p": p}, losses, Optimisation(1, 0.1))
     assert p.tolist() == [0.0, 0.0]
+
+
+def test_weights_that_an_update_made_infinite_are_in_no_checkpoint(tmp_path):
+    p = torch.ones(2, requires_grad=True)
+
+    def losses(step: int, generator: torch.Generator, log: Log) -> Iterator[Tensor]:
+        yield p.sum()  # a gradient of 1, and a step larger than float32 goes
+
+    with pytest.raises(NotFiniteError, match=r"the weight 'p' holds -inf, at step 1; .*; there is no checkpoint yet$"):
+        fit({"p": p}, losses, Optimisation(1, 1e39, weight_decay=0.0), begun(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_reward_that_fails_is_told_with_its_step_and_the_checkpoint_that_the_same_command_goes_on_from(tmp_path):
+    sentence = (
+        r"^step 13: judge gone; the last good checkpoint is '.*/step-00000013', and the same command goes on from it$"
+    )
+    with pytest.raises(RewardError, match=sentence):
+        trained(tmp_path / "cut", before=raise_at(13, RewardError("judge gone")))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("os error 28")])

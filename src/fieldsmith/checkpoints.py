@@ -50,10 +50,14 @@ def find(run: Run) -> pathlib.Path | None:
     return run.good[0]
 
 
+def newest(run: Run) -> list[pathlib.Path]:
+    """All that have their names, from the newest on."""
+    return sorted((run.folder / "checkpoints").glob("step-*"), reverse=True)
+
+
 def _find(run: Run) -> pathlib.Path | None:
-    found = sorted((run.folder / "checkpoints").glob("step-*"), reverse=True)
     damage: list[str] = []
-    for checkpoint in found:
+    for checkpoint in newest(run):
         wrong = damage_of(checkpoint)
         if wrong is None:
             run.log_before(int(checkpoint.name.removeprefix("step-")))
@@ -168,15 +172,15 @@ def resume(
 ) -> tuple[int, str | None]:
     """Load the newest good checkpoint into everything, delete damaged ones and rewind the log to it; (steps done, stop
     reason), (0, None) where there is none. Raises InputError as `find`."""
-    newest = find(run)
-    if newest is None:
+    found = find(run)
+    if found is None:
         run.rewind(0)
         return 0, None
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    state = json.loads((newest / STATE).read_text(encoding="utf-8"))
-    reader = HuggingFaceStorageReader(str(newest))
+    state = json.loads((found / STATE).read_text(encoding="utf-8"))
+    reader = HuggingFaceStorageReader(str(found))
     with torch.no_grad():
         for name, size, dtype in _moments(reader):
             key, _, of = name.rpartition("/")
@@ -192,8 +196,8 @@ def resume(
             load(wanted, storage_reader=reader, no_dist=not processes.sharded())
     processes.wait()  # all have read the history
     if processes.is_main():
-        for other in (run.folder / "checkpoints").glob("step-*"):
-            if other.name > newest.name:  # damaged: its step comes again
+        for other in newest(run):
+            if other.name > found.name:  # damaged: its step comes again
                 shutil.rmtree(other, ignore_errors=True)
     run.rewind(state["done"])
     return state["done"], state["stopped"]
@@ -203,8 +207,8 @@ def restore(run: Run, parameters: dict[str, Tensor], averaged: bool) -> int:
     """Load what was trained, or its averages, from the newest good checkpoint, and nothing else; its steps.
 
     Raises InputError where there is none, and as `find`."""
-    newest = find(run)
-    if newest is None:
+    found = find(run)
+    if found is None:
         raise InputError(
             f"'{run.folder}' has no checkpoint any more, from which its weights are loaded; train it again"
         )
@@ -215,8 +219,8 @@ def restore(run: Run, parameters: dict[str, Tensor], averaged: bool) -> int:
     wanted = {f"{kind}/{name}": p.detach() for name, p in parameters.items()}
     with torch.no_grad(), warnings.catch_warnings():  # that one process reads alone is meant
         warnings.simplefilter("ignore")
-        load(wanted, storage_reader=HuggingFaceStorageReader(str(newest)), no_dist=not processes.sharded())
-    return int(newest.name.removeprefix("step-"))
+        load(wanted, storage_reader=HuggingFaceStorageReader(str(found)), no_dist=not processes.sharded())
+    return int(found.name.removeprefix("step-"))
 
 
 def _tensors(

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fieldsmith import __version__, disk, processes
-from fieldsmith.errors import InputError, RunError, check_word
+from fieldsmith.errors import InputError, RunError, check_word, is_short_of_memory
 from fieldsmith.functions import user_traceback
 
 VERBS = {
@@ -98,14 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stop(
             f"{_os_error(error)}. The last good checkpoint stays", 3
         )  # somebody else's pipe, such as a server's
-    except MemoryError:
-        return _stop("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
     except OSError as error:
         return _stop(f"{_os_error(error)}. The last good checkpoint stays", 3)
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower():
-            return _stop("out of memory; lower --chunk or --batch. The last good checkpoint stays", 3)
-        raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_short_of_memory(error):
+            raise
+        return _stop("out of memory; lower --chunk, --batch or --resolution. The last good checkpoint stays", 3)
     finally:
         if not processes.is_main():  # a crash is told by the process that it happened to
             sys.stderr = sys.__stderr__

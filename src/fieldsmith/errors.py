@@ -17,6 +17,14 @@ class RunError(RuntimeError):
     """A run that started cannot go on (NaN, out of memory); its last good checkpoint stays. Exit code 3."""
 
 
+class NotFiniteError(RunError):
+    """A number of a model, a loss or a gradient is NaN or infinite."""
+
+
+class ShortOfMemoryError(RunError):
+    """What a run needs does not fit; `__cause__` is the exception behind it."""
+
+
 class RewardError(RunError):
     """A reward or judge raised, or returned what cannot be used; `__cause__` is the exception behind it, if any."""
 
@@ -27,3 +35,10 @@ def check_word(word: str, vocabulary: Sequence[str], name: str) -> None:
         near = difflib.get_close_matches(str(word), vocabulary, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known words: {', '.join(sorted(vocabulary))}"
         raise InputError(f"'{word}' is not in the vocabulary of {name}; {hint}")
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is short, of the machine or of an accelerator."""
+    words = str(error).lower()
+    kinds = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(kind in words for kind in kinds))

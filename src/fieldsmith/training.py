@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from fieldsmith import checkpoints, interrupts, processes
 from fieldsmith.config import FitConfig
-from fieldsmith.errors import RunError
+from fieldsmith.errors import InputError, NotFiniteError, RunError, ShortOfMemoryError, is_short_of_memory
 from fieldsmith.optimizers import adamw
 from fieldsmith.run import Run
 
+LONGEST = 200  # characters of a library's words that a message shows
 ASKED = "asked to end"  # in a step's log, until it is joined
 
 
@@ -122,12 +123,15 @@ def fit(
     optimisation: Optimisation,
     run: Run | None = None,
     stop: Callable[[int, dict[str, float]], str | None] | None = None,
+    asked: Callable[[], str] = str,
 ) -> Fit:
-    """Minimise the sum of each step's losses. `stop(steps done, log)` may name a reason to end early.
+    """Minimise the sum of each step's losses. `stop(steps done, log)` may name a reason to end early; `asked()` says of
+    what a network was asked last, for messages.
 
     With a run directory, SIGINT and SIGTERM end it after the step (where steps share what the first of them drew, after
     the last of these) with a checkpoint and KeyboardInterrupt; a second signal ends it at once, at the last checkpoint.
-    Raises RunError at a loss or gradient that is not finite: parameters and checkpoints stay at the last good step.
+    Raises RunError where a step fails, with the step and the checkpoint that stays: NotFiniteError at a loss, gradient
+    or weight that is not finite, of which no checkpoint is made; ShortOfMemoryError.
     """
     params = list(parameters.values())
     optimizer = adamw(params, optimisation.lr, optimisation.weight_decay, optimisation.optimizer)
@@ -138,13 +142,13 @@ def fit(
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     screen = Console(stderr=True)
     with (
-        interrupts.listening(run is not None, main) as asked,
+        interrupts.listening(run is not None, main) as signals,
         Progress(*columns, console=screen, transient=True, disable=not (main and sys.stderr.isatty())) as progress,
     ):
         bar = progress.add_task("training", total=optimisation.steps, completed=first, note="")
         try:
             while done < optimisation.steps and not stopped:
-                log = _gradient(done, params, losses, optimizer, optimisation, asked)
+                log = _gradient(done, parameters, losses, optimizer, optimisation, signals, asked)
                 ending = bool(log.pop(ASKED, 0)) or ending
                 whole = False  # an interrupt from here on finds parameters, averages and log at different steps
                 optimizer.step()
@@ -158,19 +162,26 @@ def fit(
                 whole = True
                 stopped = stop(done, log) if stop else None
                 progress.update(bar, completed=done, note=f"loss {log['loss']:.4g}")
-                ending = ending or (asked.end and processes.count() == 1)  # several hear of it in the next step's log
+                ending = ending or (signals.end and processes.count() == 1)  # several hear of it in the next step's log
                 now = ending and done % optimisation.block == 0
                 if run and (stopped or now or done % optimisation.checkpoint_every == 0 or done == optimisation.steps):
+                    with processes.together():
+                        _check_weights(parameters)
                     checkpoints.save_step(run, done, parameters, optimizer, ema, stopped)
                 if now:
                     raise KeyboardInterrupt
-        except BaseException:  # whatever a reward raises, or a loss that is not finite, comes before parameters move
-            # not under FSDP, where all would have to save together and some may be gone
-            savable = whole and not asked.at_once and done > first and done % optimisation.block == 0
-            if run and savable and not processes.sharded():
+        except BaseException as error:  # whatever a reward raises comes before parameters move
+            # not under FSDP, where all would have to save together and some may be gone; and not where numbers have
+            # diverged, since the same step would fail again
+            savable = whole and not signals.at_once and done > first and done % optimisation.block == 0
+            if run and savable and not processes.sharded() and not isinstance(error, NotFiniteError):
                 checkpoints.save_step(run, done, parameters, optimizer, ema, stopped)
+            if isinstance(error, (InputError, RunError)) or is_short_of_memory(error):
+                raise told(error, f"step {done}", run, optimisation.lr if done else None) from (
+                    error.__cause__ if isinstance(error, RunError) else error
+                )
             raise
-    if asked.end:  # in the last step
+    if signals.end:  # in the last step
         raise KeyboardInterrupt
     if ema:
         torch._foreach_copy_([p.data for p in params], ema)
@@ -178,19 +189,56 @@ def fit(
     return Fit(done, time.monotonic() - began, stopped or "steps")
 
 
+def told(error: BaseException, where: str, run: Run | None, lr: float | None) -> RunError:
+    """What ended a run, as a RunError of its kind that says where it ended, what to change and which checkpoint stays;
+    `lr` is the learning rate of the updates that were made, None where there were none."""
+    kind: type[RunError]
+    if is_short_of_memory(error):
+        words = " ".join(str(error).split())[:LONGEST]
+        kind, sentence = ShortOfMemoryError, f"out of memory at {where}{words and f' ({words})'}"
+    else:
+        kind = type(error) if isinstance(error, RunError) else RunError
+        sentence = f"{error}, at {where}" if isinstance(error, NotFiniteError) else f"{where}: {error}"
+    if isinstance(error, NotFiniteError):
+        sentence += (
+            f"; the weights have diverged: begin in a new folder with a lower lr than {lr:g}"
+            if lr is not None
+            else "; no update was made yet, so it comes from the model or the data: look at both, or use float32"
+        )
+    found = next(iter(checkpoints.newest(run)), None) if run else None
+    if found:
+        sentence += f"; the last good checkpoint is '{found}'"
+        if not isinstance(error, NotFiniteError):
+            sentence += ", and the same command goes on from it"
+    elif run:
+        sentence += "; there is no checkpoint yet"
+    new = kind(sentence)
+    new.known = getattr(error, "known", False)  # type: ignore[attr-defined]  # to all processes
+    return new
+
+
+def _check_weights(parameters: dict[str, Tensor]) -> None:
+    """Raises NotFiniteError where an update, whose gradient was finite, made weights that are not."""
+    for name, p in parameters.items():
+        part: Tensor = p.to_local().detach() if isinstance(p, DTensor) else p.detach()  # type: ignore[attr-defined]
+        if not bool(part.isfinite().all()):
+            raise NotFiniteError(f"the weight '{name}' holds {part[~part.isfinite()][0].item()}")
+
+
 def _gradient(
     step: int,
-    params: list[Tensor],
+    parameters: dict[str, Tensor],
     losses: Losses,
     optimizer: torch.optim.Optimizer,
     optimisation: Optimisation,
-    asked: interrupts.Asked,
+    signals: interrupts.Asked,
+    asked: Callable[[], str],
 ) -> dict[str, float]:
     """Set the learning rate and every parameter's gradient for one step; what to log. Moves no parameter."""
     for group in optimizer.param_groups:
         group["lr"] = optimisation.lr * _schedule(step, optimisation)
     optimizer.zero_grad(set_to_none=True)
-    log, total = Log(), 0.0
+    log, total, params = Log(), 0.0, list(parameters.values())
     generator = step_generator(optimisation.seed, step)
     # dropout differs between processes, whose rows are different ones
     seed = generator.initial_seed() + processes.rank()
@@ -198,17 +246,18 @@ def _gradient(
         for loss in losses(step, generator, log):
             total += loss.item()
             if not math.isfinite(total):
-                raise RunError(f"the loss became {total} at step {step}; lower the learning rate ({optimisation.lr:g})")
+                raise NotFiniteError(f"the loss became {total}{asked()}")
             if loss.requires_grad:
                 loss.backward()
         log.count("loss", total)
-        if asked.end:  # all processes end at the same step
+        if signals.end:  # all processes end at the same step
             log.count(ASKED, 1)
         log.join()
     processes.add_gradients(params)
     norm = _clip(params, optimisation.clip)
     if not math.isfinite(norm):
-        raise RunError(f"the gradient became {norm} at step {step}; lower the learning rate ({optimisation.lr:g})")
+        bad = (name for name, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
+        raise NotFiniteError(f"the gradient of '{next(bad, 'all weights together')}' became {norm}{asked()}")
     return {"loss": log.pop("loss"), "gradient_norm": norm, **log}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fieldsmith import checkpoints, optimizers, origins, preflight, previews, processes, shipping
 from fieldsmith.config import Config, LoraConfig
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError, NotFiniteError, RunError, is_short_of_memory
 from fieldsmith.models import load, load_adapter, lora_file, pipeline_folder
 from fieldsmith.models.core import LoraSpec, Model, check_kept, check_resolution
 from fieldsmith.models.memory import checkpoint_activations, compile_blocks, mixed_precision, offload
@@ -30,7 +30,7 @@ from fieldsmith.report.page import Page
 from fieldsmith.result import Result, save_samples
 from fieldsmith.run import Run, plain
 from fieldsmith.trackers import tracked
-from fieldsmith.training import Fit, Log, Losses, Optimisation, fit
+from fieldsmith.training import Fit, Log, Losses, Optimisation, fit, told
 
 CURVES = 1000  # points of a curve on a page, and at most twice as many
 
@@ -201,7 +201,9 @@ def measured(
     if getattr(config, verb.evaluated):
         try:
             metrics = metrics | _compared(verb, config, job, metrics, folder, page)
-        except (InputError, RunError, OSError) as error:
+        except (InputError, RunError, OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not (isinstance(error, RunError) or is_short_of_memory(error)):
+                raise
             page, metrics = Page(f"{verb.name}: {getattr(config, verb.source)}"), {**metrics, "missing": str(error)}
             again = f" `fieldsmith measure {folder.folder}` completes it." if folder else ""
             page.verdict(f"Trained, but not measured: {error}.{again}", None, "Incomplete")
@@ -288,12 +290,15 @@ def train(
                 processes.wait()  # nobody writes before all have passed
                 if run:
                     run.begin()
-        except BaseException:
+        except BaseException as error:
             # refused before anything was trained: the model, and a student that was handed in, can be used again
             if began_plain:
                 model.remove_training()
             if job and job.model is not model:
                 job.model.remove_training()
+            if isinstance(error, NotFiniteError) or is_short_of_memory(error):
+                lr = getattr(config, "lr", None) if resumes else None
+                raise told(error, "the checks before training", run if resumes else None, lr) from error
             raise
         job.begin()
         carried: list[int] = []  # what an interrupted run had spent before this process took over
@@ -323,10 +328,8 @@ def train(
         prepared = nfe.total
         track = stack.enter_context(tracked(verb.name, config, run.folder if run else pathlib.Path(".")))
         nothing = Fit(0, 0.0, job.stopped)  # a closed form, or what acts while sampling
-        try:
-            done = fit(job.parameters, losses, job.optimisation, run, stop) if job.parameters else nothing
-        except InputError as error:  # such as an image that turns out to be damaged when a batch wants it
-            raise RunError(f"{error}; the last good checkpoint stays, and the same command goes on from it") from error
+        asked = job.model.asked
+        done = fit(job.parameters, losses, job.optimisation, run, stop, asked) if job.parameters else nothing
         last = run.last() if run else None
         spent = int(last["nfe"]) if last else sum(processes.exchange(nfe.total))
     return job, Trained(done.steps, done.seconds, done.stopped, spent, job.cost(done, spent))

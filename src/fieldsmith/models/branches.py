@@ -38,7 +38,8 @@ def dropped(model: Model, condition: Condition, null: Tensor) -> Condition:
     away = model.null.repeat(len(null)).parts
     return Condition(
         {name: torch.where(null.to(part.device).reshape(-1, *(1,) * (part.ndim - 1)), away[name], part)
-         for name, part in condition.parts.items()}
+         for name, part in condition.parts.items()},
+        tuple("" if gone else word for word, gone in zip(condition.words, null.tolist(), strict=False)),
     )  # fmt: skip
 
 

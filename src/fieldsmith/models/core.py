@@ -16,27 +16,32 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from fieldsmith.errors import InputError
+from fieldsmith.errors import InputError, NotFiniteError
 from fieldsmith.models.autoencoder import decoded, encoded
 from fieldsmith.models.weights import LoraSpec as LoraSpec  # a model is adapted by it, so it is had from here too
 from fieldsmith.models.weights import Trainable
 from fieldsmith.paths import Kind, Path, Prediction
 
+FEW = 4  # prompts or times that a message names
 STATES = 2**18  # numbers in the states that a network is asked for at once where nothing else was said: 4 at 512 pixels
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a prompt (or class) became: named tensors that share their first dimension, one row a sample."""
+    """What a prompt (or class) became: named tensors that share their first dimension, one row a sample.
+
+    `words` are the rows' prompts, for messages alone; () where they are not known.
+    """
 
     parts: dict[str, Tensor]
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.parts.values())))
 
     def __getitem__(self, rows: Any) -> Condition:
         """The rows picked by an index tensor, slice or list."""
-        return Condition({name: part[rows] for name, part in self.parts.items()})
+        return Condition({name: part[rows] for name, part in self.parts.items()}, picked(self.words, rows))
 
     def repeat(self, n: int) -> Condition:
         """A condition of one row as n rows that share memory; n rows stay as they are."""
@@ -44,12 +49,25 @@ class Condition:
             return self
         if len(self) != 1:
             raise ValueError(f"a condition of {len(self)} rows cannot serve a batch of {n}; encode 1 or {n} prompts")
-        return Condition({name: part.expand(n, *part.shape[1:]) for name, part in self.parts.items()})
+        return Condition({name: part.expand(n, *part.shape[1:]) for name, part in self.parts.items()}, self.words * n)
+
+
+def picked(words: tuple[str, ...], rows: Any) -> tuple[str, ...]:
+    """The words of rows that an index tensor, slice or list picks."""
+    if isinstance(rows, slice) or not words:
+        return words[rows] if words else ()
+    if isinstance(rows, Tensor):
+        rows = (rows.nonzero().flatten() if rows.dtype is torch.bool else rows).tolist()
+    return tuple(words[row] for row in rows)
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:
     """Conditions one below the other; prompts of fewer tokens are padded with zeros, in their masks too."""
-    return Condition({name: _rows([c.parts[name] for c in conditions]) for name in conditions[0].parts})
+    words = [c.words for c in conditions]
+    return Condition(
+        {name: _rows([c.parts[name] for c in conditions]) for name in conditions[0].parts},
+        tuple(word for some in words for word in some) if all(words) else (),
+    )
 
 
 def _rows(parts: Sequence[Tensor]) -> Tensor:
@@ -90,6 +108,24 @@ def predict_rows(
         model.predict(x[at], t[at], conditions[rows[at]], guidance) for at in torch.arange(len(x)).split(model.chunk)
     ]
     return Prediction(parts[0].kind, torch.cat([part.value for part in parts]), x, t, parts[0].path)
+
+
+def check_finite(what: str, output: Tensor, given: Mapping[str, Tensor], about: Callable[[Tensor], str]) -> None:
+    """Raises NotFiniteError where an output (n, ...) holds NaN or infinity, which names the first of `given` that does
+    already, and what `about` says of the rows (k,) at fault."""
+    if bool(output.detach().isfinite().all()):
+        return
+    name, wrong = next(((n, x) for n, x in given.items() if not bool(x.detach().isfinite().all())), (what, output))
+    fine = wrong.detach().isfinite().reshape(len(wrong), -1)
+    rows = (~fine.all(1)).nonzero().flatten()
+    value = wrong.detach().reshape(len(wrong), -1)[~fine][0].item()
+    raise NotFiniteError(f"the {name} holds {value} in {len(rows)} of {len(wrong)} rows{about(rows.cpu())}")
+
+
+def _some(values: Sequence[Any]) -> str:
+    """The first few different ones."""
+    different = list(dict.fromkeys(values))
+    return ", ".join(map(str, different[:FEW])) + (f" and {len(different) - FEW} more" if len(different) > FEW else "")
 
 
 def free_memory(device: torch.device) -> float:
@@ -151,6 +187,7 @@ class Model(Trainable):
         super().__init__(pipeline, network, name)
         self._counters: list[Nfe] = []  # those that are open now
         self._chunk: int | None = None
+        self._asked: tuple[Tensor, Any] | None = None  # times of the last forward, and what tells its prompts
         self.precision: torch.dtype | None = None  # in which the network computes where it is not that of its weights
 
     @classmethod
@@ -219,10 +256,19 @@ class Model(Trainable):
 
         Without gradients it is asked for at most `chunk` rows at once.
         """
+        self._asked = t, next((one.words if isinstance(one, Condition) else one for one in condition), ())
         lower = torch.autocast(self.device.type, self.precision) if self.precision else contextlib.nullcontext()
         with lower:
             output = self._by_chunks(self._forward, x_t, t, *condition)
-        first = output[0] if isinstance(output, tuple) else output
+        parts = output if isinstance(output, tuple) else (output,)
+        first = parts[0]
+        given = {"network's state x_t": x_t}
+        for one in condition:
+            if isinstance(one, Condition):
+                given |= {f"prompts' part '{name}'": part for name, part in one.parts.items()}
+        for part in parts:
+            if part is not None:
+                check_finite("network's output", part, given, self.asked)
         self.add_nfe(len(x_t) * (3 if first.requires_grad else 1))
         return output
 
@@ -230,13 +276,30 @@ class Model(Trainable):
         """Images (batch, 3, height, width) in [0, 1] of latents; `grad` lets a reward's gradient through."""
         with torch.set_grad_enabled(grad):
             images: Tensor = self._by_chunks(self._decode, latents)
+        check_finite("autoencoder's image", images, {"latent to decode": latents}, lambda _: self.asked())
         return images
 
     def encode_images(self, images: Tensor, grad: bool = False) -> Tensor:
         """Latents (posterior modes) of images (batch, 3, height, width) in [0, 1]."""
         with torch.set_grad_enabled(grad):
             latents: Tensor = self._by_chunks(self._encode_images, images)
+        check_finite("autoencoder's latent", latents, {"image to encode": images}, lambda rows: "")
         return latents
+
+    def asked(self, rows: Tensor | None = None) -> str:
+        """At which times and under which prompts the network was asked last, or in some rows (k,) of that; '' where it
+        was not."""
+        if self._asked is None:
+            return ""
+        t, words = self._asked[0].detach().flatten().cpu(), self.prompts_of(self._asked[1])
+        if rows is not None:
+            t, words = t[rows] if len(t) > int(rows.max()) else t, picked(words, rows)
+        prompts = f" under {_some([repr(word[:80]) for word in words])}" if words else ""
+        return f", at t={_some([f'{time:.4g}' for time in t.tolist()])}{prompts}"
+
+    def prompts_of(self, rows: Any) -> tuple[str, ...]:
+        """The prompts of what `forward` is given beside states and times: their words, or a family's own rows (n,)."""
+        return rows if isinstance(rows, tuple) else ()
 
     def _by_chunks(self, function: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
         """function(x, *rest), which treats rows apart; without gradients at most `chunk` rows at once.

@@ -103,7 +103,8 @@ class ClassDDPM(Model):
 
         Raises InputError at an unknown class, or at '' where the network knows classes but no null class.
         """
-        return Condition({"label": torch.tensor([self._label(p) for p in prompts], device=self.device)})
+        labels = torch.tensor([self._label(p) for p in prompts], device=self.device)
+        return Condition({"label": labels}, tuple(prompts))
 
     def dummy_condition(self) -> Condition:
         return self.condition(torch.zeros(1, dtype=torch.long))
@@ -158,6 +159,10 @@ class ClassDDPM(Model):
         log_variance = None if raw is None else self._log_variance(raw, t)
         fraction = (raw + 1) / 2 if raw is not None and self.variance == "learned_range" else None
         return Prediction(self.kind, value, x_t, t, self.path, log_variance, fraction)
+
+    def prompts_of(self, rows: Any) -> tuple[str, ...]:
+        numbers = (rows // len(self.scales) if self.scales else rows).tolist()
+        return tuple(self.classes[i] if i < len(self.classes) else "" for i in numbers)
 
     def _scale_index(self, guidance: float | None) -> int:
         """Which of the network's own scales this is; None reads as 1."""

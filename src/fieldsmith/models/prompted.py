@@ -60,7 +60,7 @@ class Prompted(Model):
         """One row a prompt. Raises InputError at a word outside a closed vocabulary."""
         self.check_prompts(prompts)
         with torch.set_grad_enabled(grad), quiet():
-            return self._encode(list(prompts))
+            return Condition(self._encode(list(prompts)).parts, tuple(prompts))
 
     @property
     def negative(self) -> str:
@@ -95,7 +95,8 @@ class Prompted(Model):
 
     def _without_words(self, condition: Condition) -> Condition:
         """The condition with the negative prompt in place of its own; its other parts, such as sources, stay."""
-        return Condition({**condition.parts, **self.null.repeat(len(condition)).parts})
+        null = self.null.repeat(len(condition))
+        return Condition({**condition.parts, **null.parts}, null.words)
 
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return guide(conditional, unconditional, scale)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging as of_transformers
 
-from fieldsmith.models.core import Condition, Model, stack
+from fieldsmith.models.core import Condition, Model, picked, stack
 
 MEMORY = 2e9  # bytes that encoded prompts may take in memory
 DISK = 2e10  # and on disk
@@ -49,7 +49,7 @@ class Prompts:
         different = self._rows(places.tolist() or [0])  # no rows have a shape, too
         condition = stack(different) if len(different) > 1 else different[0]
         parts = {name: part.to(self.model.device)[back] for name, part in condition.parts.items()}
-        return Condition(parts)
+        return Condition(parts, picked(condition.words, back))
 
     def _rows(self, places: list[int]) -> list[Condition]:
         found = {place: self._read(place) for place in places}
@@ -58,7 +58,8 @@ class Prompts:
             some = missing[start : start + TOGETHER]
             encoded = self.model.encode([self.words[place] for place in some])
             for row, place in enumerate(some):
-                one = Condition({name: part[row : row + 1].cpu().clone() for name, part in encoded.parts.items()})
+                parts = {name: part[row : row + 1].cpu().clone() for name, part in encoded.parts.items()}
+                one = Condition(parts, (self.words[place],))
                 found[place] = one
                 self._keep(place, one)
         return [row for row in found.values() if row is not None]
@@ -69,7 +70,7 @@ class Prompts:
             return self._kept[place]
         if place not in self._filed:
             return None
-        row = Condition(load_file(self._file(place)))
+        row = Condition(load_file(self._file(place)), (self.words[place],))
         self._keep(place, row)
         return row
 

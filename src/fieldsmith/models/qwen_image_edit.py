@@ -46,7 +46,7 @@ class QwenImageEdit(QwenImage, Editor):
         """The words of each prompt, one row a prompt: "words" (n, bytes) in UTF-8; `with_images` reads them."""
         self.check_prompts(prompts)
         rows = [torch.tensor([list(prompt.encode())], dtype=torch.uint8).to(self.device) for prompt in prompts]
-        return stack([Condition({"words": row}) for row in rows])
+        return stack([Condition({"words": row}, (prompt,)) for row, prompt in zip(rows, prompts, strict=True)])
 
     def _readers(self) -> dict[str, tuple[Any, int]]:
         return {}  # pictures are cut together with words, from the end, which is far
@@ -102,7 +102,8 @@ class QwenImageEdit(QwenImage, Editor):
 
     def _without_words(self, condition: Condition) -> Condition:
         parts = condition.parts
-        return Condition({**parts, "embeds": parts["null_embeds"], "mask": parts["null_mask"]})
+        words = (self.negative,) * len(condition)
+        return Condition({**parts, "embeds": parts["null_embeds"], "mask": parts["null_mask"]}, words)
 
 
 def still_processor(images: Qwen2VLImageProcessorPil, tokenizer: Any) -> Qwen2VLProcessor:

@@ -36,7 +36,8 @@ class SDXL(SD15):
     @property
     def null(self) -> Condition:
         if self._null is None and not self.negative and self.pipeline.config.force_zeros_for_empty_prompt:
-            self._null = Condition({name: torch.zeros_like(part) for name, part in self.encode([""]).parts.items()})
+            zeros = {name: torch.zeros_like(part) for name, part in self.encode([""]).parts.items()}
+            self._null = Condition(zeros, ("",))
         return super().null
 
     def dummy_condition(self) -> Condition:

@@ -93,7 +93,8 @@ def check_rows(condition: Condition, *sources: Tensor) -> None:
 def joined(condition: Condition, *parts: Condition) -> Condition:
     """All the parts in one condition; one row serves all of the others' rows. Later names replace earlier ones."""
     rows = max(len(one) for one in (condition, *parts))
-    return Condition({name: part for one in (condition, *parts) for name, part in one.repeat(rows).parts.items()})
+    every = {name: part for one in (condition, *parts) for name, part in one.repeat(rows).parts.items()}
+    return Condition(every, condition.repeat(rows).words)
 
 
 def tokens_of(x_t: Tensor, condition: Condition) -> Tensor:

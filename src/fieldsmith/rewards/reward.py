@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from fieldsmith.errors import InputError, RewardError, RunError
+from fieldsmith.errors import InputError, NotFiniteError, RewardError
 from fieldsmith.functions import call
 
 
@@ -39,9 +39,9 @@ class Reward:
         """Images (n, 3, h, w) in [0, 1], or points (n, d) of a toy model, and n prompts -> (n,) on the images' device,
         float32 (float64 where the images are).
 
-        Raises InputError where images and prompts do not fit each other, RunError where images hold NaN or infinity,
-        RewardError where the function raises, returns anything but n finite numbers, or gives no gradient although it
-        is said to.
+        Raises InputError where images and prompts do not fit each other, NotFiniteError where images hold NaN or
+        infinity, RewardError where the function raises, returns anything but n finite numbers, or gives no gradient
+        although it is said to.
         """
         shape = tuple(images.shape)
         if len(shape) not in (2, 4) or (len(shape) == 4 and shape[1] != 3) or len(images) != len(prompts):
@@ -67,16 +67,12 @@ def _dtype(images: Tensor) -> torch.dtype:
     return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
-def check_images(images: Tensor, where: str = "") -> None:
-    """Raise RunError if images (n, ...) hold NaN or infinity, which is the model's fault and not the judge's.
-
-    `where` is what the caller knows, e.g. 'at step 12 with lr=0.001'.
-    """
+def check_images(images: Tensor) -> None:
+    """Raise NotFiniteError if images (n, ...) hold NaN or infinity, which is the model's fault and not the judge's."""
     bad = int((~images.detach().isfinite()).flatten(1).any(1).sum())
     if bad:
-        raise RunError(
-            f"{bad} of {len(images)} images hold NaN or infinity{where and ' ' + where}: the model's weights have "
-            "diverged, the reward is not to blame; lower the learning rate"
+        raise NotFiniteError(
+            f"{bad} of {len(images)} images hold NaN or infinity, which comes from the model and not from its judge"
         )
 
 

@@ -18,7 +18,6 @@ from fieldsmith.methods.align.context import AlignContext
 from fieldsmith.methods.policy.advantages import NORMALISED, advantages
 from fieldsmith.methods.policy.losses import log_ratio, over, square
 from fieldsmith.methods.policy.rollouts import Rollout, Transitions, numbered, renoise, soft_returns
-from fieldsmith.rewards.reward import check_images
 from fieldsmith.samplers import euler, gaussian_step
 from fieldsmith.training import Log, step_generator
 
@@ -60,7 +59,6 @@ def collect(context: AlignContext, epoch: int, log: Log) -> Batch:
         x = x[torch.arange(len(x)) // config.rollouts * config.rollouts]
     own = owned(prompt)
     rollout = context.roll(x[own], prompt[own], generator, own, len(prompt))
-    check_images(rollout.x_0, f"at step {epoch * config.updates} with lr={config.lr:g}")
     rewards = context.judge(rollout.x_0, rollout.prompt)
     every = processes.gather(rewards)
     log["reward"], log["reward deviation"] = every.mean().item(), every.std(correction=0).item()

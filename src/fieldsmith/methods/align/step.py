@@ -26,7 +26,7 @@ from fieldsmith.methods.policy.rollouts import here
 from fieldsmith.models.core import Model
 from fieldsmith.preferences import Preferences
 from fieldsmith.preflight import Check
-from fieldsmith.rewards.reward import Reward, check_images
+from fieldsmith.rewards.reward import Reward
 from fieldsmith.samplers import euler
 from fieldsmith.training import Log, Losses, Optimisation, step_generator
 from fieldsmith.verb import Job, attach
@@ -241,7 +241,6 @@ def pathwise_losses(context: AlignContext, step: int, generator: torch.Generator
             x = pred.x_0 if config.random_stop else euler(pred, grid[k + 1])
             if config.random_stop:
                 break
-        check_images(x, f"at step {step} with lr={config.lr:g}")
         reward = context.value(p)(x)
         log.mean("reward", reward * config.temperature)
         yield -reward.sum() / len(prompt) / x[0].numel()

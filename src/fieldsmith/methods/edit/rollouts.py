@@ -23,7 +23,6 @@ from fieldsmith.methods.policy.schedule import Schedule, schedule
 from fieldsmith.models.core import Condition, Model, stack
 from fieldsmith.models.editing import encode_unique, quantised, states_of
 from fieldsmith.paths import RectifiedFlow
-from fieldsmith.rewards.reward import check_images
 from fieldsmith.samplers import rollout
 from fieldsmith.sessions import Sessions
 from fieldsmith.training import step_generator
@@ -166,7 +165,7 @@ def _session_seed(generator: torch.Generator) -> int:
 def collect(context: EditContext, epoch: int) -> Collection:
     """One collection under the model's present weights.
 
-    Raises RewardError where the judge fails, RunError where the model's images hold NaN.
+    Raises RewardError where the judge fails.
     """
     config, model = context.config, context.model
     G, T, everyone = config.rollouts, config.turns, config.groups * config.rollouts
@@ -189,7 +188,6 @@ def collect(context: EditContext, epoch: int) -> Collection:
             x = model.noise(everyone, generator)
             latents, x_0, steps = _turn(context, source, texts[-1][index], x, units, generator)
             after = context.images(x_0)
-            check_images(after, f"at step {epoch * config.updates} with lr={config.lr:g}")
             images = [part.clone() for part in (before, after, first)]  # which a judge may change
             waiting.append(pool.submit(_ask, context.inputs.judge, waiting[-1:], repeated, turn, *images))
             sources.append(latents)

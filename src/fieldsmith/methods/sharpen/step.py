@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith import preflight, processes
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError
 from fieldsmith.methods.sharpen import losses as terms
 from fieldsmith.methods.sharpen.config import JACOBIAN, NEEDS_HEAD, SharpenConfig
 from fieldsmith.methods.sharpen.sampling import Steered
@@ -266,8 +266,6 @@ class Step:
             if log_variance is None:
                 assert pred.fraction is not None
                 log_variance = range_log_variance(self.path, rows.t, pred.fraction)
-            if not bool(torch.isfinite(log_variance).all()):
-                raise RunError("the learned log-variance is no longer finite; lower the learning rate or the strength")
             if pred.fraction is not None:
                 log.mean("fraction of the range", pred.fraction)
             if config.method != "covariance":
