@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import pathlib
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.sampling import Steered, draw
 from fieldsmith.models import export, shrink
 from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
@@ -179,13 +181,23 @@ def tiny(name: str) -> Model:
     return MAKERS[name]()
 
 
-@pytest.mark.parametrize("name", ("sd15", "sdxl"))
-def test_a_model_of_words_has_a_guide(name: str) -> None:
+OF_WORDS = tuple(family.name for family in FAMILIES if "words" in family.condition and family.sources != "required")
+
+
+@pytest.mark.parametrize("name", OF_WORDS)
+def test_a_model_of_words_has_a_guide_and_a_floor_under_its_jacobian(name: str) -> None:
     model = MAKERS[name]()
-    config = SharpenConfig(method="guide", steps=2, batch=4, warmup=1, ema=0.5, share_every=1, guide_size=2.0)
-    job, trained = sharpen(model, model.encode_images(pictures(model, 8)), config)
-    assert trained.steps == 2 and job.model is not model
+    states = model.encode_images(pictures(model, 8))
+    config = SharpenConfig(method="guide", steps=1, batch=4, warmup=1, ema=0.5, share_every=1, guide_size=2.0)
+    job, trained = sharpen(model, states, config)
+    assert trained.steps == 1 and job.model is not model
     assert shrink.parameters(job.model.network) < shrink.parameters(model.network)
+    drawn = draw(job.trained, 2, 2, 5)
+    assert drawn.isfinite().all() and not torch.equal(drawn, draw(model, 2, 2, 5))
+    assert torch.equal(draw(Steered(model, job.model, 1.0), 2, 2, 5), draw(model, 2, 2, 5))
+    floor = config.replace(method="jacobian-floor", strength=0.01)
+    job, trained = sharpen(model, states, floor)
+    assert job.model is model and 0 < job.facts()["gradient share"] < math.inf
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -317,11 +317,12 @@ def sharpen(
 ) -> Result:
     """Train a model, or a guide beside it, so that fewer samples lie where its data have none (VSM, rivals, and ours).
 
-    `data` is columns, cards, or images of your own, a folder, a dataset of `datasets` or a list (docs/data.md);
-    then `judge` says which images are valid: a function of images (n, channels, size, size) in [0, 1] that gives n
-    bools or pairs (bool, reason), its name, or an http address. Every field of SharpenConfig is a keyword; `config`
-    takes the whole. out=None writes nothing. Raises InputError before anything is trained or written, RunError where
-    training or judging breaks.
+    `data` is columns, cards, shapes, or images of your own, a folder, a dataset of `datasets` or a list
+    (docs/data.md), with captions where the model reads words; then `judge` says which images are valid: a function of
+    images (n, channels, size, size) in [0, 1] that gives n bools or pairs (bool, reason), its name, or an http address.
+    Without one the field's sharpness is measured. Every field of SharpenConfig is a keyword; `config` takes the whole.
+    out=None writes nothing. Raises InputError before anything is trained or written, RunError where training or judging
+    breaks.
     """
     given = {"data": data_name(data), "judge": _name(judge)}
     config = with_objects(config, given)
@@ -333,17 +334,15 @@ def sharpen(
 def sharpen_inputs(config: SharpenConfig, data: Any = None, judge: Any = None) -> SharpenInputs:
     """What `sharpen` is given beside its config: data and judge as given, or as the config names them."""
 
-    def sized(channels: int, size: int) -> JudgedWorld:
+    def sized(channels: int, size: int, words: bool) -> JudgedWorld:
         verdict = judge if callable(judge) else config.judge
         if data is None or isinstance(data, (str, pathlib.Path)):
-            name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
-            return catalogue.load(still_there(name), size, verdict, channels, config.fit, config.background)
+            name = data_of(config.model, ", ".join(catalogue.WORLDS)) if config.data == "auto" else config.data
+            return catalogue.load(still_there(name), size, verdict, channels, config.fit, config.background, words)
         if hasattr(data, "sample"):
             world: JudgedWorld = data
             return world
-        if verdict is None:
-            raise InputError("these images need a judge; give judge=, a function that says which images are valid")
-        return own.of(data, verdict, Frame(size, channels, config.fit, config.background))
+        return own.of(data, verdict, Frame(size, channels, config.fit, config.background), words)
 
     return SharpenInputs(sized, features=load_features(config.extractor) if config.extractor else None)
 
