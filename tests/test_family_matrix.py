@@ -26,6 +26,7 @@ from fieldsmith.cli import main
 from fieldsmith.commands import arguments
 from fieldsmith.commands.families import markdown
 from fieldsmith.errors import InputError
+from fieldsmith.measure import attacks
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
@@ -198,6 +199,32 @@ def test_a_model_of_words_has_a_guide_and_a_floor_under_its_jacobian(name: str) 
     floor = config.replace(method="jacobian-floor", strength=0.01)
     job, trained = sharpen(model, states, floor)
     assert job.model is model and 0 < job.facts()["gradient share"] < math.inf
+
+
+@pytest.mark.parametrize("name", OF_WORDS)
+def test_a_learned_word_is_read_by_every_text_encoder(name: str) -> None:
+    model = tiny(name)
+    latents = model.encode_images(pictures(model, 2))
+
+    def read(at: Tensor) -> Any:
+        with torch.enable_grad():
+            return model._encode([f"red {attacks.SPARE}"] * len(at))
+
+    with torch.no_grad():
+        before = model._encode([f"red {attacks.SPARE}"]).parts
+    with attacks._frozen(model), attacks._spare_word(model) as embeddings:
+        attacks._descend(model, latents, read, torch.Generator().manual_seed(1))
+        encoders = [part for part in ("text_encoder", "text_encoder_2", "text_encoder_3") if part in
+                    model.pipeline.components and model.pipeline.components[part] is not None]  # fmt: skip
+        assert len(embeddings) == len(encoders) and all(one.grad is not None and one.grad.any() for one in embeddings)
+        with torch.no_grad():
+            for one in embeddings:
+                one += 1
+            moved = model._encode([f"red {attacks.SPARE}"]).parts
+    with torch.no_grad():
+        after = model._encode([f"red {attacks.SPARE}"]).parts
+    assert not torch.equal(moved["embeds"], before["embeds"])
+    assert all(torch.equal(after[part], before[part]) for part in before)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

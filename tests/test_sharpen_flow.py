@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import fieldsmith as fs
 from fieldsmith import data
 from fieldsmith.cli import main
 from fieldsmith.methods.sharpen import losses as terms
@@ -197,8 +196,6 @@ def test_without_a_judge_a_folder_with_captions_is_measured_by_sharpness(tmp_pat
     assert found["after"]["sharpness"]["n"] == 4 and found["gradient share"] > 0
     page = (out / "report.html").read_text()
     assert "How sharp the field is" in page and "name one with --judge" in page and "a red star" in page
-    whole = fs.open_run(out).measure(samples=5)  # from the checkpoint
-    assert whole.metrics["after"]["images"] == 5
     trained, base = load(out / "model"), load(MODEL)
     x = base.noise(2, seeded(1))
     words_ = base.encode(["a red star"])

@@ -41,7 +41,7 @@ from fieldsmith.models.core import Model
 from fieldsmith.models.features import load_features
 from fieldsmith.pictures import Frame
 from fieldsmith.preferences import Preferences
-from fieldsmith.read import read_prompts
+from fieldsmith.read import read_attacks, read_prompts
 from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
 from fieldsmith.sampling import sample as sample
@@ -54,6 +54,8 @@ from fieldsmith.worlds.judged import JudgedWorld
 from fieldsmith.worlds.model_cards import card_of, data_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+
+ATTACKERS = 100  # prompts of a file that are drawn, at most
 
 C = TypeVar("C", bound=Config)
 RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
@@ -184,7 +186,14 @@ def erase_inputs(
         kept = world.kept(config.targets) if world else kept_of(config)
         config = config.replace(keep=tuple(prompt for prompt in kept if prompt not in config.targets))
     asked = _judged(world, config) if world else judged(detect.load(still_there(judge)), config) if judge else None
-    return config, EraseInputs(asked, method, pairs)
+    if asked is None and (config.attacks or config.attack_prompts):
+        raise InputError(
+            f"attacks are counted by a judge, and nobody judges the images of '{config.model}'; name one with --judge, "
+            "or leave attacks out"
+        )
+    attackers = read_attacks(config.attack_prompts, config.seed) if config.attack_prompts else []
+    attackers = attackers[:: -(-len(attackers) // ATTACKERS)] if attackers else []
+    return config, EraseInputs(asked, method, pairs, attackers)
 
 
 def _judged(world: Asked, config: EraseConfig) -> Judged:

@@ -17,7 +17,7 @@ from fieldsmith.methods.sharpen.sampling import conditioned, draw, judges, sprea
 from fieldsmith.previews import FEW, Preview
 from fieldsmith.verb import Job, Side
 
-PATHS, LOOKS, ITERATIONS = 4, 5, 6  # a profile's paths, the times at which it looks, and those of a norm
+PATHS, LOOKS, ITERATIONS = 4, 3, 4  # a profile's paths, the times at which it looks, and those of a norm
 
 
 @dataclass(frozen=True)
