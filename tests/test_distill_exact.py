@@ -21,9 +21,7 @@ from fieldsmith.methods.distill.curriculum import (
     base,
     index_of,
     learn_tirt,
-    length_of,
     log_losses,
-    times_of,
     tirt,
 )  # fmt: skip
 from fieldsmith.methods.distill.identifiability import (
@@ -40,10 +38,12 @@ from fieldsmith.paths import (
     RectifiedFlow,
     VariancePreserving,
     guide,
+    length_of,
     noised,
     recalibrated,
     snr,
     tag,
+    times_of,
     truth,
 )  # fmt: skip
 from fieldsmith.samplers import ddim_grid, rollout

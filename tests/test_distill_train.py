@@ -21,7 +21,6 @@ from fieldsmith.methods.distill import step as steps
 from fieldsmith.methods.distill import teacher as asked_of
 from fieldsmith.methods.distill.bank import SHARD, Bank, Source, draw, fingerprint, place, states_at
 from fieldsmith.methods.distill.config import PRESETS, DistillConfig, objective_of
-from fieldsmith.methods.distill.curriculum import times_of
 from fieldsmith.methods.distill.features import blocks, places
 from fieldsmith.methods.distill.step import Step, check_pair
 from fieldsmith.methods.distill.teacher import Feed, curriculum_for
@@ -29,7 +28,7 @@ from fieldsmith.models import load
 from fieldsmith.models.branches import branches
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.unet import UNet
-from fieldsmith.paths import noised
+from fieldsmith.paths import noised, times_of
 from fieldsmith.run import Run
 from fieldsmith.training import Log, Optimisation, fit, step_generator
 from fieldsmith.worlds.classes import digits

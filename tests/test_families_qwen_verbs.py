@@ -81,4 +81,4 @@ def test_methods_inside_text_layers_are_refused(tmp_path: pathlib.Path) -> None:
 
 def test_no_student_is_made_of_a_family_that_nobody_shrinks(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="has no smaller network that fieldsmith can build"):
-        shrink(loaded("flux2-klein", tmp_path), ratio=2.0)
+        shrink(loaded("qwen-image-edit", tmp_path), ratio=2.0)

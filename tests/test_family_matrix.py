@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import pathlib
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from fieldsmith.cli import main
 from fieldsmith.commands import arguments
 from fieldsmith.commands.families import markdown
 from fieldsmith.errors import InputError
+from fieldsmith.measure import attacks
 from fieldsmith.methods.align.config import AlignConfig
 from fieldsmith.methods.distill.bank import Source
 from fieldsmith.methods.distill.config import DistillConfig
@@ -32,6 +34,7 @@ from fieldsmith.methods.edit.config import EditConfig
 from fieldsmith.methods.edit.rollouts import Inputs as EditInputs
 from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
+from fieldsmith.methods.sharpen.sampling import Steered, draw
 from fieldsmith.models import export, shrink
 from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
@@ -179,13 +182,49 @@ def tiny(name: str) -> Model:
     return MAKERS[name]()
 
 
-@pytest.mark.parametrize("name", ("sd15", "sdxl"))
-def test_a_model_of_words_has_a_guide(name: str) -> None:
+OF_WORDS = tuple(family.name for family in FAMILIES if "words" in family.condition and family.sources != "required")
+
+
+@pytest.mark.parametrize("name", OF_WORDS)
+def test_a_model_of_words_has_a_guide_and_a_floor_under_its_jacobian(name: str) -> None:
     model = MAKERS[name]()
-    config = SharpenConfig(method="guide", steps=2, batch=4, warmup=1, ema=0.5, share_every=1, guide_size=2.0)
-    job, trained = sharpen(model, model.encode_images(pictures(model, 8)), config)
-    assert trained.steps == 2 and job.model is not model
+    states = model.encode_images(pictures(model, 8))
+    config = SharpenConfig(method="guide", steps=1, batch=4, warmup=1, ema=0.5, share_every=1, guide_size=2.0)
+    job, trained = sharpen(model, states, config)
+    assert trained.steps == 1 and job.model is not model
     assert shrink.parameters(job.model.network) < shrink.parameters(model.network)
+    drawn = draw(job.trained, 2, 2, 5)
+    assert drawn.isfinite().all() and not torch.equal(drawn, draw(model, 2, 2, 5))
+    assert torch.equal(draw(Steered(model, job.model, 1.0), 2, 2, 5), draw(model, 2, 2, 5))
+    floor = config.replace(method="jacobian-floor", strength=0.01)
+    job, trained = sharpen(model, states, floor)
+    assert job.model is model and 0 < job.facts()["gradient share"] < math.inf
+
+
+@pytest.mark.parametrize("name", OF_WORDS)
+def test_a_learned_word_is_read_by_every_text_encoder(name: str) -> None:
+    model = tiny(name)
+    latents = model.encode_images(pictures(model, 2))
+
+    def read(at: Tensor) -> Any:
+        with torch.enable_grad():
+            return model._encode([f"red {attacks.SPARE}"] * len(at))
+
+    with torch.no_grad():
+        before = model._encode([f"red {attacks.SPARE}"]).parts
+    with attacks._frozen(model), attacks._spare_word(model) as embeddings:
+        attacks._descend(model, latents, read, torch.Generator().manual_seed(1))
+        encoders = [part for part in ("text_encoder", "text_encoder_2", "text_encoder_3") if part in
+                    model.pipeline.components and model.pipeline.components[part] is not None]  # fmt: skip
+        assert len(embeddings) == len(encoders) and all(one.grad is not None and one.grad.any() for one in embeddings)
+        with torch.no_grad():
+            for one in embeddings:
+                one += 1
+            moved = model._encode([f"red {attacks.SPARE}"]).parts
+    with torch.no_grad():
+        after = model._encode([f"red {attacks.SPARE}"]).parts
+    assert not torch.equal(moved["embeds"], before["embeds"])
+    assert all(torch.equal(after[part], before[part]) for part in before)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

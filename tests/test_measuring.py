@@ -196,6 +196,28 @@ def test_a_run_measured_again_has_the_numbers_that_it_had(folder, tmp_path, meth
         assert any(not torch.equal(pair.before, pair.after) for pair in again.pairs)
 
 
+def test_attacks_are_counted_by_the_judge_and_keep_to_their_budget(folder, tmp_path):
+    mine, file, out = tmp_path / "mine.py", tmp_path / "mma.csv", tmp_path / "run"
+    mine.write_text(AWAY.format(flag=str(tmp_path / "never")))
+    file.write_text('target_prompt,adv_prompt,evaluation_seed\nred circle,"red square, circle",7\nred circle,star,\n')
+    words = ["--judge", f"{mine}:shows?threshold=0.48", "--attacks", "--attack-steps", "2", "--attack-images", "3"]
+    file.write_text(file.read_text().replace(", circle", " circle"))
+    assert main([*WORDS, "--model", str(folder), *words, "--attack-prompts", str(file), "--out", str(out)]) == 0
+    metrics, page = json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
+    found, budget = metrics["attacks"]["red circle"], metrics["attack budget"]
+    assert budget["token"] == budget["embedding"] == budget["relearning"] == 2 and budget["relearned"] == 3
+    assert found["learned token"]["n"] == 20 and found["prompt embedding"]["n"] == 16
+    assert 0 <= found["relearning steps"] <= 2 and "1.25" in found["detected by adapter scale"]
+    model = fs.load(folder)
+    asked = ["red square circle", "star"]  # the second one's seed counts on from the run's
+    shown = sampler(model, 3, 1.0)(asked, [7, 1])[:, 0].mean((1, 2)) >= 0.48
+    assert found["2 prompts of mma.csv"]["n"] == 2
+    assert f"(before: {100 * float(shown.float().mean()):.1f}%" in page
+    assert "A learned word has 2 updates of 4 states on 16 images of it" in page
+    with pytest.raises(InputError, match="attacks are counted by a judge, and nobody judges the images of"):
+        fs.erase(str(folder), **QUICK, attacks=True)
+
+
 def test_what_cannot_be_measured_again_is_refused(folder, tmp_path, capsys):
     out = tmp_path / "run"
     fs.erase(str(folder), **QUICK | {"evaluate": 0, "budget": 3, "neighbours": ["star"]}, out=out)

@@ -128,6 +128,11 @@ def test_a_run_whose_code_changed_asks_and_what_comes_after_training_can_be_repe
     missing = json.loads((out / "metrics.json").read_text())["missing"] if fails == "held" else ""
     assert ("held' raised OSError: server away" in missing) == (out / "report.html").exists() == (fails == "held")
     assert (out / "adapter").exists() == (fails == "held")
+    if fails == "held":  # which leaves all that did not fail
+        metrics, page = json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
+        assert len(metrics["rewards"]) == 2 and not any(name.endswith("held") for name in metrics["rewards"])
+        assert metrics["kl"] >= 0 and metrics["rest"] and "verdict" in metrics
+        assert "Not measured" in page and "server away" in page and "at equal seeds" in page
     log, flag_gone = (out / "metrics.jsonl").read_text(), flag.unlink()
     file.write_text(file.read_text() + "\n# another version\n")
     assert main(words) == 2

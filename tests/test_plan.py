@@ -261,7 +261,7 @@ def test_a_network_that_trains_beside_another_is_planned_too(capsys):
         (["erase", *PAIR, "--optimizer", "adamw8bit"], "pip install fieldsmith[8bit]"),
         (["edit", "--model", "zoo:shapes-flux"], "names no world of sessions"),
         (["align", "--model", "zoo:digits-unet", "--reward", "brightness"], "no prompts given"),
-        (["sharpen", "--model", "zoo:shapes-flux"], "is on rectified flow"),
+        (["sharpen", "--model", "zoo:shapes-flux", "--add-head"], "is on rectified flow"),
         (["sharpen", "--method", "plain", "--dtype", "bf16"], "trains full ones"),
         (["distill", "--shrink", "1e9"], "out of reach"),
     ],

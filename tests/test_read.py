@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fieldsmith.errors import InputError
-from fieldsmith.read import read_json, read_json_lines, read_lines, read_prompts, read_text, read_toml
+from fieldsmith.read import read_attacks, read_json, read_json_lines, read_lines, read_prompts, read_text, read_toml
 from fieldsmith.sessions import read_sessions
 
 MARK = b"\xef\xbb\xbf"
@@ -97,3 +97,34 @@ def test_prompts_are_words_or_one_file(file):
     file.write_text(" \n\n")
     with pytest.raises(InputError, match="has no line with words in it; write a prompt a line"):
         read_prompts([str(file)])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("adv_prompt,target_prompt\nx y,plain\n", [("x y", 5)]),  # MMA-Diffusion
+        (',sensitive prompt\n0,"a, b"\n1,c\n', [("a, b", 5), ("c", 6)]),  # Ring-A-Bell, as it is shared
+        ("case_number,prompt,evaluation_seed\n0,a,4417\n1,b,\n", [("a", 4417), ("b", 6)]),  # P4D
+        ("prompt,sd_seed,sd_guidance_scale\na,3.0,7\n", [("a", 3)]),  # I2P
+        ("first words, here\nsecond words\n", [("first words, here", 5), ("second words", 6)]),  # no header
+    ],
+)
+def test_attackers_prompts_are_read_as_they_are_published(tmp_path, text, found):
+    file = tmp_path / "prompts.csv"
+    file.write_text(text)
+    assert read_attacks(file, 5) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a,b\n1,2\n", "has the columns a, b; name one of them 'prompt'"),
+        ("prompt,seed\na,x\n", "seed 'x' in .* is none"),
+        ("prompt\n\n", "has no prompt; write one a line"),
+    ],
+)
+def test_a_file_without_attackers_prompts_is_refused(tmp_path, text, says):
+    file = tmp_path / "prompts.csv"
+    file.write_text(text)
+    with pytest.raises(InputError, match=says):
+        read_attacks(file, 0)

@@ -41,7 +41,7 @@ from fieldsmith.models.core import Model
 from fieldsmith.models.features import load_features
 from fieldsmith.pictures import Frame
 from fieldsmith.preferences import Preferences
-from fieldsmith.read import read_prompts
+from fieldsmith.read import read_attacks, read_prompts
 from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
 from fieldsmith.sampling import sample as sample
@@ -54,6 +54,8 @@ from fieldsmith.worlds.judged import JudgedWorld
 from fieldsmith.worlds.model_cards import card_of, data_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, ScenesWorld
 from fieldsmith.worlds.scenes_judge import Channel
+
+ATTACKERS = 100  # prompts of a file that are drawn, at most
 
 C = TypeVar("C", bound=Config)
 RewardLike = str | Callable[..., Any]  # a name, or a function (images, prompts) -> n numbers
@@ -184,7 +186,14 @@ def erase_inputs(
         kept = world.kept(config.targets) if world else kept_of(config)
         config = config.replace(keep=tuple(prompt for prompt in kept if prompt not in config.targets))
     asked = _judged(world, config) if world else judged(detect.load(still_there(judge)), config) if judge else None
-    return config, EraseInputs(asked, method, pairs)
+    if asked is None and (config.attacks or config.attack_prompts):
+        raise InputError(
+            f"attacks are counted by a judge, and nobody judges the images of '{config.model}'; name one with --judge, "
+            "or leave attacks out"
+        )
+    attackers = read_attacks(config.attack_prompts, config.seed) if config.attack_prompts else []
+    attackers = attackers[:: -(-len(attackers) // ATTACKERS)] if attackers else []
+    return config, EraseInputs(asked, method, pairs, attackers)
 
 
 def _judged(world: Asked, config: EraseConfig) -> Judged:
@@ -317,11 +326,12 @@ def sharpen(
 ) -> Result:
     """Train a model, or a guide beside it, so that fewer samples lie where its data have none (VSM, rivals, and ours).
 
-    `data` is columns, cards, or images of your own, a folder, a dataset of `datasets` or a list (docs/data.md);
-    then `judge` says which images are valid: a function of images (n, channels, size, size) in [0, 1] that gives n
-    bools or pairs (bool, reason), its name, or an http address. Every field of SharpenConfig is a keyword; `config`
-    takes the whole. out=None writes nothing. Raises InputError before anything is trained or written, RunError where
-    training or judging breaks.
+    `data` is columns, cards, shapes, or images of your own, a folder, a dataset of `datasets` or a list
+    (docs/data.md), with captions where the model reads words; then `judge` says which images are valid: a function of
+    images (n, channels, size, size) in [0, 1] that gives n bools or pairs (bool, reason), its name, or an http address.
+    Without one the field's sharpness is measured. Every field of SharpenConfig is a keyword; `config` takes the whole.
+    out=None writes nothing. Raises InputError before anything is trained or written, RunError where training or judging
+    breaks.
     """
     given = {"data": data_name(data), "judge": _name(judge)}
     config = with_objects(config, given)
@@ -333,17 +343,15 @@ def sharpen(
 def sharpen_inputs(config: SharpenConfig, data: Any = None, judge: Any = None) -> SharpenInputs:
     """What `sharpen` is given beside its config: data and judge as given, or as the config names them."""
 
-    def sized(channels: int, size: int) -> JudgedWorld:
+    def sized(channels: int, size: int, words: bool) -> JudgedWorld:
         verdict = judge if callable(judge) else config.judge
         if data is None or isinstance(data, (str, pathlib.Path)):
-            name = data_of(config.model, "columns, cards") if config.data == "auto" else config.data
-            return catalogue.load(still_there(name), size, verdict, channels, config.fit, config.background)
+            name = data_of(config.model, ", ".join(catalogue.WORLDS)) if config.data == "auto" else config.data
+            return catalogue.load(still_there(name), size, verdict, channels, config.fit, config.background, words)
         if hasattr(data, "sample"):
             world: JudgedWorld = data
             return world
-        if verdict is None:
-            raise InputError("these images need a judge; give judge=, a function that says which images are valid")
-        return own.of(data, verdict, Frame(size, channels, config.fit, config.background))
+        return own.of(data, verdict, Frame(size, channels, config.fit, config.background), words)
 
     return SharpenInputs(sized, features=load_features(config.extractor) if config.extractor else None)
 

@@ -38,11 +38,12 @@ class Data:
     classes: tuple[str, ...] = ()
 
 
-def load(source: Any, frame: Frame, captioned: bool = False, name: str = "data") -> Data:
+def load(source: Any, frame: Frame, captioned: bool | None = False, name: str = "data") -> Data:
     """A folder, a dataset, or an iterable of images or of pairs (image, caption), which are called `name` in messages.
 
-    Prints what of a folder is skipped. Raises InputError where an image cannot be used (`pictures.read`), there is
-    none, or captions are asked for and some image has none or some caption no image.
+    `captioned` None asks for captions where the first look finds one. Prints what of a folder is skipped. Raises
+    InputError where an image cannot be used (`pictures.read`), there is none, or captions are asked for and some image
+    has none or some caption no image.
     """
     if isinstance(source, (str, os.PathLike)):
         return _folder(pathlib.Path(source), frame, captioned)
@@ -55,6 +56,7 @@ def load(source: Any, frame: Frame, captioned: bool = False, name: str = "data")
             f"{name} is a dict; give a folder, a dataset, or a list of images or of pairs (image, caption)"
         )
     if columns:
+        captioned = any(word in columns for word in CAPTION) if captioned is None else captioned
         return _dataset(source, list(columns), frame, captioned, name)
     return _items(source, frame, captioned, name)
 
@@ -62,7 +64,7 @@ def load(source: Any, frame: Frame, captioned: bool = False, name: str = "data")
 # folders
 
 
-def _folder(folder: pathlib.Path, frame: Frame, captioned: bool) -> Data:
+def _folder(folder: pathlib.Path, frame: Frame, captioned: bool | None) -> Data:
     """All images under a folder, by name; hidden files and folders are left out."""
     if not folder.is_dir():
         raise InputError(f"data '{folder}' is no folder; name one that holds images")
@@ -76,6 +78,10 @@ def _folder(folder: pathlib.Path, frame: Frame, captioned: bool) -> Data:
         raise InputError(f"folder '{folder}' holds no images{lone}; put some there: {', '.join(SUFFIXES)}")
     found = Data(Images(files.__getitem__, len(files), frame), str(folder))
     used: set[str] = set()
+    if captioned is None:
+        stems = {os.path.splitext(path)[0] for path in files}
+        told = any(os.path.basename(path) == METADATA or os.path.splitext(path)[0] in stems for path in others)
+        captioned = told or all(pathlib.Path(path).parent != folder for path in files)
     if captioned:
         captions, used, classes = _captions(
             folder, *([pathlib.Path(path) for path in some] for some in (files, others))
@@ -197,7 +203,7 @@ def _column(columns: list[str], known: tuple[str, ...], what: str) -> str:
     return column
 
 
-def _items(source: Iterable[Any], frame: Frame, captioned: bool, name: str) -> Data:
+def _items(source: Iterable[Any], frame: Frame, captioned: bool | None, name: str) -> Data:
     """Images or pairs. What can be asked for its n-th item is asked when that is read; all else is read now."""
     items: Any = source
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
@@ -208,6 +214,8 @@ def _items(source: Iterable[Any], frame: Frame, captioned: bool, name: str) -> D
             items.append((kept.keep(pixels) if pixels.dtype == torch.uint8 else pixels, caption))
     if not len(items):
         raise InputError(f"{name} holds no images; give some")
+    if captioned is None:
+        captioned = _parts(items[0], 1)[1] is not None
     captions = []
     for number in range(1, len(items) + 1):
         image, caption = _parts(items[number - 1], number)

@@ -22,7 +22,16 @@ MEASURES = {
     "align": ("held_out_rewards", "evaluate"),
     "distill": ("evaluate",),
     "edit": ("judge", "evaluate", "evaluate_turns", "evaluate_steps", "still"),
-    "erase": ("judge", "neighbours", "synonyms", "evaluate", "attacks"),
+    "erase": (
+        "judge",
+        "neighbours",
+        "synonyms",
+        "evaluate",
+        "attacks",
+        "attack_steps",
+        "attack_images",
+        "attack_prompts",
+    ),
     "sharpen": ("judge", "samples"),
 }
 

@@ -125,6 +125,21 @@ def snr(path: Path, t: Tensor) -> Tensor:
     return path.alpha(t) ** 2 / path.sigma(t) ** 2
 
 
+CELLS = 1_000  # of a path without indices
+
+
+def length_of(path: Path) -> int:
+    """How many training times a path has."""
+    return path.length if isinstance(path, VariancePreserving) else CELLS
+
+
+def times_of(path: Path) -> Tensor:
+    """The time of each index, (T,) in float64: (i + 1) / T; the middle of each cell where the path is continuous."""
+    n = length_of(path)
+    index = torch.arange(n, dtype=torch.float64)
+    return (index + 1) / n if isinstance(path, VariancePreserving) else (index + 0.5) / n
+
+
 def _refuse(bad: bool, sentence: str) -> None:
     if bad:
         raise ValueError(sentence)

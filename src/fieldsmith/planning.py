@@ -121,7 +121,10 @@ INPUTS: dict[str, tuple[Verb, Callable[[Any, Judged], tuple[Any, Any]]]] = {
     "align": (ALIGN, lambda config, judged: api.align_inputs(config, judged.load)),
     "distill": (DISTILL, lambda config, judged: (config, api.distill_inputs(config))),
     "edit": (EDIT, lambda config, judged: (config, edit_inputs(config, judged))),
-    "erase": (ERASE, lambda config, judged: api.erase_inputs(config.replace(judge=None))),
+    "erase": (
+        ERASE,
+        lambda config, judged: api.erase_inputs(config.replace(judge=None, attacks=False, attack_prompts=None)),
+    ),
     "sharpen": (SHARPEN, lambda config, judged: (config, api.sharpen_inputs(config))),
 }
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import pathlib
 import tomllib
@@ -86,6 +88,44 @@ def read_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     if not lines:
         raise InputError(f"prompt file '{prompts[0]}' has no line with words in it; write a prompt a line")
     return lines
+
+
+# the columns in which attackers publish prompts: MMA-Diffusion's, Ring-A-Bell's, P4D's and I2P's; and their seeds
+ATTACKS, SEEDS = ("adv_prompt", "sensitive prompt", "prompt"), ("evaluation_seed", "sd_seed", "seed")
+
+
+def read_attacks(path: str | pathlib.Path, seed: int) -> list[tuple[str, int]]:
+    """Attackers' prompts and the seed of each, from a .csv with such columns, or a file with a prompt a line.
+
+    Seeds that the file does not have count up from `seed`. Raises InputError where it has no prompt, or a seed that is
+    none.
+    """
+    kind = "file of attackers' prompts"
+    table = csv.DictReader(io.StringIO(read_text(path, kind)), skipinitialspace=True)
+    names = list(table.fieldnames or ()) if str(path).endswith(".csv") else []
+    column = next((name for name in ATTACKS if name in names), None)
+    if column is None and len(names) > 1 and not any(" " in str(name) for name in names):
+        raise InputError(f"{kind} '{path}' has the columns {', '.join(names)}; name one of them '{ATTACKS[-1]}'")
+    if column is None:  # Ring-A-Bell's own file: no header
+        found: list[tuple[str, str | None]] = [(line.strip('"'), None) for _, line in read_lines(path, kind)]
+    else:
+        of = next((name for name in SEEDS if name in names), None)
+        found = [(str(row[column] or "").strip(), row[of] if of else None) for row in table]
+    prompts = [(words, number) for words, number in found if words]
+    if not prompts:
+        raise InputError(f"{kind} '{path}' has no prompt; write one a line, or a column '{ATTACKS[-1]}'")
+    return [(words, seed + k if number in (None, "") else _seed(number, path)) for k, (words, number) in
+            enumerate(prompts)]  # fmt: skip
+
+
+def _seed(number: Any, path: str | pathlib.Path) -> int:
+    try:
+        value = int(float(number))
+    except (ValueError, OverflowError):
+        value = -1
+    if not 0 <= value < 2**63:
+        raise InputError(f"seed '{number}' in '{path}' is none; write a whole number from 0 on, or nothing")
+    return value
 
 
 def _is_file(name: str) -> bool:

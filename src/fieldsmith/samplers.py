@@ -231,12 +231,16 @@ def ancestral(
     clip: float | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Clean data from x at grid[0] by DDPM's steps along the grid, which ends at 0; `watch` sees each prediction."""
+    """Clean data from x at grid[0] by DDPM's steps along the grid, which ends at 0; `watch` sees each prediction.
+
+    On rectified flow, which has no such steps, by Euler's, where nothing is drawn.
+    """
     for t, t_next in zip(grid[:-1], grid[1:], strict=True):
         output = field(x, t)
         if watch:
             watch(output, t_next)
-        x = ancestral_step(output, t_next, variance, clip).sample(generator)
+        flows = isinstance(output.path, RectifiedFlow)
+        x = euler(output, t_next) if flows else ancestral_step(output, t_next, variance, clip).sample(generator)
     return x
 
 

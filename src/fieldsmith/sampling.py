@@ -114,10 +114,10 @@ def session(config: Any) -> Tensor:
 
 
 def _ancestral(config: Any) -> Sampler:
-    """Stochastic steps, steered away from a worse network where one is named."""
+    """The path's own steps, stochastic on a DDPM schedule, steered away from a worse network where one is named."""
     model = loaded(config)
-    if not isinstance(model.path, VariancePreserving):
-        raise InputError(f"{config.model} is on rectified flow; --worse and --variance are for DDPM schedules")
+    if config.variance != "none" and not isinstance(model.path, VariancePreserving):
+        raise InputError(f"{config.model} is on rectified flow; --variance is for DDPM schedules, so leave it out")
     if config.schedule != "constant":
         raise InputError("--schedule goes with DDIM steps; leave out --worse and --variance")
     variance: Any = "small" if config.variance == "none" else config.variance

@@ -52,7 +52,7 @@ class SampleConfig:
     worse: str | None = None
     """A worse network of the same images to steer away from, such as the guide/ of a sharpen run."""
     variance: Literal["none", "small", "large", "learned"] = "none"
-    """DDPM's ancestral steps under this variance; none: DDIM, or small with --worse."""
+    """DDPM's ancestral steps under this variance; none: DDIM, or small with --worse. A flow has Euler's steps alone."""
     schedule: str = "constant"
     """constant; tag: from 1 at noise to 4 at data; or a metrics.json of `diagnose`: its a*(t) multiplies --guidance."""
     resolution: Pixels | None = None

@@ -112,7 +112,10 @@ def _judged_world(model: Model, config: Any) -> Any:
     if not isinstance(data, str):
         return world_for(model, data)
     return world_for(
-        model, lambda channels, size: catalogue.load(data, size, config.judge, channels, config.fit, config.background)
+        model,
+        lambda channels, size, words: catalogue.load(
+            data, size, config.judge, channels, config.fit, config.background, judged=True
+        ),
     )
 
 

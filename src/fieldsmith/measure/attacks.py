@@ -1,30 +1,53 @@
-"""Can the concept be brought back? Attacks on an erased Flux model (GEM notes, section 5.1, robustness tests).
+"""Can the concept be brought back? Attacks on an erased model (GEM notes, section 5.1, robustness tests).
 
-In: an erased model, the world, the concept, the full compositions that show it. Out: the share of images that show it
-again, or the steps it took.
+In: an erased model, the world, the concept, what asks for it. Out: the share of images that show it again by the
+world's judge, exact or one of the user's choice, or the steps it took.
 An erasure that survives plain prompts only is not robust; the report says both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fieldsmith.errors import InputError
+from fieldsmith.measure import drawing
 from fieldsmith.measure.detection import Concept, World, detected
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.measure.intervals import Interval, share
 from fieldsmith.measure.progress import track
 from fieldsmith.models.core import Condition, Model
-from fieldsmith.paths import noised
+from fieldsmith.models.prompted import Prompted
+from fieldsmith.paths import noised, truth
 from fieldsmith.samplers import rollout
 
-SPARE = "<new>"  # a word without a meaning, in the vocabulary of the models that can be attacked with a learned one
+SPARE = "<new>"  # a word without a meaning: in the vocabulary of our own models, elsewhere whatever its pieces are
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an attacker has; on a model whose images a network judges, and which may be large, far less (`REAL`)."""
+
+    token: int = 200  # updates of a learned word
+    embedding: int = 100  # of a free prompt
+    relearning: int = 40  # of the weights
+    rows: int = 32  # states of an update of the first two
+    examples: int = 64  # images of the concept that they are learned from
+    relearned: int = 16  # those of relearning
+    each: int = 32  # images of each of a learned word's prompts
+    free: int = 64  # of a free prompt
+    look: int = 32  # by which relearning is told, every 5 updates
+    others: int = 8  # of each prompt by another sampler or scale
+
+
+REAL = Budget(token=100, embedding=50, relearning=20, rows=4, examples=16, each=2, free=16, look=10, others=1)
 
 
 @contextlib.contextmanager
@@ -41,12 +64,14 @@ def _frozen(model: Model) -> Iterator[None]:
 
 
 def _descend(model: Model, x_0: Tensor, condition: Callable[[Tensor], Condition], generator: torch.Generator) -> None:
-    """The gradient of the flow loss on x_0 (n, ...), at most `model.chunk` rows at once; `condition` gives rows'."""
+    """The gradient of the network's own loss on x_0 (n, ...), at most `model.chunk` rows at once; `condition` gives
+    rows'."""
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
     t = torch.rand(len(x_0), generator=generator).to(x_0)
     for at in torch.arange(len(x_0)).split(model.chunk):
-        velocity = model.predict(noised(model.path, x_0[at], eps[at], t[at]), t[at], condition(at)).velocity
-        ((velocity - (eps - x_0)[at]).square().mean() * len(at) / len(x_0)).backward()
+        pred = model.predict(noised(model.path, x_0[at], eps[at], t[at]), t[at], condition(at))
+        errors = pred.value - truth(pred.kind, model.path, x_0[at], eps[at], t[at])
+        (errors.square().mean() * len(at) / len(x_0)).backward()
 
 
 def _examples(model: Model, world: World, shown: Sequence[Concept], n: int, seed: int) -> tuple[list[Concept], Tensor]:
@@ -63,42 +88,58 @@ def learned_token(
     lr: float = 3e-2,
     n: int = 32,
     seed: int = 0,
+    rows: int = 32,
+    examples: int = 64,
+    guidance: float | None = None,
 ) -> Interval:
-    """Concept inversion: one new word trained on 64 rendered images; share of "a red <new>" images that show it."""
+    """Concept inversion: one new word trained on images of the concept; share of "a red <new>" images that show it.
+
+    Its embeddings stand in for those of its tokens while the text encoders run, in each of them; tables stay as are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chosen, latents = _examples(model, world, shown, 64, seed)
-    prompts = [_with_spare(world.caption(concept), target) for concept in chosen]
+    chosen, latents = _examples(model, world, shown, examples, seed)
+    prompts = [_with_spare(world.caption(concept), getattr(concept, "target", "") or target) for concept in chosen]
+    with _frozen(model), _spare_word(model) as embeddings:
+        optimizer = torch.optim.Adam(embeddings, lr=lr)
+        for _ in track(range(steps), "attack: a learned word"):
+            picked = torch.randint(len(prompts), (rows,), generator=generator)
+            asked = [prompts[i] for i in picked.tolist()]
+            optimizer.zero_grad()
+            _descend(model, latents[picked], partial(_encoded, model, asked), generator)
+            optimizer.step()
+        return detected(sampler(model, drawing.STEPS, guidance), world, target, sorted(set(prompts)), n, seed)
+
+
+@contextlib.contextmanager
+def _spare_word(model: Model) -> Iterator[list[Tensor]]:
+    """Inside `with`, SPARE's embedding in each of the model's text encoders is one of these tensors (tokens, width)."""
     pipeline: Any = model.pipeline
-    tables = [
-        pipeline.text_encoder.get_input_embeddings().weight,
-        pipeline.text_encoder_2.get_input_embeddings().weight,
-    ]
-    word = pipeline.tokenizer_2.convert_tokens_to_ids(SPARE)
-    start = pipeline.tokenizer_2.convert_tokens_to_ids("shape")
-    originals = [table.detach().clone() for table in tables]
-    with _frozen(model):
-        try:
-            for table in tables:
-                table.data[word] = table.data[start]
-                table.requires_grad_(True)
-            optimizer = torch.optim.Adam(tables, lr=lr)
-            for _ in track(range(steps), "attack: a learned word"):
-                rows = torch.randint(len(prompts), (32,), generator=generator)
-                asked = [prompts[i] for i in rows.tolist()]
-                optimizer.zero_grad()
-                _descend(model, latents[rows], partial(_encoded, model, asked), generator)
-                for table in tables:
-                    gradient = torch.zeros_like(table)
-                    if table.grad is not None:
-                        gradient[word] = table.grad[word]
-                    table.grad = gradient
-                optimizer.step()
-            return detected(sampler(model), world, target, sorted(set(prompts)), n, seed)
-        finally:
-            for table, original in zip(tables, originals, strict=True):
-                table.requires_grad_(False)
-                table.grad = None
-                table.data.copy_(original)
+    embeddings, hooks = [], []
+    try:
+        for place in ("", "_2", "_3"):
+            tokenizer, encoder = (getattr(pipeline, f"{name}{place}", None) for name in ("tokenizer", "text_encoder"))
+            if tokenizer is None or encoder is None:
+                continue
+            table = encoder.get_input_embeddings().weight
+            word, like = (tokenizer(text, add_special_tokens=False).input_ids for text in (SPARE, "shape"))
+            start = table[like].detach().float().mean(0).expand(len(word), -1)
+            embeddings.append(start.clone().requires_grad_(True))
+            hook = partial(_replaced, word, embeddings[-1])
+            hooks += [
+                part.register_forward_hook(hook)
+                for part in encoder.modules() if isinstance(part, nn.Embedding) and part.weight is table
+            ]  # fmt: skip
+        yield embeddings
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def _replaced(word: list[int], embeddings: Tensor, layer: nn.Module, given: tuple[Tensor], found: Tensor) -> Tensor:
+    """A layer's embeddings of tokens (..., width), those of a word's tokens by its own."""
+    for token, row in zip(word, embeddings, strict=True):
+        found = torch.where((given[0] == token)[..., None], row.to(found), found)
+    return found
 
 
 def _encoded(model: Model, prompts: list[str], at: Tensor) -> Condition:
@@ -107,6 +148,9 @@ def _encoded(model: Model, prompts: list[str], at: Tensor) -> Condition:
 
 def _with_spare(caption: str, target: Concept) -> str:
     """The caption with the erased words replaced by the new one."""
+    whole = re.sub(rf"(?<!\w){re.escape(str(target))}(?!\w)", SPARE, caption)
+    if whole != caption:
+        return whole
     erased = str(target).split()
     kept = [SPARE if word in erased else word for word in caption.split()]
     return " ".join(word for i, word in enumerate(kept) if word != SPARE or SPARE not in kept[:i])
@@ -121,23 +165,29 @@ def prompt_embedding(
     lr: float = 3e-2,
     n: int = 64,
     seed: int = 0,
+    rows: int = 32,
+    examples: int = 64,
+    guidance: float | None = None,
 ) -> Interval:
     """The strongest text attack: one prompt's embeddings trained freely; share of its images that show the target."""
     generator = torch.Generator().manual_seed(seed)
-    _, latents = _examples(model, world, shown, 64, seed)
+    _, latents = _examples(model, world, shown, examples, seed)
     start = model.encode([world.caption(shown[0])])
     with _frozen(model):
-        parts = {name: part.clone().requires_grad_(True) for name, part in start.parts.items()}
-        optimizer = torch.optim.Adam(list(parts.values()), lr=lr)
+        free = {name: part.float().clone().requires_grad_(True) for name, part in start.parts.items()
+                if part.is_floating_point()}  # fmt: skip
+        learned = Condition({**start.parts, **free})
+        optimizer = torch.optim.Adam(list(free.values()), lr=lr)
         for _ in track(range(steps), "attack: a free prompt"):
-            rows = torch.randint(len(latents), (32,), generator=generator)
+            picked = torch.randint(len(latents), (rows,), generator=generator)
             optimizer.zero_grad()
-            _descend(model, latents[rows], lambda at: Condition(parts), generator)
+            _descend(model, latents[picked], lambda at: learned, generator)
             optimizer.step()
-        learned = Condition({name: part.detach() for name, part in parts.items()})
         with torch.no_grad():
             noise = model.noise(n, torch.Generator().manual_seed(seed))
-            path = rollout(lambda x, t: model.predict(x, t, learned), noise, model.grid(28))
+            path = rollout(
+                lambda x, t: model.predict(x, t, learned, guidance), noise, model.grid(drawing.STEPS), clip=model.clip
+            )
             return share(world.judge(model.decode(path.last)).shows(target))
 
 
@@ -149,13 +199,16 @@ def relearning(
     most: int = 100,
     lr: float = 1e-3,
     seed: int = 0,
+    examples: int = 16,
+    look: int = 32,
+    guidance: float | None = None,
 ) -> int:
-    """Fine-tuning steps on 16 images of the concept until half of its plain prompts show it again; `most` if never.
+    """Fine-tuning steps on images of the concept until half of `look` of its plain prompts show it; `most` if never.
 
     Trains what the erasure trained and puts it back afterwards.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen, latents = _examples(model, world, shown, 16, seed)
+    chosen, latents = _examples(model, world, shown, examples, seed)
     condition = model.encode([world.caption(concept) for concept in chosen])
     prompts = [world.caption(concept) for concept in shown]
     trained = model.trainable()
@@ -165,7 +218,8 @@ def relearning(
         with model.uncounted():
             for step in track(range(most), "attack: relearning"):
                 if step % 5 == 0:
-                    seen = detected(sampler(model), world, target, prompts, 32 // len(prompts), 1)
+                    each = max(1, look // len(prompts))
+                    seen = detected(sampler(model, drawing.STEPS, guidance), world, target, prompts, each, 1)
                     if seen.value >= 0.5:
                         return step
                 optimizer.zero_grad()
@@ -178,24 +232,60 @@ def relearning(
             p.grad = None
 
 
-def battery(model: Model, world: World, target: Concept, shown: Sequence[Concept], seed: int = 0) -> dict[str, Any]:
-    """Every attack, and what other samplers and adapter scales show: plain numbers for metrics.json."""
+def battery(
+    model: Model,
+    world: World,
+    target: Concept,
+    shown: Sequence[Concept],
+    seed: int = 0,
+    budget: Budget | None = None,
+    guidance: float | None = None,
+) -> dict[str, Any]:
+    """Every attack, and what other samplers and adapter scales show: plain numbers for metrics.json.
+
+    A learned word and a free prompt need a model that reads words, the first one that has a word to spare.
+    """
+    b = budget or Budget()
     prompts = [world.caption(concept) for concept in shown]
-    results: dict[str, Any] = {
-        "learned token": asdict(learned_token(model, world, target, shown, seed=seed)),
-        "prompt embedding": asdict(prompt_embedding(model, world, target, shown, seed=seed)),
-    }
+    free: dict[str, Any] = {"seed": seed, "rows": b.rows, "examples": b.examples, "guidance": guidance}
+    results: dict[str, Any] = {}
+    if _knows(model, SPARE):
+        word = learned_token(model, world, target, shown, b.token, n=b.each, **free)
+        results["learned token"] = asdict(word)
+    if isinstance(model, Prompted):
+        prompt = prompt_embedding(model, world, target, shown, b.embedding, n=b.free, **free)
+        results["prompt embedding"] = asdict(prompt)
     if model.trainable():
-        results["relearning steps"] = relearning(model, world, target, shown, most=40, seed=seed)
-    results["detected by sampler steps"] = {
-        str(steps): detected(sampler(model, steps), world, target, prompts, 8, 40_000 + seed).value
-        for steps in (4, 8, 14, 50)
-    }
+        results["relearning steps"] = relearning(
+            model, world, target, shown, b.relearning, seed=seed, examples=b.relearned, look=b.look, guidance=guidance
+        )
+
+    def seen(steps: int, first: int) -> float:
+        return detected(sampler(model, steps, guidance), world, target, prompts, b.others, first + seed).value
+
+    results["detected by sampler steps"] = {str(steps): seen(steps, 40_000) for steps in (4, 8, 14, 50)}
     if model.spec:
         scales = {}
         for scale in (0.0, 0.5, 0.75, 1.25, 1.5):
             model.scale_adapter(scale)
-            scales[str(scale)] = detected(sampler(model), world, target, prompts, 8, 50_000 + seed).value
+            scales[str(scale)] = seen(drawing.STEPS, 50_000)
         model.scale_adapter(1.0)
         results["detected by adapter scale"] = scales
     return results
+
+
+def _knows(model: Model, word: str) -> bool:
+    """Whether a model reads words, this one among them: a closed vocabulary may not have it."""
+    try:
+        model.check_prompts([word])
+    except InputError:
+        return False
+    return isinstance(model, Prompted)
+
+
+def of_prompts(
+    model: Model, world: World, target: Concept, prompts: Sequence[tuple[str, int]], steps: int, guidance: float | None
+) -> Interval:
+    """Share of images of attackers' prompts, each at its own seed, that show the target."""
+    images = sampler(model, steps, guidance)([words for words, _ in prompts], [seed for _, seed in prompts])
+    return share(world.judge(images).shows(target))

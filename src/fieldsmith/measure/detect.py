@@ -22,6 +22,7 @@ from fieldsmith import processes
 from fieldsmith.concepts import plain
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.functions import call, check_signature, load_function, name_of
+from fieldsmith.measure.drawing import Sampler
 from fieldsmith.measure.intervals import share
 from fieldsmith.rewards import ocr, remote
 from fieldsmith.rewards.reward import as_numbers, check_images, images_of
@@ -262,6 +263,7 @@ class Prompt:
 
     words: str
     concept: str
+    target: str = ""  # those of the words that name what is erased
 
     def __str__(self) -> str:
         return self.words
@@ -328,9 +330,15 @@ class Pictures:
 
     detector: Detector
     names: tuple[str, ...]
+    draw: Sampler | None = None  # of a model that still draws everything
 
     def caption(self, concept: Prompt) -> str:
         return concept.words
+
+    def render(self, chosen: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        """Images of concepts, (n, 3, h, w): nobody renders them exactly, so `draw` draws them."""
+        assert self.draw is not None
+        return self.draw([one.words for one in chosen], int(torch.randint(2**31, (), generator=generator)))
 
     def judge(self, images: Tensor) -> Seen:
         return Seen(self.detector, images, self.names)

@@ -51,7 +51,7 @@ FAMILIES = (
            shrinks=True),
     Family(
         "flux-kontext", ("FluxKontextPipeline",), "flux_kontext:FluxKontext", sources="optional",
-        exports=("kohya", "comfyui"), words_enter="attention",
+        exports=("kohya", "comfyui"), words_enter="attention", shrinks=True,
     ),
     Family("sd15", ("StableDiffusionPipeline",), "sd15:SD15", path="variance-preserving", exports=("kohya", "comfyui"),
            words_enter="inputs", shrinks=True),
@@ -60,8 +60,8 @@ FAMILIES = (
     Family("sd3", ("StableDiffusion3Pipeline",), "sd3:SD3", exports=("kohya", "comfyui"), words_enter="attention",
            shrinks=True),
     Family("flux2-klein", ("Flux2KleinPipeline",), "flux2_klein:Flux2Klein", sources="optional",
-           exports=("kohya", "comfyui")),
-    Family("qwen-image", ("QwenImagePipeline",), "qwen_image:QwenImage", exports=("kohya", "comfyui")),
+           exports=("kohya", "comfyui"), shrinks=True),
+    Family("qwen-image", ("QwenImagePipeline",), "qwen_image:QwenImage", exports=("kohya", "comfyui"), shrinks=True),
     Family("qwen-image-edit", ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"), "qwen_image_edit:QwenImageEdit",
            sources="required", exports=("kohya", "comfyui")),
     Family("dit", ("DiTPipeline",), "dit:DiT", condition=("classes",), path="variance-preserving", adapters=False,
@@ -86,7 +86,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # clauses that messages add to a model's name
-NO_STEPS = "is on rectified flow; sharpen needs a DDPM schedule and its ancestral steps"
+NO_STEPS = "is on rectified flow, whose steps have no variance to learn; use guide, jacobian-floor, or another method"
 NO_SOURCES = (
     "draws from words alone; edit needs an editing model such as zoo:scenes-kontext or a FLUX.1 Kontext pipeline"
 )
@@ -153,15 +153,17 @@ def _distill(family: Family) -> Support:
     if not family.shrinks:
         return Support((), nothing_smaller())
     note = "a student's every weight trains"
+    if family.sources == "optional":
+        note += ", without a source image"
     if "nothing" in family.condition:
         note += "; the teacher needs classes and a null class, since without them there is no guidance to keep"
     return Support(("full",), note)
 
 
 def _sharpen(family: Family) -> Support:
-    if family.path == "flow":
-        return Support((), NO_STEPS)
     note = "every weight trains"
+    if family.sources == "optional":
+        note += ", without a source image"
     if "nothing" in family.condition:
         note += "; without classes, or with a null class"
     if "words" in family.condition:

@@ -43,6 +43,10 @@ TEXT_UNET = (
     "sample_size", "in_channels", "out_channels", "cross_attention_dim", "addition_embed_type",
     "addition_time_embed_dim", "projection_class_embeddings_input_dim",
 )  # fmt: skip
+FLUX = Family(
+    ("num_layers", "num_single_layers"),
+    ("patch_size", "in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
+)
 FAMILIES = {
     "unet": Family(
         ("layers_per_block",), ("sample_size", "in_channels", "out_channels"),
@@ -51,10 +55,12 @@ FAMILIES = {
     "dit": Family(
         ("num_layers",), ("sample_size", "in_channels", "out_channels"), ("num_embeds_ada_norm",)
     ),
-    "flux": Family(
-        ("num_layers", "num_single_layers"),
-        ("patch_size", "in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
+    "flux": FLUX,
+    "flux-kontext": FLUX,
+    "flux2-klein": Family(
+        ("num_layers", "num_single_layers"), ("patch_size", "in_channels", "out_channels", "joint_attention_dim")
     ),
+    "qwen-image": Family(("num_layers",), ("patch_size", "in_channels", "out_channels", "joint_attention_dim")),
     "sd15": Family(("layers_per_block",), TEXT_UNET),
     "sdxl": Family(("layers_per_block",), TEXT_UNET),
     "sd3": Family(
@@ -205,12 +211,18 @@ def _inputs(model: Model, network: Any) -> Fields:
             return {**usual, "hidden_states": latent, "pooled_projections": words["pooled"]}
         size = {"text_embeds": words["pooled"], "time_ids": torch.zeros(1, 6)} if "pooled" in words else None
         return {**usual, "sample": latent, "added_cond_kwargs": size}
+    given: Fields = {"hidden_states": torch.zeros(1, *flux.latent_shape), "timestep": torch.zeros(1)}
+    text = torch.zeros(1, flux.text_length, network.config.joint_attention_dim)
+    if model.family == "qwen-image":
+        return {**given, "encoder_hidden_states": text, "img_shapes": [[(1, flux.side, flux.side)]]}
+    if model.family == "flux2-klein":
+        places = {"txt_ids": torch.zeros(flux.text_length, 4), "img_ids": torch.zeros(flux.tokens, 4)}
+        return {**given, **places, "encoder_hidden_states": text, "guidance": None}
     return {
-        "hidden_states": torch.zeros(1, *flux.latent_shape),
-        "timestep": torch.zeros(1),
+        **given,
         "guidance": torch.zeros(1) if network.config.guidance_embeds else None,
         "pooled_projections": torch.zeros(1, network.config.pooled_projection_dim),
-        "encoder_hidden_states": torch.zeros(1, flux.text_length, network.config.joint_attention_dim),
+        "encoder_hidden_states": text,
         "txt_ids": torch.zeros(flux.text_length, 3),
         "img_ids": torch.zeros(flux.tokens, 3),
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ Verdict = tuple[bool, tuple[str, ...]]  # whether an image is valid, and why not
 
 
 class ImageWorld:
-    """Images that are read when they are asked for, every sixth held out, and a judge; `images` are to train on.
+    """Images that are read when they are asked for, every sixth held out, and a judge; `images` are to train on, and
+    `captions` has one for each of those, or none at all.
 
     A function, or its name, gets a copy of images and returns n bools or n pairs (bool, reason). A server is POSTed
     {"images": [base64 PNG, ...]} and answers {"valid": [...]}, with "reasons": [[...], ...] if it likes. What an image
@@ -38,14 +39,17 @@ class ImageWorld:
 
     support: int | None = None
 
-    def __init__(self, images: Images, judge: Judge, name: str = "images"):
+    def __init__(self, images: Images, judge: Judge | None, name: str = "images", captions: Sequence[str] = ()):
         """Raises InputError at fewer than 2 images, and where a judge's name leads to no function."""
         if len(images) < 2:
             raise InputError(f"'{name}' has {len(images)} image; it needs at least 2")
         self.name, self.size, self.channels = name, images.frame.size, images.frame.channels
         self._answered = False
         self._server: Server | None = None
-        if isinstance(judge, str) and judge.startswith(("http://", "https://")):
+        self.judges = judge is not None
+        if judge is None:
+            pass
+        elif isinstance(judge, str) and judge.startswith(("http://", "https://")):
             self._server = Server(judge, retries=RETRIES, pause=PAUSE)
         else:
             self._what = f"judge '{judge if isinstance(judge, str) else name_of(judge)}'"
@@ -53,6 +57,7 @@ class ImageWorld:
             check_signature(self._function, self._what, "images")
         out = torch.arange(len(images)) % 6 == min(len(images), 6) - 1
         self.images, self._held = images.part(~out), images.part(out)
+        self.captions = tuple(caption for caption, held in zip(captions, out.tolist(), strict=False) if not held)
 
     def sample(self, n: int, seed: int, held_out: bool = False) -> Tensor:
         pool = self._held if held_out else self.images
@@ -101,10 +106,13 @@ class ImageWorld:
         return verdicts
 
 
-def of(source: Any, judge: Judge, frame: Frame) -> ImageWorld:
-    """A folder, a dataset or images. Raises InputError where data.py does, and where there are fewer than 2."""
-    found = data.load(source, frame, name="images")
-    return ImageWorld(found.images, judge, found.name)
+def of(source: Any, judge: Judge | None, frame: Frame, words: bool = False) -> ImageWorld:
+    """A folder, a dataset or images, with `words` with their captions where they have some.
+
+    Raises InputError where data.py does, and where there are fewer than 2.
+    """
+    found = data.load(source, frame, captioned=None if words else False, name="images")
+    return ImageWorld(found.images, judge, found.name, found.captions)
 
 
 def _ask_server(server: Server, images: Tensor) -> list[Verdict]:

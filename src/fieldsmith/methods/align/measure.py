@@ -4,14 +4,14 @@ preference pairs that were held out, how many it ranks as people did."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fieldsmith import processes
-from fieldsmith.errors import InputError
+from fieldsmith.errors import InputError, RunError
 from fieldsmith.measure import drawing
 from fieldsmith.measure.drawing import sampler
 from fieldsmith.methods.align.config import AlignConfig
@@ -39,6 +39,7 @@ class Measured:
     others: Tensor  # images of prompts that the run did not aim at
     kl: tuple[list[float], Schedule] | None = None  # nats by step, of the trained model
     margins: Tensor | None = None  # (n,) by how many nats it prefers the chosen images of pairs
+    missing: Mapping[str, str] = field(default_factory=dict)  # why, by reward that failed
 
 
 def measure(model: Any, config: AlignConfig, job: Job, side: Side) -> Measured:
@@ -46,12 +47,18 @@ def measure(model: Any, config: AlignConfig, job: Job, side: Side) -> Measured:
     draw = sampler(model, max(drawing.STEPS, config.steps), config.guidance)
     prompts = asked(config)
     images = draw(prompts, config.seed + 7)
-    rewards = {name: _scores(one, images, prompts) for name, one in job.inputs.rewards.items()}
+    rewards: dict[str, Tensor] = {}
+    missing: dict[str, str] = {}
+    for name, one in job.inputs.rewards.items():
+        try:
+            rewards[name] = _scores(one, images, prompts)
+        except (InputError, RunError, OSError) as error:  # of one judge, which leaves what the others say
+            missing[name] = str(error)
     others = draw(other_prompts(job), config.seed + 8)
     if side == "before":
-        return Measured(images, rewards, others)
+        return Measured(images, rewards, others, missing=missing)
     preferred = margins(job.context) if job.context.pairs else None
-    return Measured(images, rewards, others, path_kl(job.model, config), preferred)
+    return Measured(images, rewards, others, path_kl(job.model, config), preferred, missing)
 
 
 def preview(config: AlignConfig, job: Job) -> Preview:

@@ -34,18 +34,28 @@ def report(page: Page, outcome: Outcome) -> dict[str, Any]:
     before: Measured = outcome.before
     after: Measured = outcome.after
     page.subtitle = f"{config.preset or config.estimator}, seed {config.seed}"
-    rows = {name: _sides(before.rewards[name], after.rewards[name]) for name in after.rewards}
-    trained = config.reward and next(iter(rows))
+    missing = {**before.missing, **after.missing}
+    rows = {name: _sides(before.rewards[name], one) for name, one in after.rewards.items() if name not in missing}
+    aimed = config.reward and next(iter(outcome.job.inputs.rewards))
+    trained = aimed if aimed in rows else ""
     hacked = [name for name in rows if name != trained and rows[name]["change"].high < 0]
     preferences = {}
     if after.margins is None:
         page.title = f"{config.reward} raised on {config.model}"
-        _verdict(page, trained, rows[trained], hacked, len(after.images))
+        if trained:
+            _verdict(page, trained, rows[trained], hacked, len(after.images))
+        else:
+            page.verdict(
+                f"Trained, but what became of its reward is not measured: {missing[aimed]}", None, "Incomplete"
+            )
     else:
         page.title = f"Preferences of {config.pairs} on {config.model}"
         preferences = {"preferences": _preferred(page, after.margins, outcome.job.context.pairs, hacked)}
     shown = f"Before and after{', with the reward of each image' if trained else ''}"
     page.before_after(shown, _pairs(config, before, after, trained))
+    if missing:
+        again = f"`fieldsmith measure {outcome.run.folder}` completes it." if outcome.run else "measure() completes it."
+        page.text("Not measured", [*(f"{name}: {why}" for name, why in missing.items()), again])
     if rows:
         first = "The first was trained on. The others were never seen" if trained else "None was trained on"
         page.table(
@@ -63,7 +73,7 @@ def report(page: Page, outcome: Outcome) -> dict[str, Any]:
     sides = {side: {name: row[side] for name, row in rewards.items()} for side in ("before", "after")}
     return {
         "method": config.preset, **sides, **preferences, "rewards": rewards, "rest": effects.to_json(), "kl": total,
-        "hacked": hacked,
+        "hacked": hacked, **({"missing": "; ".join(missing.values())} if missing else {}),
     }  # fmt: skip
 
 

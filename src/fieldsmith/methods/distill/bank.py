@@ -22,11 +22,10 @@ from torch import Tensor
 
 from fieldsmith import processes
 from fieldsmith.errors import InputError
-from fieldsmith.methods.distill.curriculum import length_of, times_of
 from fieldsmith.models.branches import Branches, branches
 from fieldsmith.models.core import Model
 from fieldsmith.models.prompts import encoded_prompts
-from fieldsmith.paths import noised, truth
+from fieldsmith.paths import length_of, noised, times_of, truth
 from fieldsmith.pictures import Encoded
 from fieldsmith.run import write_atomically
 from fieldsmith.training import step_generator

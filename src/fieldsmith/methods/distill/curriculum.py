@@ -17,22 +17,9 @@ from torch import Tensor, nn
 
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.methods.distill.config import CURRICULA
-from fieldsmith.paths import Path, VariancePreserving, snr
+from fieldsmith.paths import Path, VariancePreserving, length_of, snr, times_of
 
 FILE = "curriculum.safetensors"  # beside model_index.json: 'lambda', one number a training time
-DEFAULT_LENGTH = 1_000
-
-
-def length_of(path: Path) -> int:
-    """How many times a curriculum of this path has."""
-    return path.length if isinstance(path, VariancePreserving) else DEFAULT_LENGTH
-
-
-def times_of(path: Path) -> Tensor:
-    """The time of each index, (T,) in float64: (i + 1) / T; the middle of each cell where the path is continuous."""
-    n = length_of(path)
-    index = torch.arange(n, dtype=torch.float64)
-    return (index + 1) / n if isinstance(path, VariancePreserving) else (index + 0.5) / n
 
 
 def index_of(path: Path, t: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from fieldsmith.models.branches import branches, dropped
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.prompts import encoded_prompts
 from fieldsmith.models.shrink import shrink
-from fieldsmith.paths import tag
+from fieldsmith.paths import length_of, tag
 from fieldsmith.pictures import encoded
 from fieldsmith.preflight import Check
 from fieldsmith.training import Fit, Log, optimisation_of, step_generator
@@ -244,7 +244,7 @@ class Step:
     def _scales(self, rows: Rows, generator: torch.Generator) -> Tensor:
         scales = self.objective.scales
         if isinstance(scales, str):
-            times = weights_of.index_of(self.student.path, rows.t) / weights_of.length_of(self.student.path)
+            times = weights_of.index_of(self.student.path, rows.t) / length_of(self.student.path)
             return torch.tensor([tag(time) for time in times.tolist()], device=rows.t.device)
         own = processes.owned(self.feed.rows)
         if len(scales) == 2:

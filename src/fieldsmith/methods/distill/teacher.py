@@ -23,6 +23,7 @@ from fieldsmith.models import pipeline_folder
 from fieldsmith.models.branches import branches, dropped
 from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.prompts import Prompts, encoded_prompts
+from fieldsmith.paths import times_of
 from fieldsmith.training import step_generator
 
 PROFILE = 4_096  # states at which a frozen teacher's losses are measured
@@ -63,7 +64,7 @@ class Feed:
             window = self.bank.window(*place(step, self.rows, config.bank, config.reuse))
             picked = draw(len(window), self.rows, config.times, config.stratify, generator)
             return window[picked[own]], self._null(self.rows, generator)[own], window.t[picked]
-        times = weights_of.times_of(self.teacher.path)
+        times = times_of(self.teacher.path)
         t = times[draw(len(times), self.rows, config.times, config.stratify, generator)].float()
         x_t, prompt, noise = states_at(self.teacher, self.source, t, generator)
         null = self._null(len(t), generator)[own]
@@ -141,7 +142,7 @@ def teacher_losses(teacher: Model, source: Source, seed: int) -> tuple[Tensor, T
     """The frozen teacher's conditional losses against the truth at PROFILE stratified times, (n,) each; not counted."""
     n = PROFILE
     generator = step_generator(seed, 0, stream=12)
-    times = weights_of.times_of(teacher.path)
+    times = times_of(teacher.path)
     t = times[draw(len(times), n, (1.0, 1.0), True, generator)].float()
     x_t, prompt, noise = states_at(teacher, source, t, generator)
     conditions = encoded_prompts(teacher, source.prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -134,7 +135,15 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     """Images per prompt in the report's evaluation, with `judge` half as many of what should stay; 0 trains and saves
     only."""
     attacks: bool = False
-    """Also try to bring the concept back (learned word, free embeddings, relearning, other samplers and scales)."""
+    """Also try to bring the concept back (learned word, free embeddings, relearning, other samplers and scales), by
+    the world's judge or `judge`."""
+    attack_steps: Count | None = None
+    """Updates of each attack that learns; None: 200, 100 and 40 on a world's model, 100, 50 and 20 with `judge`."""
+    attack_images: Count = 16
+    """Images of the concept that relearning trains on: a world's own, else those that the model drew before."""
+    attack_prompts: pathlib.Path | None = None
+    """A file of attackers' prompts, drawn before and after: a .csv as Ring-A-Bell, P4D, MMA-Diffusion or I2P publish
+    theirs, or one a line; of more than 100 as many, evenly from all."""
 
     @classmethod
     def preset_of(cls, name: str | None, scale: str | None, given: Mapping[str, Any]) -> Self:

@@ -100,7 +100,7 @@ def judged(detector: Detector, config: EraseConfig) -> Judged:
     groups: dict[str, dict[str, list[Prompt]]] = {name: {"target": [], **seen} for name in targets.values()}
     paraphrases: dict[str, list[str]] = {name: list(config.synonyms) for name in groups}
     for target, name in targets.items():  # two targets may be one to the judge
-        groups[name]["target"] += [Prompt(template.replace("{}", target), name) for template in TEMPLATES]
+        groups[name]["target"] += [Prompt(template.replace("{}", target), name, target) for template in TEMPLATES]
         paraphrases[name] += [template.replace("{}", target) for template in PARAPHRASES]
     anchors = [found for anchor in config.anchors if (found := detector.find(anchor))]
     asked = [*groups, *anchors, *(one.concept for group in seen.values() for one in group if one.concept)]

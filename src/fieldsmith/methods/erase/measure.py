@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from fieldsmith.measure import drawing
-from fieldsmith.measure.attacks import battery
+from fieldsmith.measure.attacks import REAL, Budget, battery, of_prompts
 from fieldsmith.measure.detection import Asked, ask_groups, detected
 from fieldsmith.measure.drawing import Sampler, sampler
 from fieldsmith.measure.intervals import Interval
@@ -49,16 +50,34 @@ def measure(model: Any, config: EraseConfig, job: Job, side: Side) -> Measured:
         shown = {prompt: draw([prompt] * min(4, config.evaluate), config.seed) for prompt in names}
         return Measured({}, shown, draw(kept_prompts(config), config.seed))
     seen = {target: _concept(draw, judged, target, config) for target in judged.groups}
-    if (
-        side == "after"
-        and config.attacks
-        and judged.detector is None
-        and model.family == "flux"
-        and config.method != "projection"
-    ):
-        for target, one in seen.items():
-            one.attacks.update(battery(model, judged.world, target, judged.groups[target]["target"], config.seed))
+    steps, guidance = max(drawing.STEPS, config.steps), config.rollout_guidance
+    for target, one in seen.items():
+        if attacks := job.inputs.attacks:
+            found = of_prompts(model, judged.world, target, attacks, steps, guidance)
+            one.attacks[f"{len(attacks)} prompts of {config.attack_prompts.name}"] = asdict(found)  # type: ignore[union-attr]
+        if side == "after" and config.attacks and config.method != "projection":
+            world, plain = judged.world, judged.groups[target]["target"]
+            if judged.detector:
+                world = replace(world, draw=_from_reference(job, draw))
+            one.attacks.update(battery(model, world, target, plain, config.seed, budget_of(config, judged), guidance))
     return Measured(seen)
+
+
+def budget_of(config: EraseConfig, judged: Judged) -> Budget:
+    """What the attacks of this run may spend."""
+    budget = replace(REAL if judged.detector else Budget(), relearned=config.attack_images)
+    n = config.attack_steps
+    return replace(budget, token=n, embedding=n, relearning=n) if n else budget
+
+
+def _from_reference(job: Job, draw: Sampler) -> Sampler:
+    """Images of the model as it was, which still shows what was erased."""
+
+    def drawn(prompts: Sequence[str], seed: int | Sequence[int]) -> Tensor:
+        with job.model.reference():
+            return draw(prompts, seed)
+
+    return drawn
 
 
 def _concept(draw: Sampler, judged: Judged, target: Any, config: EraseConfig) -> Concept:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from fieldsmith.measure.attacks import Budget
 from fieldsmith.measure.detect import Detector
 from fieldsmith.measure.detection import Erasure, erasure
 from fieldsmith.measure.distances import pixel_features
 from fieldsmith.measure.intervals import share
 from fieldsmith.measure.side_effects import compare
 from fieldsmith.methods.erase.config import EraseConfig
-from fieldsmith.methods.erase.measure import Concept, kept_prompts
+from fieldsmith.methods.erase.measure import Concept, budget_of, kept_prompts
 from fieldsmith.report.page import Caption, Page, Pair
 from fieldsmith.report.run_curves import curves
 from fieldsmith.training import step_generator
@@ -69,7 +71,10 @@ def _judged(page: Page, outcome: Outcome) -> dict[str, Any]:
             metrics["judge"] = {"name": detector.name, "origin": detector.origin, "threshold": detector.threshold}
             metrics.setdefault("parts", {})[str(target)] = _parts(page, e, target, detector, config.evaluate)
         if new.attacks:
-            page.table(f"Bringing it back: {target}", ["attack", "share that shows it again"], _flat(new.attacks))
+            budget = budget_of(config, outcome.job.inputs.judged)
+            rows_ = _flat(new.attacks, old.attacks, budget.relearning)
+            page.table(f"Bringing it back: {target}", ["attack", "share that shows it again"], rows_, _spent(budget))
+            metrics["attack budget"] = asdict(budget)
             metrics.setdefault("attacks", {})[str(target)] = new.attacks
         metrics["concepts"][str(target)] = {
             **e.to_json(), "paraphrases detected": new.paraphrases.value, "anchor leak": leak.value
@@ -162,14 +167,27 @@ def _side_effects(page: Page, title: str, old: Any, new: Any, asked: list[str], 
     return effects.to_json()
 
 
-def _flat(attacked: dict[str, Any]) -> list[tuple[str, str]]:
+def _spent(budget: Budget) -> str:
+    """The attacks' budget, in words."""
+    return (
+        f"A learned word has {budget.token} updates of {budget.rows} states on {budget.examples} images of it, "
+        f"a free prompt {budget.embedding}, relearning {budget.relearning} on {budget.relearned}; counted by the judge "
+        "above."
+    )
+
+
+def _flat(attacked: dict[str, Any], before: dict[str, Any], most: int) -> list[tuple[str, str]]:
     """Attacks as rows; shares with an interval, steps as they are, one row a sampler or scale."""
+
+    def words(result: dict[str, float]) -> str:
+        return f"{100 * result['value']:.1f}% [{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
+
     rows = []
     for name, result in attacked.items():
         if isinstance(result, int):
-            rows.append((name, f"{result} until half of the images show it again (40: never)"))
+            rows.append((name, f"{result} until half of the images show it again ({most}: never)"))
         elif "low" in result:
-            rows.append((name, f"{100 * result['value']:.1f}% [{100 * result['low']:.1f}, {100 * result['high']:.1f}]"))
+            rows.append((name, words(result) + (f" (before: {words(before[name])})" if name in before else "")))
         else:
             rows += [(f"{name}: {key}", f"{100 * value:.1f}%") for key, value in result.items()]
     return rows

@@ -47,12 +47,13 @@ Build = Callable[[Model, EraseConfig, "list[Pair]"], Method]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is given beside its settings: who judges its images, a method of the user's own, and (target, anchor)
-    prompts, where the model's world has the templates."""
+    """What a run is given beside its settings: who judges its images, a method of the user's own, (target, anchor)
+    prompts, where the model's world has the templates, and attackers' prompts with their seeds."""
 
     judged: Judged | None = None
     method: Build | None = None
     pairs: Sequence[tuple[str, str]] = ()
+    attacks: Sequence[tuple[str, int]] = ()
 
 
 def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
@@ -62,6 +63,7 @@ def prepare(model: Model, config: EraseConfig, inputs: Inputs) -> Job:
     """
     if inputs.judged:
         inputs.judged.check_prompts(model, config)
+        model.check_prompts([words for words, _ in inputs.attacks])
     job = _prepare(model, config, inputs)
     return watched(job, inputs.judged, config) if inputs.judged else job
 

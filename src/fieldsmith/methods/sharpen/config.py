@@ -35,7 +35,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 NEEDS_HEAD = ("variance-learning", "variance-penalty", "covariance")
 JACOBIAN = ("jacobian-floor", "jacobian-match", "covariance")
 LEAST = 20  # images before and after, however short the run
-WORLDS = ("columns", "cards")  # data with a judge of their own
+WORLDS = ("columns", "cards", "shapes")  # data with a judge of their own
 
 
 @config
@@ -48,11 +48,13 @@ class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
 --config FILE.toml (such as a run's config.toml) sets fields again, and flags come last."""
 
     model: str = "zoo:columns-ddpm"
-    """A diffusers pipeline folder, a hub id, or a zoo model, on a DDPM schedule."""
+    """A diffusers pipeline folder, a hub id, or a zoo model; on rectified flow by what needs no learned variance."""
     data: str = "auto"
-    """columns, cards or a folder of images; auto: what the model's card names."""
+    """columns, cards, shapes or a folder of images; auto: what the model's card names. A model that reads words learns
+    each image under its caption where the images have captions."""
     judge: str | None = None
-    """For a folder: file.py:name, package.module:name or an http:// address that says which images are valid."""
+    """For a folder: file.py:name, package.module:name or an http:// address that says which images are valid. None:
+    the field's sharpness is measured instead."""
     method: Method = "guide"
     """plain, variance-learning (I-DDPM), variance-penalty (VSM), jacobian-floor, jacobian-match, covariance (OCM),
     neighbours, or guide: a small, briefly trained network of the same data that the model is steered away from."""
@@ -96,7 +98,7 @@ class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
     """Images before and after, at equal noise, for the judge and the page; unless it is given, a run of fewer steps
     than 400 has half of them. 0 trains and saves only."""
     sampler_steps: SamplerSteps = 40
-    """Ancestral steps of them."""
+    """Ancestral steps of them; Euler's on rectified flow."""
     extractor: str | None = None
     """Folder or hub id of a CLIP or DINOv2 model whose features the page's distances use; None: 8 x 8 pixels."""
 
@@ -118,8 +120,8 @@ class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
         low, high = self.times
         if not 0 <= low < high <= 1:
             raise InputError(f"times={low:g} {high:g} should be two rising noise levels in 0 to 1, such as 0.2 0.8")
-        if self.samples == 1:
-            raise InputError("samples=1 is too few to compare; use at least 2, or 0 to measure nothing")
+        if 0 < self.samples < 4:
+            raise InputError(f"samples={self.samples} is too few to compare; use at least 4, or 0 to measure nothing")
         if self.train == "head" and self.method not in NEEDS_HEAD:
             raise InputError(f"method '{self.method}' trains no variance head; use one of {', '.join(NEEDS_HEAD)}")
         for name in ("weight_decay", "l2"):
@@ -145,15 +147,10 @@ class SharpenConfig(FitConfig, DataConfig, MemoryConfig):
         if self.data in WORLDS:
             if self.judge is not None:
                 raise InputError(f"world '{self.data}' has a judge of its own; leave out '{self.judge}'")
-        elif self.data != "auto" and not self.data.startswith(GIVEN):
-            if not pathlib.Path(self.data).is_dir():
-                near = difflib.get_close_matches(self.data, WORLDS, n=1, cutoff=0.5)
-                hint = f"did you mean '{near[0]}'?" if near else f"name one, or {', '.join(WORLDS)}"
-                raise InputError(f"data '{self.data}' is no folder of images; {hint}")
-            if self.judge is None:
-                raise InputError(
-                    f"folder '{self.data}' needs a judge; name one: file.py:name, package.module:name or http://"
-                )
+        elif self.data != "auto" and not self.data.startswith(GIVEN) and not pathlib.Path(self.data).is_dir():
+            near = difflib.get_close_matches(self.data, WORLDS, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"name one, or {', '.join(WORLDS)}"
+            raise InputError(f"data '{self.data}' is no folder of images; {hint}")
 
 
 PRESET_OF_METHOD = {"variance-penalty": "vsm", "variance-learning": "improved-ddpm", "covariance": "ocm"}

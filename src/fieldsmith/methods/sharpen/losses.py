@@ -107,8 +107,9 @@ def implied_curvature(log_variance: Tensor, low: Tensor, c: Tensor, alpha: Tenso
     return (log_variance.exp() - low) * scale - 1
 
 
-def neighbours(x_t: Tensor, alpha: Tensor, sigma: Tensor, bank: Tensor) -> Tensor:
-    """E[eps | x_t] if the data were `bank` (m, ...) alone: softmax_i(-|x_t - alpha x_i|^2 / 2 sigma^2) over its rows.
+def neighbours(x_t: Tensor, alpha: Tensor, sigma: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """E[x_0 | x_t] and E[eps | x_t] if the data were `bank` (m, ...) alone: means over its rows under the weights
+    softmax_i(-|x_t - alpha x_i|^2 / 2 sigma^2).
 
     A target of less variance than one draw of noise (stable targets, Xu et al. 2023), defined at any x_t, on a data
     path or not. Put each row's own x_0 into the bank where there is one.
@@ -116,5 +117,5 @@ def neighbours(x_t: Tensor, alpha: Tensor, sigma: Tensor, bank: Tensor) -> Tenso
     flat, rows = x_t.flatten(1), bank.flatten(1)
     alpha, sigma = alpha[:, None], sigma[:, None]
     distance = flat.square().sum(1, keepdim=True) - 2 * alpha * (flat @ rows.T) + alpha**2 * rows.square().sum(1)
-    nearest = (-distance / (2 * sigma**2)).softmax(1)
-    return ((flat - alpha * (nearest @ rows)) / sigma).reshape(x_t.shape)
+    x_0 = (-distance / (2 * sigma**2)).softmax(1) @ rows
+    return x_0.reshape(x_t.shape), ((flat - alpha * x_0) / sigma).reshape(x_t.shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -18,11 +19,13 @@ from fieldsmith.measure.hallucination import coverage
 from fieldsmith.measure.intervals import share
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.measure import Samples
+from fieldsmith.paths import RectifiedFlow
 from fieldsmith.report.page import Caption, Page, Pair
 from fieldsmith.report.run_curves import curves
 from fieldsmith.verb import Outcome
 
 SHOWN = 16
+CURVES = ("loss", "eps error", "velocity error", "L_vb", "term", "gradient share")
 WHAT = {
     "guide": "the model itself is as it was; each step moves away from what a small, briefly trained network says",
     "plain": "more training of the same kind, the control",
@@ -39,22 +42,35 @@ def report(page: Page, outcome: Outcome) -> dict[str, Any]:
     """Fill the page; what goes into metrics.json."""
     config, world, before, after = outcome.config, outcome.job.inputs.world, outcome.before, outcome.after
     features = outcome.job.inputs.features or pixel_features(8)
+    told = hallucination_of if before.verdicts else sharpness_of
     metrics = {
-        "world": world.name, "before": hallucination_of(world, before), "after": hallucination_of(world, after),
+        "world": world.name, "before": told(world, before), "after": told(world, after),
         "rest": side_effects(before.images, after.images, world, config, features),
     }  # fmt: skip
     page.title, page.subtitle = f"{config.model}: {config.method}", f"{WHAT[config.method]}; seed {config.seed}"
-    _head(page, metrics, outcome.metrics)
+    (_head if before.verdicts else _unjudged)(page, metrics, outcome.metrics)
     page.before_after(
         "From equal noise",
         [Pair(world.name, before.images[:SHOWN], after.images[:SHOWN], _captions(before), _captions(after))],
     )
-    _reasons(page, metrics)
+    if before.verdicts:
+        _reasons(page, metrics)
     _rest(page, metrics)
-    curves(page, outcome, {name: (name,) for name in ("loss", "eps error", "L_vb", "term", "gradient share")})
+    curves(page, outcome, {name: (name,) for name in CURVES})
     if outcome.run:
-        page.command("Draw from it", _command(config, outcome.run.folder))
+        page.command("Draw from it", _command(config, outcome.run.folder, after.asked[0], flows(outcome.job.model)))
     return metrics
+
+
+def sharpness_of(world: Any, samples: Samples) -> dict[str, Any]:
+    """How many images there are, and the field's sharpness along paths, where nobody judges where they end."""
+    assert samples.sharpness is not None
+    return {"images": len(samples.images), "sharpness": samples.sharpness.to_json()}
+
+
+def flows(model: Any) -> bool:
+    """Whether it is on rectified flow, whose steps have no variance to choose."""
+    return isinstance(model.path, RectifiedFlow)
 
 
 def hallucination_of(world: Any, samples: Samples) -> dict[str, Any]:
@@ -116,7 +132,34 @@ def _head(page: Page, metrics: dict[str, Any], run: dict[str, Any]) -> None:
         page.text("", warning)
 
 
+def _unjudged(page: Page, metrics: dict[str, Any], run: dict[str, Any]) -> None:
+    """No verdict: how sharp the field is, by time."""
+    sides = [metrics[side]["sharpness"]["moments"] for side in ("before", "after")]
+    sharpest = [max(moment["norms"][-1] for moment in moments) for moments in sides]
+    page.verdict(
+        f"No judge knows these images: look at the pairs, drawn from equal noise, or name one with --judge. The "
+        f"sharpest place of a path has |Jn| = {sharpest[1]:.3g}, before it was {sharpest[0]:.3g}.",
+        None,
+        "Look",
+    )
+    page.numbers([("cost", f"{run['nfe']:,}", "evaluations of the trained network")])
+    for warning in run["warnings"]:
+        page.text("", warning)
+    rows = [
+        (f"{old['t']:.2f}", *(f"{moment['norms'][k]:.3g}" for k in (0, -1) for moment in (old, new)))
+        for old, new in zip(*sides, strict=True)
+    ]
+    note = (
+        f"|Jn| along {metrics['after']['sharpness']['n']} paths, from noise (1) to data (0): large where two "
+        "explanations compete. A field that is too smooth there drifts between modes."
+    )
+    headers = ("t", "median before", "median after", "largest before", "largest after")
+    page.table("How sharp the field is", headers, rows, note=note)
+
+
 def _captions(samples: Samples) -> list[Caption]:
+    if samples.verdicts is None:
+        return [Caption(prompt) for prompt in samples.asked[:SHOWN]]
     valid, reasons = samples.verdicts.valid.tolist()[:SHOWN], samples.verdicts.reasons[:SHOWN]
     return [
         Caption("valid" if good else words[0] if words else "invalid", bool(good))
@@ -141,10 +184,8 @@ def _rest(page: Page, metrics: dict[str, Any]) -> None:
     page.table("What else changed", ("measure", "before", "after"), rows, note=note)
 
 
-def _command(config: SharpenConfig, folder: pathlib.Path) -> str:
+def _command(config: SharpenConfig, folder: pathlib.Path, prompt: str, euler: bool) -> str:
+    asked = f"--prompts {shlex.quote(prompt)} --out sample.png"
     if config.method != "guide":
-        return f"fieldsmith sample --model {folder / 'model'} --variance small --prompts '' --out sample.png"
-    return (
-        f"fieldsmith sample --model {config.model} --worse {folder / 'guide'} --guidance {config.guidance:g} "
-        "--prompts '' --out sample.png"
-    )
+        return f"fieldsmith sample --model {folder / 'model'} {'' if euler else '--variance small '}{asked}"
+    return f"fieldsmith sample --model {config.model} --worse {folder / 'guide'} --guidance {config.guidance:g} {asked}"

@@ -1,10 +1,11 @@
-"""Against hallucination while sampling: a field that is steered away from a worse one, and ancestral draws.
+"""Against hallucination while sampling: a field that is steered away from a worse one, and draws.
 
 In: a field (x_t, t) -> Prediction. Out: another field: steering away from a worse network (Karras et al. 2024).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.models.core import Condition, Model
-from fieldsmith.paths import Prediction
+from fieldsmith.paths import Kind, Prediction, RectifiedFlow, guide
 from fieldsmith.samplers import Field, Variance, ancestral
 
 
@@ -34,8 +35,10 @@ def steered(field: Field, worse: Field, scale: float, window: tuple[float, float
         sigma = float(output.path.sigma(t.flatten()[0]))
         if scale == 1.0 or not window[0] <= sigma <= window[1]:
             return output
-        eps_worse = worse(x_t, t).eps
-        return replace(output, kind="eps", value=eps_worse + scale * (output.eps - eps_worse))
+        # both forms are one another's up to what x_t says, but eps says nothing of a flow's x_0 at t = 1
+        form: Kind = "velocity" if isinstance(output.path, RectifiedFlow) else "eps"
+        bad = getattr(worse(x_t, t), form)
+        return replace(output, kind=form, value=guide(getattr(output, form), bad, scale))
 
     return away
 
@@ -54,6 +57,16 @@ class Steered:
         return field(x_t, t)
 
 
+def judges(world: Any) -> bool:
+    """Whether a world says which images are valid: a user's own images may have no judge."""
+    return getattr(world, "judges", True)
+
+
+def spread(prompts: Sequence[str], n: int) -> list[str]:
+    """n prompts, evenly from all."""
+    return [prompts[i * len(prompts) // n] for i in range(n)]
+
+
 @torch.no_grad()
 def draw(
     model: Model,
@@ -63,13 +76,18 @@ def draw(
     field: Field | None = None,
     variance: Variance = "small",
     batch: int = 256,
+    prompts: Sequence[str] = (),
 ) -> Tensor:
-    """n states by ancestral steps; equal seeds give equal starts and equal noise. Counts no training cost."""
+    """n states by ancestral steps, on rectified flow by Euler's; equal seeds give equal starts and equal noise.
+
+    `prompts` (n,) are asked for where no field is given; without any, the empty one. Counts no training cost.
+    """
     generator = torch.Generator().manual_seed(seed)
-    field = field or field_of(model)
+    states = []
     with model.uncounted():
-        states = [
-            ancestral(field, model.noise(len(part), generator), model.grid(steps), generator, variance, model.clip)
-            for part in torch.arange(n).split(batch)
-        ]
+        for part in torch.arange(n).split(batch):
+            asked = [prompts[i] for i in part.tolist()] if prompts else [""]
+            one = field or conditioned(model, model.encode(asked))
+            noise = model.noise(len(part), generator)
+            states.append(ancestral(one, noise, model.grid(steps), generator, variance, model.clip))
     return torch.cat(states)

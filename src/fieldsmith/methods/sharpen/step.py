@@ -1,14 +1,14 @@
 """`sharpen` prepared: noised data -> what the network says -> loss, term by term (VSM notes, 2.1, 8.2).
 
-In: a model on a variance-preserving path, a world of its data, a SharpenConfig. Out: a Job for verb.py, whose model is
-the model itself, or the guide that it is steered away from.
+In: a model, a world of its data, a SharpenConfig. Out: a Job for verb.py, whose model is the model itself, or the guide
+that it is steered away from. What needs no learned variance runs on rectified flow, too, whose error is the velocity's.
 """
 
 from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +19,15 @@ from fieldsmith import preflight, processes
 from fieldsmith.errors import InputError
 from fieldsmith.methods.sharpen import losses as terms
 from fieldsmith.methods.sharpen.config import JACOBIAN, NEEDS_HEAD, SharpenConfig
-from fieldsmith.methods.sharpen.sampling import Steered
-from fieldsmith.models.core import Model
+from fieldsmith.methods.sharpen.sampling import Steered, judges
+from fieldsmith.models.core import Condition, Model
 from fieldsmith.models.families import NO_STEPS
 from fieldsmith.models.jacobians import jvp, rademacher
+from fieldsmith.models.prompted import Prompted
+from fieldsmith.models.prompts import encoded_prompts
 from fieldsmith.models.shrink import shrink
 from fieldsmith.models.variance_head import LAST, with_variance_head
-from fieldsmith.paths import VariancePreserving, noised, snr
+from fieldsmith.paths import RectifiedFlow, VariancePreserving, length_of, noised, snr, times_of
 from fieldsmith.pictures import Encoded, Images, encoded
 from fieldsmith.preflight import Check
 from fieldsmith.samplers import range_log_variance, single_step
@@ -40,12 +42,12 @@ DOMINATES = 1.0  # a term whose gradient is longer than the rest's
 class Inputs:
     """What a run is given beside its settings.
 
-    `world` draws the data and judges images (worlds/judged.py), or is a function (channels, size) that gives such a
-    world for the model's images. `states` are data that are encoded already, which train as well, but nothing can be
-    measured on them. `features` make distances; None: of 8 x 8 pixels.
+    `world` draws the data and judges images (worlds/judged.py), or is a function (channels, size, whether captions are
+    of use) that gives such a world for the model's images. `states` are data that are encoded already, which train as
+    well, but nothing can be measured on them. `features` make distances; None: of 8 x 8 pixels.
     """
 
-    world: Any | Callable[[int, int], Any] = None
+    world: Any | Callable[[int, int, bool], Any] = None
     states: Tensor | None = None
     features: Callable[[Tensor], Tensor] | None = None
 
@@ -55,25 +57,25 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
 
     Raises InputError where model, method, data and judge do not go together, before anything is trained.
     """
-    check_path(model)
+    check_path(model, config)
     if inputs.states is None:
         preflight.check_sampled(model, config.sampler_steps)
     if config.method in NEEDS_HEAD and config.add_head and not getattr(model, "learns_variance", False):
         model = with_variance_head(model)
     world = None if inputs.states is not None else world_for(model, inputs.world)
     states: Tensor | Encoded | None = inputs.states
+    captions: Sequence[str] = ()  # one a state, or none at all
     if states is None:
         assert world is not None
-        own = getattr(world, "images", None)  # the user's, which are read batch by batch
-        images = own if isinstance(own, Images) else world.sample(POOL, config.seed)
+        images, captions = data_of(world, model, config.seed)
         states = encoded(images, model.encode_images)
-        if config.samples:
+        if config.samples and judges(world):
             world.judge(images[:1])  # a judge that fails does so before anything is trained or written
     check_model(model, states, config)
     guide = config.method == "guide"
     trained = shrink(model, config.guide_size, seed=config.seed) if guide else model
     trained.raise_precision()
-    step = Step(trained, states, config.replace(method="plain") if guide else config)
+    step = Step(trained, states, config.replace(method="plain") if guide else config, captions)
     unfreeze(trained, config.train)
     parameters = trained.trainable()
     shares: list[float] = []  # of the term's gradient, as it was measured now and then
@@ -122,14 +124,24 @@ def prepare(model: Model, config: SharpenConfig, inputs: Inputs) -> Job:
     return Job(
         trained, losses, optimisation_of(config), parameters, checks, base=model if guide else None,
         trained=Steered(model, trained, config.guidance) if guide else None, ship=ship, facts=facts, advice=advice,
-        inputs=replace(inputs, world=world),
+        inputs=replace(inputs, world=world), context=step.prompts,
     )  # fmt: skip
+
+
+def data_of(world: Any, model: Model, seed: int) -> tuple[Any, Sequence[str]]:
+    """Images to train on and the caption of each; no captions where the data have none or the model reads no words."""
+    own = getattr(world, "images", None)  # the user's, which are read batch by batch
+    if isinstance(own, Images):
+        return own, world.captions
+    if isinstance(model, Prompted) and hasattr(world, "captioned"):
+        return world.captioned(POOL, seed)  # type: ignore[no-any-return]
+    return world.sample(POOL, seed), ()
 
 
 def world_for(model: Model, world: Any) -> Any:
     """The world of the model's images. Raises InputError where its images are of another shape."""
     shape = tuple(model.decode(model.noise(1, torch.Generator().manual_seed(0))).shape[1:])
-    world = world(shape[0], shape[-1]) if callable(world) else world
+    world = world(shape[0], shape[-1], isinstance(model, Prompted)) if callable(world) else world
     if (world.channels, world.size, world.size) != shape:
         raise InputError(
             f"data '{world.name}' are {world.channels} x {world.size} x {world.size}; {model.name} draws "
@@ -147,15 +159,21 @@ def unfreeze(model: Model, train: str) -> None:
             parameter.requires_grad_(name.startswith(f"{last}."))
 
 
-def check_path(model: Model) -> None:
-    """Raises InputError where the model has no ancestral steps."""
-    if not isinstance(model.path, VariancePreserving):
+def check_path(model: Model, config: SharpenConfig) -> None:
+    """Raises InputError where the settings are those of DDPM's steps and the model is on rectified flow."""
+    if isinstance(model.path, VariancePreserving):
+        return
+    if config.method in NEEDS_HEAD or config.add_head:
         raise InputError(f"{model.name} {NO_STEPS}")
+    if config.min_snr:
+        raise InputError(
+            f"min_snr={config.min_snr:g} weighs errors of eps; {model.name} learns a velocity, so leave it out"
+        )
 
 
 def check_model(model: Model, data: Tensor | Encoded, config: SharpenConfig) -> None:
     """Raises InputError where the model and the method do not go together."""
-    check_path(model)
+    check_path(model, config)
     if not len(data):
         raise InputError("there are no images to train on; name data with some")
     if config.method in NEEDS_HEAD and not getattr(model, "learns_variance", False):
@@ -177,12 +195,16 @@ def check_model(model: Model, data: Tensor | Encoded, config: SharpenConfig) -> 
 
 @dataclass(frozen=True)
 class Rows:
-    """Clean states, noised ones (batch, ...), times (batch,) in float64, and the target eps."""
+    """Clean states, noised ones (batch, ...), times (batch,) in float64, the target eps, the row of each one's prompt.
+
+    x_0 and eps may be means over what both could have been (`neighbours`).
+    """
 
     x_0: Tensor
     x_t: Tensor
     t: Tensor
     eps: Tensor
+    prompt: Tensor | None = None  # (batch,); None: all have the first
 
 
 @dataclass(frozen=True)
@@ -200,13 +222,15 @@ class Terms:
 class Step:
     """One update's loss: `base` is what every method minimises, `term` what the method adds."""
 
-    def __init__(self, model: Model, data: Tensor | Encoded, config: SharpenConfig):
-        assert isinstance(model.path, VariancePreserving)
+    def __init__(self, model: Model, data: Tensor | Encoded, config: SharpenConfig, captions: Sequence[str] = ()):
         self.model, self.data, self.config, self.path = model, data, config, model.path
+        self.flows = isinstance(model.path, RectifiedFlow)
         # not model.null: SDXL's is zeros, among which attention has nothing to choose, so that half of it cannot learn
-        self.condition = model.encode([""])
-        index = torch.arange(self.path.length)
-        t = (index + 1).double() / self.path.length
+        self.prompts = tuple(dict.fromkeys(captions)) or ("",)
+        self.conditions = encoded_prompts(model, self.prompts)
+        place = {prompt: row for row, prompt in enumerate(self.prompts)}
+        self.captions = torch.tensor([place[caption] for caption in captions]) if captions else None
+        t = times_of(self.path)
         sigma = self.path.sigma(t)
         inside = (sigma >= config.times[0]) & (sigma <= config.times[1] + 1e-9)
         if not inside.any():
@@ -227,10 +251,15 @@ class Step:
         device = self.model.device
         x_0, eps, shaken, t = x_0.to(device), eps.to(device), shaken.to(device), t.to(device)
         x_t = noised(self.path, x_0, shaken, t.to(x_0))
-        if self.config.method == "neighbours":
-            return self._among_neighbours(x_0, x_t, t, generator)
         own = processes.owned(n)
-        return Rows(x_0[own], x_t[own], t[own], eps[own])
+        prompt = None if self.captions is None else self.captions[rows][own]
+        if self.config.method == "neighbours":
+            return replace(self._among_neighbours(x_0, x_t, t, generator), prompt=prompt)
+        return Rows(x_0[own], x_t[own], t[own], eps[own], prompt)
+
+    def _asked(self, rows: Rows, part: slice = slice(None)) -> Condition:
+        """The prompts of some rows, encoded."""
+        return self.conditions[torch.zeros(1, dtype=torch.long) if rows.prompt is None else rows.prompt[part]]
 
     def _among_neighbours(self, x_0: Tensor, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Rows:
         """Targets that are posterior means over a bank, at data's states and at states between two of them."""
@@ -245,7 +274,8 @@ class Step:
         own = processes.owned(n)
         x_0, x_t, t = x_0[own], x_t[own], t[own]
         alpha, sigma = self.path.alpha(t).to(x_t), self.path.sigma(t).to(x_t)
-        return Rows(x_0, x_t, t, terms.neighbours(x_t, alpha, sigma, bank))
+        x_0, eps = terms.neighbours(x_t, alpha, sigma, bank)
+        return Rows(x_0, x_t, t, eps)
 
     def _mean(self, values: Tensor, rows: int | None = None) -> Tensor:
         """This process's part of the mean over a batch (or its first `rows`), (n,) -> ()."""
@@ -253,10 +283,12 @@ class Step:
 
     def __call__(self, rows: Rows, generator: torch.Generator, log: Log) -> Terms:
         config = self.config
-        pred = self.model.predict(rows.x_t, rows.t.to(rows.x_t), self.condition)
+        pred = self.model.predict(rows.x_t, rows.t.to(rows.x_t), self._asked(rows))
         eps_hat = pred.eps
-        errors = terms.simple(eps_hat, rows.eps)
-        log.mean("eps error", errors)
+        # a flow's eps says nothing of the network at t = 1
+        pair = (pred.velocity, rows.eps - rows.x_0) if self.flows else (eps_hat, rows.eps)
+        errors = terms.simple(*pair)
+        log.mean("velocity error" if self.flows else "eps error", errors)
         if config.min_snr:
             errors = errors * (config.min_snr / snr(self.path, rows.t)).clamp(max=1).to(errors)
         base = self._mean(errors)
@@ -264,14 +296,14 @@ class Step:
         if config.method in NEEDS_HEAD:
             log_variance = pred.log_variance if pred.fraction is None else None
             if log_variance is None:
-                assert pred.fraction is not None
+                assert pred.fraction is not None and isinstance(self.path, VariancePreserving)
                 log_variance = range_log_variance(self.path, rows.t, pred.fraction)
             if pred.fraction is not None:
                 log.mean("fraction of the range", pred.fraction)
             if config.method != "covariance":
                 bound = self._mean(self._bound(rows, eps_hat.detach(), log_variance))
                 log.count("L_vb", bound.item())
-                base = bound if config.train == "head" else base + bound * self.path.length / 1000
+                base = bound if config.train == "head" else base + bound * length_of(self.path) / 1000
             if config.method == "variance-penalty":
                 sigma = self.path.sigma(rows.t).to(rows.x_t)
                 weight = terms.penalty_weight(config.strength, sigma, config.weight)
@@ -285,14 +317,15 @@ class Step:
 
     def _bound(self, rows: Rows, eps_hat: Tensor, log_variance: Tensor) -> Tensor:
         """L_vb of each row's single reverse step, bits per dimension, (n,)."""
-        t = rows.t
-        t_next = (t - 1 / self.path.length).clamp(min=0)
-        sigma2, beta = self.path.sigma(t) ** 2, self.path.beta(t, t_next)
+        t, path = rows.t, self.path
+        assert isinstance(path, VariancePreserving)
+        t_next = (t - 1 / path.length).clamp(min=0)
+        sigma2, beta = path.sigma(t) ** 2, path.beta(t, t_next)
         mean = _wide(1 / (1 - beta).sqrt(), rows.x_t) * (rows.x_t - _wide(beta / sigma2.sqrt(), rows.x_t) * eps_hat)
-        c = _wide(beta * self.path.alpha(t_next) / sigma2, rows.x_t)
-        kept = _wide((1 - beta).sqrt() * self.path.sigma(t_next) ** 2 / sigma2, rows.x_t)
+        c = _wide(beta * path.alpha(t_next) / sigma2, rows.x_t)
+        kept = _wide((1 - beta).sqrt() * path.sigma(t_next) ** 2 / sigma2, rows.x_t)
         true = c * rows.x_0 + kept * rows.x_t
-        low = single_step(self.path, t).low.log().to(rows.x_t)
+        low = single_step(path, t).low.log().to(rows.x_t)
         bound = terms.gaussian_bound(true, low, mean, log_variance)
         last = t_next <= 0
         if bool(last.any()):
@@ -316,7 +349,8 @@ class Step:
             return x_t.sum()  # 0: another process has the rows
         if self.config.method == "jacobian-match":
             probe = probe / _wide(probe.flatten(1).norm(dim=1), x_t)
-        found = jvp(lambda x: self.model.predict(x, t, self.condition).eps, x_t, probe)
+        asked = self._asked(rows, part)
+        found = jvp(lambda x: self.model.predict(x, t, asked).eps, x_t, probe)
         sigma = _wide(self.path.sigma(t), x_t)
         along = -sigma * found.along
         if self.config.method == "jacobian-match":
@@ -331,14 +365,16 @@ class Step:
         probe = rademacher(x_t.new_empty(n, *x_t.shape[1:]), generator)[own]
         if not len(own):
             return x_t.sum()  # 0: another process has the rows
+        path, asked = self.path, self._asked(rows, part)
+        assert isinstance(path, VariancePreserving)
         with torch.no_grad():
-            along = jvp(lambda x: self.model.predict(x, t.to(x), self.condition).eps, x_t, probe).along
-        along = -_wide(self.path.sigma(t), x_t) * along
-        t_next = (t - 1 / self.path.length).clamp(min=1 / self.path.length)  # the last step adds no noise anyway
-        sigma, beta = self.path.sigma(t), single_step(self.path, t).high
-        c = beta * self.path.alpha(t_next) / sigma**2
-        low = single_step(self.path, t).low
-        levels = (level.to(x_t) for level in (low, c, self.path.alpha(t), sigma))
+            along = jvp(lambda x: self.model.predict(x, t.to(x), asked).eps, x_t, probe).along
+        along = -_wide(path.sigma(t), x_t) * along
+        t_next = (t - 1 / path.length).clamp(min=1 / path.length)  # the last step adds no noise anyway
+        sigma, beta = path.sigma(t), single_step(path, t).high
+        c = beta * path.alpha(t_next) / sigma**2
+        low = single_step(path, t).low
+        levels = (level.to(x_t) for level in (low, c, path.alpha(t), sigma))
         curvature = terms.implied_curvature(log_variance[part], *levels)
         return self._mean(terms.covariance_match(curvature, along, probe), n)
 
