@@ -147,8 +147,7 @@ def test_a_clipped_step_with_noise_is_the_schedulers() -> None:
     step = ddim_step(pred, model.path.time(torch.tensor(30)), 1.0, clip=1.0)
     theirs = pipe.scheduler.step(pred.value, 40, x, eta=1.0, variance_noise=torch.ones_like(x)).prev_sample
     torch.testing.assert_close(step.mean + step.deviation, theirs, atol=1e-4, rtol=0)
-    path = rollout(lambda x, t: model.predict(x, t, model.encode([""])), x, model.grid(4), sde="ddim",
-                   noise_level=1.0, generator=seeded(), clip=1.0)  # fmt: skip
+    path = rollout(lambda x, t: model.predict(x, t, model.encode([""])), x, model.grid(4), clip=1.0)
     assert path.last.abs().max() <= 1.0
 
 
@@ -158,11 +157,6 @@ def test_clipping_is_refused_where_no_step_clips() -> None:
     pred = flow.predict(flow.noise(1, seeded()), torch.tensor(0.5), flow.encode([""]))
     with pytest.raises(ValueError, match="rectified flow"):
         euler(pred, torch.tensor(0.4), clip=1.0)
-    model = clipped_unet()[0]
-    for options in ({"solver": "heun"}, {"sde": "ddim-uniform", "generator": seeded()}):
-        with pytest.raises(ValueError, match="DDIM steps only"):
-            rollout(lambda x, t: model.predict(x, t, model.encode([""])), model.noise(1, seeded()), model.grid(2),
-                    clip=1.0, **options)  # type: ignore[arg-type]  # fmt: skip
 
 
 def test_guidance_may_change_with_time() -> None:

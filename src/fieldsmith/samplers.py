@@ -250,65 +250,30 @@ def _dim(t: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A rollout of K steps: states[k] lives at times[k]. states (K + 1, batch, ...), times (K + 1,).
-
-    log_probs (K, batch) where steps were stochastic: log_probs[k] is that of states[k + 1] given states[k].
-    """
+    """A rollout of K steps: states[k] lives at times[k]. states (K + 1, batch, ...), times (K + 1,)."""
 
     states: Tensor
     times: Tensor
-    log_probs: Tensor | None = None
 
     @property
     def last(self) -> Tensor:
         return self.states[-1]
 
 
-def rollout(
-    field: Field,
-    x: Tensor,
-    grid: Tensor,
-    *,
-    solver: Literal["euler", "heun"] = "euler",
-    sde: Sde | None = None,
-    noise_level: float = 0.0,
-    generator: torch.Generator | None = None,
-    stop: int | None = None,
-    clip: float | None = None,
-) -> Trajectory:
-    """Follow the field from x at grid[0] for all of the grid's steps, or the first `stop`.
+def rollout(field: Field, x: Tensor, grid: Tensor, *, stop: int | None = None, clip: float | None = None) -> Trajectory:
+    """Follow the field from x at grid[0] by `euler` for all of the grid's steps, or the first `stop`.
 
-    With `sde`, steps are Gaussian at `noise_level` (eta for 'ddim') and need a generator; a step whose deviation is 0
-    contributes log-probability 0. `clip` is the radius of predicted x_0 in DDIM steps (euler or 'ddim' on a
-    variance-preserving path). Gradients flow if they are enabled.
+    `clip` as in `euler`. Gradients flow if they are enabled.
     """
-    if sde and generator is None:
-        raise ValueError("a stochastic rollout needs a generator")
-    if clip is not None and (sde not in (None, "ddim") or solver == "heun"):
-        raise ValueError(f"clip={clip} is known to DDIM steps only, not to '{sde or solver}'; leave it out")
-    states, log_probs = [x], []
+    states = [x]
     times = grid[: len(grid) if stop is None else stop + 1]
     for t, t_next in zip(times[:-1], times[1:], strict=True):
-        output = field(x, t)
-        if sde and generator is not None:
-            step = gaussian_step(sde, output, t_next, noise_level, grid[1], clip)
-            x = step.sample(generator)
-            noisy = bool((step.deviation > 0).all())
-            log_probs.append(step.log_prob(x) if noisy else x.new_zeros(len(x)))
-        elif solver == "heun" and t_next > 0:
-            ahead = euler(output, t_next)
-            slope = (output.velocity + field(ahead, t_next).velocity) / 2
-            x = x + (t_next - t) * slope
-        else:
-            x = euler(output, t_next, clip)
-        states.append(x)
-    return Trajectory(torch.stack(states), times, torch.stack(log_probs) if log_probs else None)
+        states.append(euler(field(states[-1], t), t_next, clip))
+    return Trajectory(torch.stack(states), times)
 
 
-def gaussian_step(
-    sde: Sde, pred: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor, clip: float | None = None
-) -> Gaussian:
-    """The named stochastic step; `clip` is for 'ddim' alone."""
+def gaussian_step(sde: Sde, pred: Prediction, t_next: Tensor, noise_level: float, t_first: Tensor) -> Gaussian:
+    """The named stochastic step at this noise (eta for 'ddim'); `t_first` is the second time of the grid."""
     if sde == "flow-sde":
         return flow_sde_step(pred, t_next, noise_level, t_first)
     if sde == "dance-sde":
@@ -317,4 +282,4 @@ def gaussian_step(
         return cps_step(pred, t_next, noise_level)
     if sde == "ddim-uniform":
         return ddim_uniform_step(pred, t_next, noise_level)
-    return ddim_step(pred, t_next, noise_level, clip)
+    return ddim_step(pred, t_next, noise_level)
