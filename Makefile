@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # libgomp's threads spin while they wait, which makes a busy machine many times slower; set before torch is imported
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench docs clean
 
 install: $(VENV)/ready
 
@@ -35,5 +35,14 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks
 
+# the site, in site/; what builds it has an environment of its own, since the library never needs it
+docs: $(VENV)-docs/ready
+	$(VENV)-docs/bin/mkdocs build --quiet
+
+$(VENV)-docs/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-docs demo site
