@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # libgomp's threads spin while they wait, which makes a busy machine many times slower; set before torch is imported
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test check bench lock oldest audit clean
+.PHONY: install demo test check bench docs lock oldest audit clean
 
 install: $(VENV)/ready
 
@@ -36,6 +36,15 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# the site, in site/; what builds it has an environment of its own, since the library never needs it
+docs: $(VENV)-docs/ready
+	$(VENV)-docs/bin/mkdocs build --quiet
+
+$(VENV)-docs/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
 
 # tools that nothing else needs, apart from the environment that is tested
 TOOLS := .venv-tools
@@ -69,4 +78,4 @@ audit: $(TOOLS)/ready
 		[ $$skipped -lt $$asked ] || echo 'audit: it cannot be reached from here, so nothing was checked'; exit $$code
 
 clean:
-	rm -rf $(VENV) $(TOOLS) demo
+	rm -rf $(VENV) $(VENV)-docs $(TOOLS) demo site

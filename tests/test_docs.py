@@ -6,6 +6,7 @@ of blocks marked `norun` (large models, servers) are parsed to the last flag, bu
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -13,6 +14,7 @@ import sys
 import types
 
 import pytest
+import yaml
 
 from experiments.tiny import flux_pipeline
 from experiments.tiny_text import sdxl_pipeline
@@ -98,11 +100,63 @@ def test_the_commands_of_a_page_run(page: pathlib.Path, here: pathlib.Path) -> N
                 assert cli.main(words) == 0, " ".join(words)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_of_a_page_lead_somewhere(page: pathlib.Path) -> None:
+def anchors(page: pathlib.Path) -> set[str]:
+    """Of a page's headings, as Python-Markdown, which makes the site, and the hub name them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert "://" in target or (page.parent / target).exists(), target
+    words = (re.sub(r"[^\w\s-]", "", title).strip().lower() for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {re.sub(r"[-\s]+", "-", one) for one in words}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_of_a_page_lead_somewhere(page: pathlib.Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", text):
+        if "://" not in target:
+            file = page.parent / target if target else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def test_the_site_has_every_page_once_and_asks_nobody_for_anything() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def files(entry: object) -> list[str]:
+        parts = entry if isinstance(entry, list) else list(entry.values()) if isinstance(entry, dict) else None
+        return [str(entry)] if parts is None else [one for part in parts for one in files(part)]
+
+    assert sorted(files(settings["nav"])) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    # what makes Material for MkDocs fetch: fonts, a repository's stars, analytics, diagrams
+    assert settings["theme"]["font"] is False
+    assert not {"repo_url", "extra_javascript"} & set(settings)
+    assert not {"analytics", "consent"} & set(settings["extra"])
+    assert not [page for page in PAGES if "```mermaid" in page.read_text(encoding="utf-8")]
+    sheet = (ROOT / "docs" / "site.css").read_text(encoding="utf-8")
+    assert "url(" not in sheet and "@import" not in sheet
+
+
+@pytest.mark.parametrize("verb", ["align", "distill", "edit", "erase", "sharpen"])
+def test_a_verbs_page_says_the_same_things_in_the_same_order(verb: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "docs" / f"{verb}.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE)[:6] == [
+        "What it cures", "When not to use it", "The maths", "Settings that matter", "What we measured",
+        "What goes wrong",
+    ]  # fmt: skip
+    named = set(
+        re.findall(r"`--(?:no-)?([a-z][a-z-]+)", text.partition("## Settings that matter")[2].partition("###")[0])
+    )
+    kind = getattr(importlib.import_module(f"fieldsmith.methods.{verb}.config"), verbs.CONFIGS[verb])
+    known = {name.replace("_", "-") for name in kind.__dataclass_fields__} | {"preset", "scale", "config"}
+    assert named and named <= known
+
+
+def test_what_the_site_shows_of_results_is_linked_inside_it() -> None:
+    spec = importlib.util.spec_from_file_location("site_hook", ROOT / "docs" / "site.py")
+    assert spec and spec.loader
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="align.md"))
+    text = "[a](../results/align/README.md) and [b](../src/x.py), [c](edit.md)\n```sh norun\n"
+    assert hook.on_page_markdown(text, page) == "[a](measured/align/README.md) and b, [c](edit.md)\n```sh\n"
 
 
 def test_the_readme_is_short() -> None:
