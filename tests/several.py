@@ -11,7 +11,10 @@ import logging
 import os
 import pathlib
 import resource
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -195,6 +198,19 @@ def command(folder: pathlib.Path, words: Sequence[str]) -> None:
         os.dup2(err.fileno(), sys.__stderr__.fileno())
     sys.stderr = sys.__stderr__
     pathlib.Path(f"code.{processes.rank()}").write_text(str(cli.main(words)))
+
+
+def dying(folder: pathlib.Path, words: Sequence[str]) -> None:
+    """`command`, of which process 1 is killed once there is a checkpoint in `out`."""
+
+    def watch() -> None:
+        while not list((folder / "out" / "checkpoints").glob("step-*")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if processes.rank() == 1:
+        threading.Thread(target=watch, daemon=True).start()
+    command(folder, words)
 
 
 def stream(out: pathlib.Path, small: pathlib.Path, large: pathlib.Path) -> None:

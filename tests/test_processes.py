@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
+from torch import multiprocessing
 
 from experiments.tiny import flux_pipeline
 from fieldsmith import processes, verb
@@ -27,25 +24,16 @@ from fieldsmith.methods.erase.verb import ERASE
 from fieldsmith.models import load
 from fieldsmith.run import Run
 from tests import several
+from tests.golden import parts
 
 HERE = pathlib.Path(__file__).parent
 # sums of many numbers differ in their order alone
 ONE_A_VERB = ("erase", "align, zeroth order", "edit", "distill", "sharpen")
 TOLERANCES = {"single": 1e-3, "double": 1e-5}
 WORDS = [
-    "erase", "--model", "zoo:shapes-flux", "--targets", "circle", "--anchors", "square", "--budget", "12",
+    "erase", "--model", "zoo:shapes-flux-small", "--targets", "circle", "--anchors", "square", "--budget", "12",
     "--batch", "2", "--steps", "4", "--window", "0", "2", "--no-attacks", "--evaluate", "2",
 ]  # fmt: skip
-
-
-def launched(launcher: Sequence[str], words: Sequence[str], folder: pathlib.Path) -> subprocess.Popen[str]:
-    """A real launch of two processes, as the documentation has it."""
-    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "-m", "fieldsmith", *words], cwd=folder, env=environment,
-        stderr=(folder / "err").open("w"), text=True,
-    )  # fmt: skip
 
 
 def learned(
@@ -92,23 +80,27 @@ def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float, padd
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Every verb in one process and in two: all recipes in float64, one a verb in float32."""
-    found = {}
-    for precision, names in (("single", ONE_A_VERB), ("double", tuple(several.VERBS))):
-        folder, double = tmp_path_factory.mktemp(precision), precision == "double"
-        one = learned(folder / "one", names, double=double)
-        found[precision] = one, learned(folder / "two", names, "processes", 2, double=double)
-    return found
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One recipe a verb in two processes, in float32."""
+    return learned(tmp_path_factory.mktemp("single"), ONE_A_VERB, "processes", 2)
 
 
-@pytest.mark.parametrize(
-    ("precision", "name"),
-    [*(("single", name) for name in ONE_A_VERB), *(("double", name) for name in several.VERBS)],
-)
-def test_two_processes_learn_what_one_learns(both: Any, precision: str, name: str) -> None:
-    one, two = both[precision]
-    assert_same(one[name], two[name], TOLERANCES[precision])
+@pytest.mark.parametrize("name", ONE_A_VERB)
+def test_two_processes_learn_what_is_frozen(single: dict[str, Any], name: str) -> None:
+    """Which one process learns to more places: test_golden.py."""
+    assert_same(parts.golden("several")[name], single[name], TOLERANCES["single"])
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every recipe in one process and in two, in float64."""
+    folder, names = tmp_path_factory.mktemp("double"), tuple(several.VERBS)
+    return learned(folder / "one", names, double=True), learned(folder / "two", names, "processes", 2, double=True)
+
+
+@pytest.mark.parametrize("name", several.VERBS)
+def test_two_processes_learn_what_one_learns(double: Any, name: str) -> None:
+    assert_same(double[0][name], double[1][name], TOLERANCES["double"])
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +152,16 @@ def logged(folder: pathlib.Path) -> list[dict[str, float]]:
 
 
 def test_the_command_line_in_two_processes(tmp_path: pathlib.Path) -> None:
-    accelerate = ["accelerate.commands.launch", "--config_file", str(several.CONFIGS / "processes.yaml"),
-                  "--main_process_port", "0"]  # fmt: skip
-    with launched(accelerate, [*WORDS, "--out", "two"], tmp_path) as process:
-        assert process.wait(600) == 0, (tmp_path / "err").read_text()[-3000:]
-    assert (tmp_path / "err").read_text().count("page: ") == 1  # one process speaks
+    """A real launch, as the documentation has it."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+                str(several.CONFIGS / "processes.yaml"), "--main_process_port", "0", "-m", "fieldsmith"]  # fmt: skip
+    done = subprocess.run(
+        [*launcher, *WORDS, "--out", "two"], cwd=tmp_path, env=parts.environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("page: ") == 1  # one process speaks
     config, inputs = erase_inputs(verbs.settings("erase", WORDS[1:]))
-    verb.train(ERASE, load("zoo:shapes-flux"), config, inputs, Run(tmp_path / "one", "erase", {}))
+    verb.train(ERASE, load("zoo:shapes-flux-small"), config, inputs, Run(tmp_path / "one", "erase", {}))
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 2
     for ours, theirs in zip(one, two, strict=True):
@@ -239,33 +234,12 @@ def test_what_fails_in_one_process_is_said_once_and_ends_all(tmp_path: pathlib.P
     assert not (tmp_path / "out").exists()
 
 
-def until(something: Callable[[], Any], seconds: float = 120) -> Any:
-    began = time.monotonic()
-    while not (found := something()):
-        assert time.monotonic() - began < seconds
-        time.sleep(0.1)
-    return found
-
-
 def test_a_process_that_dies_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path: pathlib.Path) -> None:
     words = [*WORDS, "--budget", "30000", "--evaluate", "0", "--out", "out"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = launched(torchrun, words, tmp_path)
-    try:
-        until(lambda: list((tmp_path / "out" / "checkpoints").glob("step-*")))
-
-        def second() -> int | None:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                if child.environ().get("RANK") == "1":
-                    return child.pid
-            return None
-
-        os.kill(until(second), signal.SIGKILL)
-        assert process.wait(timeout=60) != 0
-    finally:
-        process.kill()
+    with pytest.raises(multiprocessing.ProcessExitedException, match="SIGKILL"):
+        several.launch(several.dying, tmp_path, words, config="processes", count=2)
     assert list((tmp_path / "out" / "checkpoints").glob("step-*/state.json"))
-    assert len(sentences((tmp_path / "err").read_text())) == 1
+    assert len(sentences("".join((tmp_path / f"err.{rank}").read_text() for rank in range(2)))) == 1
 
 
 # the sample configs

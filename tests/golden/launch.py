@@ -7,6 +7,7 @@ out of time) and the processor.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -89,7 +90,10 @@ def run(command: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # nothing of what is imported is garbage, then or in what is forked
     for name in IMPORTS:
         __import__(name)
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         print(json.dumps({"code": run(json.loads(line)), "processor": processor()}), flush=True)
