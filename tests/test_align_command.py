@@ -17,7 +17,7 @@ import fieldsmith as fs
 from fieldsmith import verb
 from fieldsmith.cli import main
 from fieldsmith.commands.verbs import settings
-from fieldsmith.errors import InputError, RewardError, RunError
+from fieldsmith.errors import InputError, NotFiniteError, RewardError
 from fieldsmith.methods.align.config import FIRST_ORDER, PAPER, RECIPES, AlignConfig
 from fieldsmith.methods.align.step import Inputs
 from fieldsmith.methods.align.verb import ALIGN
@@ -219,7 +219,7 @@ def test_images_of_diverged_weights_are_not_the_rewards_fault(name, flux):
             for p in flux.trainable().values():
                 p.data.fill_(float("nan"))
 
-    with pytest.raises(RunError, match=r"at step 1 with lr=0\.001: the model's weights have diverged"):
+    with pytest.raises(NotFiniteError, match=r"holds nan in .* under 'a red circle', at step 1; .*lr than 0\.001"):
         align(flux, config, BRIGHT, None, diverge)
 
 
@@ -285,6 +285,10 @@ def test_a_model_of_the_users_own_is_aligned_and_shown(tmp_path, small_flux_fold
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(metrics["rewards"]) == {"brightness"} and metrics["rest"]["n"] >= 4  # no judge knows this model
     assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "report.html").exists()
+    again = ["--config", str(tmp_path / "run" / "config.toml"), "--evaluate", "0"]  # what trains hangs on no evaluation
+    assert main(["align", *again, "--out", str(tmp_path / "again")]) == 0
+    one, other = (load_file(tmp_path / n / "adapter" / "pytorch_lora_weights.safetensors") for n in ("run", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_black_box_reward_goes_up():

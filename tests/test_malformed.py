@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.malformed import corpus
+from benchmarks.malformed import combined, corpus
 from benchmarks.malformed.case import Case, ask
 from benchmarks.malformed.pipelines import Bases
 
@@ -49,6 +49,22 @@ def test_there_are_many_and_no_two_are_alike():
 @pytest.mark.parametrize("name", SOME)
 def test_it_is_refused_in_one_sentence_that_names_it(name, bases):
     assert ask(CASES[name], bases).fault == ""
+
+
+@pytest.mark.parametrize("name", combined.PLACES)
+def test_any_combination_of_settings_runs_two_steps_or_is_refused_in_a_sentence(name):
+    assert sum(combined.attempts(name, 3).values()) >= 3
+
+
+def test_what_falls_through_a_combination_is_found(monkeypatch):
+    def broken(*given: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(combined.verb, "train", broken)
+    with pytest.raises(AssertionError, match=r"erase \{'lr': 0.5\}: ZeroDivisionError: division by zero"):
+        combined.attempt("erase", {"lr": 0.5})
+    assert combined.attempt("erase", {"lr": 0.0}) == "lr=0.0 must be above 0"
+    assert combined.attempt("erase", {"window": (3, 4)}).startswith("window")
 
 
 def test_what_is_no_refusal_is_found(bases):

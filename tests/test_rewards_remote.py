@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fieldsmith as fs
 from fieldsmith import servers
 from fieldsmith.errors import InputError, RewardError, RunError
 from fieldsmith.rewards import load, remote
@@ -478,6 +479,36 @@ def test_a_key_is_shown_in_no_message(server, monkeypatch):
     with pytest.raises(InputError, match=r"JUDGE_KEY.*is not set to a key") as refusal:
         server.judge(QUICK + "&key=JUDGE_KEY")
     assert "lines" not in str(refusal.value)
+
+
+def test_a_key_that_is_written_into_the_address_is_refused_and_not_shown(server):
+    for words in (f"{server.base}?{QUICK}&key=sk-hidden", f"http://me:hidden@{server.base.removeprefix('http://')}"):
+        with pytest.raises(InputError, match=r"put the key into an environment variable.*\?key=VARIABLE") as caught:
+            read_address(words, Options)
+        assert "hidden" not in str(caught.value)
+
+
+def test_a_runs_folder_holds_no_key_and_its_answers_judge_it_again(server, monkeypatch, tmp_path, small_flux_folder):
+    """Every image that is judged is known by its hash, so that the same run asks nothing any more."""
+    monkeypatch.setenv("JUDGE_KEY", "hidden-key-1234")
+    server.answer = lambda body, n: completion(str(int(pixels(body).sum()) % 10))
+    settings: dict[str, Any] = {
+        "prompts": ("red", "blue"),
+        "reward": f"remote:{server.base}?{QUICK}&key=JUDGE_KEY&cache={tmp_path / 'answers'}",
+        "epochs": 1, "prompts_per_epoch": 2, "rollouts": 4, "steps": 2, "chunk": 8, "evaluate": 1, "previews": 0,
+        "ema": None,
+    }  # fmt: skip
+    first = fs.align(str(small_flux_folder), out=tmp_path / "run", **settings)
+    asked = len(server.bodies)
+    assert asked == len(list((tmp_path / "answers").iterdir())) > 8
+    assert any("hidden-key-1234" in str(headers) for headers in server.headers)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.toml", "report.html", "metrics.jsonl", "metrics.json"} <= {path.name for path in files}
+    assert not [path for path in files if b"hidden-key" in path.read_bytes()]
+    server.in_turn("reset")
+    again = fs.align(str(small_flux_folder), out=tmp_path / "again", **settings)
+    assert len(server.bodies) == asked
+    assert again.metrics["after"] == first.metrics["after"]
 
 
 def test_the_keys_of_another_service_are_not_sent(server, monkeypatch):

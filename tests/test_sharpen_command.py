@@ -43,6 +43,10 @@ def test_a_guide_is_trained_and_the_model_stays(model, tmp_path, capsys):
     assert "hallucinated" in html and "data:image/png" in html and "--worse" in html
     assert main(["sharpen", "--model", model, "--scale", "laptop", "--out", str(out), *SHORT]) == 0  # complete already
     assert "complete" in capsys.readouterr().err
+    again = ["--config", str(out / "config.toml"), "--samples", "0"]  # what trains hangs on no measuring
+    assert main(["sharpen", *again, "--out", str(tmp_path / "again")]) == 0
+    name = "guide/unet/diffusion_pytorch_model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     grid = tmp_path / "grid.png"
     steered = ["--worse", str(out / "guide"), "--guidance", "2", "--prompts", "", "--each", "2", "--steps", "2"]
     assert main(["sample", "--model", model, *steered, "--out", str(grid)]) == 0 and grid.stat().st_size > 100

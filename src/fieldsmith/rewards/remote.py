@@ -205,6 +205,9 @@ def read_address(argument: str, kind: type[Kind]) -> tuple[str, Kind]:
     base, _, query = argument.partition("?")
     if not re.match(r"https?://[^/]+", base):
         raise InputError(f"'{base}' is no address of a judge; write http://HOST:PORT/v1?model=MODEL")
+    secret = "put the key into an environment variable and name that: ?key=VARIABLE"
+    if "@" in base.split("/")[2]:  # a config and a page would show it
+        raise InputError(f"the address of the judge at {base.rpartition('@')[2]} holds a password; {secret}")
     fields: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
@@ -214,6 +217,8 @@ def read_address(argument: str, kind: type[Kind]) -> tuple[str, Kind]:
         except ValueError as error:
             raise InputError(f"{name}={value} of the judge at {base}: expected {fields[name].__name__}") from error
     options = kind(**values)
+    if options.key and not options.key.isidentifier():  # perhaps the key itself
+        raise InputError(f"key of the judge at {base} is not the name of an environment variable; {secret}")
     check_word(options.answer, ("score", "yes-no"), "a judge's answers")
     least = {"timeout": 1e-3, "retries": 0, "pause": 0, "concurrency": 1, "temperature": 0, "tokens": 1}
     for name, lowest in least.items():
