@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments, verbs
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.config import config
 from fieldsmith.run import check_out
 
@@ -136,19 +137,22 @@ CHAPTERS = (
 )  # fmt: skip
 
 
-def demo(words: Sequence[str]) -> None:
+def demo(words: Sequence[str]) -> Answer:
     """All five chapters, then the gallery. Raises InputError where the folder cannot be written."""
     out = arguments.parse(DemoConfig(), list(words), "demo").out
     check_out(out, folder=True)
     api = importlib.import_module("fieldsmith.api")  # imports torch: once the words are known to be good
     from fieldsmith.report.page import Page  # for the same reason
 
+    metrics: dict[str, Any] = {}
     cards, began, done = [], time.monotonic(), 0.0
     for place, chapter in enumerate(CHAPTERS, 1):
         left = _left(time.monotonic() - began, done)
         print(f"\nchapter {place} of {len(CHAPTERS)}{left}: {chapter.title}\n  {chapter.command}", file=sys.stderr)
         settings = verbs.settings(chapter.verb, chapter.words.split()).replace(out=out / chapter.verb)
-        cards.append(card(chapter, getattr(api, chapter.verb)(config=settings)))
+        result = getattr(api, chapter.verb)(config=settings)
+        metrics[chapter.verb] = result.metrics
+        cards.append(card(chapter, result))
         done += chapter.share
     page = Page(
         "fieldsmith, tried out", "Five complaints about image models, and what one command each does about them."
@@ -156,6 +160,8 @@ def demo(words: Sequence[str]) -> None:
     page.cards("", cards)
     page.write(out / "index.html")
     print(f"open {(out / 'index.html').resolve()}")
+    pages = [out / "index.html", *(out / chapter.verb / "report.html" for chapter in CHAPTERS)]
+    return answer(out, None, metrics, pages)
 
 
 def _left(seconds: float, done: float) -> str:
