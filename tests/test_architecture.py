@@ -66,10 +66,10 @@ def outside(*names: str) -> tuple[str, ...]:
 # docs/architecture.md has the same list in words; imports point up it only, so that there is no circle
 ORDER = (
     "errors", "processes", "functions", "read", "concepts", "pictures", "data", "servers", "paths", "samplers",
-    "config", "disk", "owner", "origins", "run", "sessions", "preferences", "optimizers", "checkpoints", "interrupts",
-    "training", "models", "preflight", "worlds", "rewards", "report", "push", "result", "previews", "trackers",
-    "shipping", "verb", "measuring", "measure", "methods", "diagnoses", "sampling", "zoo", "calls", "api", "planning",
-    "commands", "cli",
+    "config", "disk", "owner", "origins", "run", "sessions", "preferences", "optimizers", "checkpoints",
+    "interrupts", "training", "models", "preflight", "worlds", "rewards", "report", "push", "result",
+    "previews", "trackers", "shipping", "verb", "measuring", "measure", "methods", "diagnoses", "sampling",
+    "zoo", "calls", "api", "planning", "commands", "cli",
 )  # fmt: skip
 
 
@@ -128,7 +128,18 @@ def test_what_help_needs_does_not_import_torch():
     configs = [f".methods.{verb}.config" for verb in ("align", "distill", "edit", "erase", "sharpen")]
     commands = [
         f".commands.{name}"
-        for name in ("verbs", "diagnose", "plan", "sample", "export", "push", "families", "demo", "measure")
+        for name in (
+            "verbs",
+            "diagnose",
+            "plan",
+            "sample",
+            "export",
+            "push",
+            "families",
+            "demo",
+            "measure",
+            "completion",
+        )
     ]
     modules = ("", ".cli", ".rewards", ".models.families", ".diagnoses.config", *configs, *commands)
     lines = [f"import fieldsmith{module}" for module in modules]

@@ -55,6 +55,34 @@ def test_a_result_given_as_the_model_is_its_base_with_its_adapter(first, tmp_pat
     )
 
 
+def test_a_protected_runs_targets_are_kept_and_only_a_part_of_the_model_is_protected(first, tmp_path):
+    held = {**TINY, "retain": 1.0, "protect": str(first.out)}
+    second = fs.erase(first, "star", "square", **held, out=tmp_path / "second")
+    assert second.config.keep == ("triangle",)
+    both = fs.erase(first, "star", "square", **held, keep=("a ring", "triangle"))
+    assert both.config.keep == ("a ring", "triangle")
+    plain = fs.erase(first, "star", "square", **TINY, out=tmp_path / "plain")
+    triangle = {}  # how far the field under the protected prompt has moved from what the first run made of it
+    for name, result in (("held", second), ("plain", plain)):
+        model = result.model
+        x = model.noise(2, torch.Generator().manual_seed(0))
+        t, condition = torch.full((2,), 0.9), model.encode(["triangle"] * 2)
+        with torch.no_grad(), model.reference():
+            before = model.predict(x, t, condition, None).value
+        with torch.no_grad():
+            triangle[name] = float((model.predict(x, t, condition, None).value - before).square().mean())
+    assert 0 < triangle["held"] < triangle["plain"]
+    for given, says in (
+        ({"retain": 0.0}, "protect holds prompts by retain"),
+        ({"model": "zoo:shapes-flux-small"}, "is no part of the model"),
+        ({"targets": "triangle"}, "'triangle' is in keep and among the targets"),
+        ({"protect": str(tmp_path)}, "is no run directory"),
+    ):
+        words = {"model": first, "targets": "star", "anchors": "square", **held, **given}
+        with pytest.raises(InputError, match=says):
+            fs.erase(**words)
+
+
 def test_a_run_directory_is_a_model_wherever_one_is_named(first, tmp_path, capsys):
     loaded = fs.load(first.out)
     state = loaded.noise(1, torch.Generator().manual_seed(0))

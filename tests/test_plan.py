@@ -221,7 +221,7 @@ def test_of_a_hub_id_only_json_is_fetched(hub, flux_folder):
 def test_a_plan_as_json_and_as_tables(small_folder, capsys):
     words = ["plan", "erase", "--model", str(small_folder), *PAIR, "--preset", "tiny", "--budget", "24"]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["metrics"]
     assert found["verb"] == "erase" and found["peak"] == sum(found["memory"].values())
     assert found["trainable"] * 4 == found["disk"]["adapter/"] and found["reward_calls"] == 0
     assert found["components"][0]["name"] == "transformer"
@@ -234,7 +234,7 @@ def test_a_plan_as_json_and_as_tables(small_folder, capsys):
 
 def test_a_network_that_trains_beside_another_is_planned_too(capsys):
     assert main(["plan", "sharpen", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["metrics"]
     whole, small = found["components"]
     assert small["name"] == "unet that trains" and found["trainable"] == small["parameters"] < whole["parameters"] / 3
     assert found["memory"]["frozen weights: the teacher's unet"] == whole["bytes"]

@@ -41,9 +41,10 @@ from fieldsmith.models.core import Model
 from fieldsmith.models.features import load_features
 from fieldsmith.pictures import Frame
 from fieldsmith.preferences import Preferences
-from fieldsmith.read import read_attacks, read_prompts
+from fieldsmith.read import read_attacks, read_prompts, read_toml
 from fieldsmith.result import Result
 from fieldsmith.rewards.sessions import load as load_judge
+from fieldsmith.run import base_of
 from fieldsmith.sampling import sample as sample
 from fieldsmith.sessions import UserSessions, frame_of
 from fieldsmith.verb import Callback
@@ -185,6 +186,10 @@ def erase_inputs(
     if config.keep == AUTO_ERASE:
         kept = world.kept(config.targets) if world else kept_of(config)
         config = config.replace(keep=tuple(prompt for prompt in kept if prompt not in config.targets))
+    for run in config.protect:
+        held = tuple(prompt for prompt in dict.fromkeys(_protected(run, config)) if prompt not in config.keep)
+        config = config.replace(keep=config.keep + held)
+    config.check()  # a protected prompt is no target
     asked = _judged(world, config) if world else judged(detect.load(still_there(judge)), config) if judge else None
     if asked is None and (config.attacks or config.attack_prompts):
         raise InputError(
@@ -194,6 +199,24 @@ def erase_inputs(
     attackers = read_attacks(config.attack_prompts, config.seed) if config.attack_prompts else []
     attackers = attackers[:: -(-len(attackers) // ATTACKERS)] if attackers else []
     return config, EraseInputs(asked, method, pairs, attackers)
+
+
+def _protected(run: str, config: EraseConfig) -> tuple[str, ...]:
+    """What a run that the model goes on from was about: its targets, in every way that it asked for them, or its
+    prompts. Raises InputError where it is no part of the model, or names none."""
+    left = base_of(run)
+    if left is None:
+        raise InputError(f"protect '{run}' is no run directory; name the folder of a finished run")
+    parts = {pathlib.Path(part).resolve() for part in (config.model, *config.adapter)}
+    if pathlib.Path(left.adapter[-1] if left.adapter else left.model).resolve() not in parts:
+        raise InputError(f"run '{run}' is no part of the model, so there is nothing to protect; give it as --model")
+    earlier = read_toml(pathlib.Path(run).expanduser() / "config.toml")
+    ways = earlier.get("templates")
+    phrased = [way.replace("{}", word) for word in earlier.get("targets", ()) for way in ways or () if "{}" in way]
+    prompts = (*earlier.get("targets", ()), *phrased, *read_prompts(tuple(earlier.get("prompts", ()))))
+    if not prompts:
+        raise InputError(f"run '{run}' names no targets and no prompts to protect; name them in --keep")
+    return prompts
 
 
 def _judged(world: Asked, config: EraseConfig) -> Judged:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import json
 import os
 import pathlib
 import select
@@ -17,27 +18,13 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fieldsmith import __version__, disk, processes
+from fieldsmith.commands import VERBS
 from fieldsmith.errors import InputError, RunError, check_word, is_short_of_memory
 from fieldsmith.functions import user_traceback
-
-VERBS = {
-    "align": "Raise a reward without losing the rest (reward score matching, every method that it unifies).",
-    "edit": "Train an editor on its own multi-turn sessions (MT-EditFlow by NFT or GRPO, its controls, and ours).",
-    "erase": "Make a forbidden prompt give what an anchor prompt gives (GEM and six baselines).",
-    "distill": "Train a smaller student that keeps both branches of guidance (DASH, its rivals, and ours).",
-    "sharpen": "Make fewer samples that lie where the data has none (VSM, five rivals, and ours), and count them.",
-    "measure": "Measure a finished run again, with other judges, or complete what a judge that failed left out.",
-    "plan": "What a run of one of these would take: parameters, memory by part, forwards, judgements, disk.",
-    "diagnose": "Say what is undetermined in a model, and what to run next; nothing is trained.",
-    "export": "Write an adapter under the keys that kohya's scripts, ComfyUI or diffusers read.",
-    "push": "Upload a finished run to the hub, with a model card.",
-    "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
-    "sample": "Draw a grid of images from a model.",
-    "demo": "Each verb once on small models, and the page that leads to what they made.",
-}
 
 TRY = (
     "fieldsmith sample --model zoo:shapes-flux --prompts triangle circle --out shapes.png",
@@ -56,6 +43,7 @@ def usage() -> str:
             "",
             "usage: fieldsmith VERB [--model M] [--preset NAME] [--config FILE.toml] [--field value ...] --out DIR",
             "       fieldsmith VERB --help    the settings that matter; --help-all: every one",
+            "       fieldsmith VERB --quiet   nothing but errors; --json: one JSON object at the end, for programs",
             "       fieldsmith --debug VERB   also print the lines of your own function that failed",
             "",
             "verbs:",
@@ -72,14 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # libgomp's threads spin while they wait, which makes a busy machine many times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    debug, quiet, as_json = (flag in words for flag in ("--debug", "--quiet", "--json"))
+    words = [word for word in words if word not in ("--debug", "--quiet", "--json")]
+    as_json = as_json and not {"-h", "--help", "--help-all"} & set(words)
+    stop = partial(_end, as_json=as_json)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)  # ends as Ctrl-C does: what is owned is let go of
     if not processes.is_main():  # one process speaks
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        _command(words)
+        answer = _told(words, quiet, as_json)
+        if as_json:
+            print(json.dumps({"command": " ".join(words[:1]), **(answer or {})}, default=str))
         sys.stdout.flush()  # a closed pipe shows here at the latest
     except SystemExit as end:  # --help; or rich, which makes one of a closed pipe
         with contextlib.suppress(BrokenPipeError):
@@ -89,42 +81,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, RunError) as error:
         if debug:
             print(user_traceback(error), file=sys.stderr, end="")
-        return _stop(str(error), 2 if isinstance(error, InputError) else 3)
+        return stop(str(error), 2 if isinstance(error, InputError) else 3)
     except KeyboardInterrupt:
-        return _stop("interrupted; the same command resumes it", 130)
+        return stop("interrupted; the same command resumes it", 130)
     except BrokenPipeError as error:
         if _is_closed(sys.stdout) or _is_closed(sys.stderr):
             return _closed_pipe()
-        return _stop(
+        return stop(
             f"{_os_error(error)}. The last good checkpoint stays", 3
         )  # somebody else's pipe, such as a server's
     except OSError as error:
-        return _stop(f"{_os_error(error)}. The last good checkpoint stays", 3)
+        return stop(f"{_os_error(error)}. The last good checkpoint stays", 3)
     except (MemoryError, RuntimeError) as error:
         if not is_short_of_memory(error):
             raise
-        return _stop("out of memory; lower --chunk, --batch or --resolution. The last good checkpoint stays", 3)
+        return stop("out of memory; lower --chunk, --batch or --resolution. The last good checkpoint stays", 3)
     finally:
         if not processes.is_main():  # a crash is told by the process that it happened to
             sys.stderr = sys.__stderr__
     return 0
 
 
-def _command(words: list[str]) -> None:
+def _told(words: list[str], quiet: bool, as_json: bool) -> dict[str, Any] | None:
+    """Run a command, with what it says to people kept off stdout where a program reads that, or said to nobody."""
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        if quiet or as_json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        return _command(words)
+
+
+def _command(words: list[str]) -> dict[str, Any] | None:
+    """Run one command; what it tells a program (commands/answers.py)."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
-        return
+        return None
     if words[0] == "--version":
         print(__version__)
-        return
+        return None
     processes.begin()
     verb = words[0]
     check_word(verb, tuple(VERBS), "fieldsmith's verbs")
     # each command is imported when it is asked for: together they take seconds
     if verb in METHODS:
-        importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
+        told = importlib.import_module("fieldsmith.commands.verbs").run(verb, words[1:])
     else:
-        getattr(importlib.import_module(f"fieldsmith.commands.{verb}"), verb)(words[1:])
+        told = getattr(importlib.import_module(f"fieldsmith.commands.{verb}"), verb)(words[1:])
+    return told  # type: ignore[no-any-return]
 
 
 def _terminated(*_: Any) -> None:
@@ -136,8 +141,10 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _stop(sentence: str, code: int) -> int:
-    print(f"fieldsmith: {_visible(sentence)}", file=sys.stderr)
+def _end(sentence: str, code: int, as_json: bool) -> int:
+    """Print why a command ends, for people or for programs."""
+    text = json.dumps({"error": sentence, "exit": code}) if as_json else f"fieldsmith: {_visible(sentence)}"
+    print(text, file=sys.stderr)
     return code
 
 

@@ -18,6 +18,7 @@ from subprocess import STDOUT, Popen
 from typing import TYPE_CHECKING, Any
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.config import Count, config
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.run import check_out
@@ -142,7 +143,7 @@ CHAPTERS = (
 )  # fmt: skip
 
 
-def demo(words: Sequence[str]) -> None:
+def demo(words: Sequence[str]) -> Answer:
     """All five chapters, then the gallery. Raises InputError where the folder cannot be written."""
     config = arguments.parse(DemoConfig(), list(words), "demo")
     check_out(config.out, folder=True)
@@ -151,12 +152,15 @@ def demo(words: Sequence[str]) -> None:
     api = importlib.import_module("fieldsmith.api")  # imports torch: once there is something to show
     from fieldsmith.report.page import Page  # for the same reason
 
+    results = {chapter.verb: api.open_run(config.out / chapter.verb) for chapter in CHAPTERS}
     page = Page(
         "fieldsmith, tried out", "Five complaints about image models, and what one command each does about them."
     )
-    page.cards("", [card(chapter, api.open_run(config.out / chapter.verb)) for chapter in CHAPTERS])
+    page.cards("", [card(chapter, results[chapter.verb]) for chapter in CHAPTERS])
     page.write(config.out / "index.html")
     print(f"open {(config.out / 'index.html').resolve()}")
+    pages = [config.out / "index.html", *(config.out / chapter.verb / "report.html" for chapter in CHAPTERS)]
+    return answer(config.out, None, {verb: result.metrics for verb, result in results.items()}, pages)
 
 
 @dataclass

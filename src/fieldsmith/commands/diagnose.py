@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.config import from_file
 from fieldsmith.diagnoses import config_of
 from fieldsmith.diagnoses.config import KINDS
@@ -18,7 +19,7 @@ NOTES = "Also: --config FILE.toml (such as a run's config.toml) sets fields; fla
 ALL = "overview"
 
 
-def diagnose(words: Sequence[str]) -> None:
+def diagnose(words: Sequence[str]) -> Answer:
     """fieldsmith diagnose MODEL|KIND [--config FILE.toml] [--field value ...] --out DIR."""
     kind, rest = kind_of(list(words))
     config = settings(kind, rest)
@@ -26,7 +27,9 @@ def diagnose(words: Sequence[str]) -> None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{'diagnosis' if kind == ALL else kind}")
     config.check()
     # imports torch: only once the words are known to be good
-    importlib.import_module("fieldsmith.diagnoses.overview").diagnose(None, kind, config=config)
+    found = importlib.import_module("fieldsmith.diagnoses.overview").diagnose(None, kind, config=config)
+    verdict = found.numbers.get("answer")
+    return answer(config.out, verdict and {**verdict, "sentence": found.words}, found.numbers)
 
 
 def kind_of(words: list[str]) -> tuple[str, list[str]]:

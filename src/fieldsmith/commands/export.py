@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.errors import InputError
 from fieldsmith.models import denoiser_of, lora_file
 from fieldsmith.read import read_toml
@@ -31,7 +32,7 @@ class ExportConfig:
     """The pipeline that the adapter was trained on (its weights are not read); None: the one that its run names."""
 
 
-def export(words: Sequence[str]) -> None:
+def export(words: Sequence[str]) -> Answer:
     """fieldsmith export ADAPTER --format FORMAT --out FILE [--model M]"""
     rest = list(words)
     source = pathlib.Path(rest.pop(0)).expanduser() if rest and not rest[0].startswith("-") else None
@@ -59,6 +60,7 @@ def export(words: Sequence[str]) -> None:
     write(adapter, family, denoiser.sizes, config.format, config.out)
     left = "".join(f"; {len(changes)} layers of {part} left out" for part, changes in contents.encoders.items())
     print(f"{len(adapter)} layers of family {family} as {config.format}: {config.out}{left}")
+    return answer(metrics={"layers": len(adapter), "family": family, "format": config.format}, files=[config.out])
 
 
 def _trained_on(file: pathlib.Path) -> str:

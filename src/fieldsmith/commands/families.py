@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.models.families import FAMILIES, PUBLISHED, VERBS, supports
 
 INTRODUCTION = """# Families
@@ -29,11 +30,13 @@ class FamiliesConfig:
     """As docs/families.md."""
 
 
-def families(words: Sequence[str]) -> None:
+def families(words: Sequence[str]) -> Answer:
     config = arguments.parse(FamiliesConfig(), list(words), "families")
+    headers, rows = matrix()
+    told = answer(metrics={row[0]: dict(zip(headers[1:], row[1:], strict=True)) for row in rows})
     if config.markdown:
         print(markdown())
-        return
+        return told
     from rich.console import Console  # slow to import, and only for people
     from rich.table import Table
 
@@ -47,6 +50,7 @@ def families(words: Sequence[str]) -> None:
         console.print(table)
     for line in notes():
         console.print(line, markup=False, highlight=False)
+    return told
 
 
 def markdown() -> str:

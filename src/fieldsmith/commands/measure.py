@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.commands.verbs import CONFIGS, finish
 from fieldsmith.config import from_file
 from fieldsmith.errors import InputError, check_word
@@ -21,12 +22,12 @@ report.html are written anew. Of a run's own settings those can be changed that 
 and sharpen, --samples of sharpen."""
 
 
-def measure(words: Sequence[str]) -> None:
+def measure(words: Sequence[str]) -> Answer:
     """Raises InputError before anything is written, RunError where a judge fails again."""
     rest = list(words)
     if rest and rest[0] in ("-h", "--help"):
         print(USAGE)
-        return
+        return answer()
     if not rest or rest[0].startswith("-"):
         raise InputError(
             "no run given; name its folder first, such as `fieldsmith measure runs/no-cat --judge nudenet`"
@@ -42,4 +43,4 @@ def measure(words: Sequence[str]) -> None:
         for field in dataclasses.fields(asked)
         if getattr(asked, field.name) != getattr(began, field.name)
     }
-    finish(importlib.import_module("fieldsmith.api").measure(folder, **changes))  # imports torch
+    return finish(importlib.import_module("fieldsmith.api").measure(folder, **changes))  # imports torch

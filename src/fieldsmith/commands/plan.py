@@ -1,7 +1,7 @@
 """`fieldsmith plan VERB ...`: what a run would take, before a weight is downloaded or a step is taken.
 
 In: a verb and the words that it takes itself. Out: parameters, peak memory by part, network evaluations, reward calls,
-time and disk, printed as tables or as JSON. The verb's own preparation and its first updates are rehearsed on a model
+time and disk, printed as tables. The verb's own preparation and its first updates are rehearsed on a model
 of its JSON configs alone (models/meta_model.py, models/rehearsal.py); rewards and judges are stood in for.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fieldsmith.commands import verbs
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.disk import size
 from fieldsmith.errors import InputError, check_word
 from fieldsmith.models import pipeline_folder
@@ -25,15 +25,12 @@ if TYPE_CHECKING:
 PLANNED = tuple(verbs.CONFIGS)
 
 
-def plan(words: Sequence[str]) -> None:
+def plan(words: Sequence[str]) -> Answer:
     words = list(words)
-    as_json = "--json" in words
-    if as_json:
-        words.remove("--json")
     if not words:
         raise InputError(f"no verb given after `fieldsmith plan`; verbs that are planned: {', '.join(PLANNED)}")
     if words[0] in ("-h", "--help"):
-        print(f"usage: fieldsmith plan VERB [the verb's own flags] [--json]; verbs: {', '.join(PLANNED)}")
+        print(f"usage: fieldsmith plan VERB [the verb's own flags]; verbs: {', '.join(PLANNED)}")
         raise SystemExit(0)
     verb = words.pop(0)
     check_word(verb, PLANNED, "the verbs that are planned")
@@ -42,10 +39,8 @@ def plan(words: Sequence[str]) -> None:
     pipeline_folder(config.model if hasattr(config, "model") else config.teacher)  # an unknown zoo model is refused now
     planning = importlib.import_module("fieldsmith.planning")  # imports torch: only once the words are known to be good
     made = planning.plan(verb, config)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(made), indent=1))
-    else:
-        _print(made)
+    _print(made)
+    return answer(metrics=dataclasses.asdict(made), files=[])
 
 
 def _print(made: Plan) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.errors import InputError
 
 USE = "e.g. fieldsmith push runs/no-triangle me/no-triangle"
@@ -19,7 +20,7 @@ class PushConfig:
     """A repository that is made for it is private; one that is there stays as it is."""
 
 
-def push(words: Sequence[str]) -> None:
+def push(words: Sequence[str]) -> Answer:
     """fieldsmith push RUN REPO [--private]"""
     given = [word for word in words if not word.startswith("-")]
     notes = "RUN: the folder of a finished run. REPO: owner/name. The token is that of `hf auth login`, or HF_TOKEN."
@@ -30,3 +31,4 @@ def push(words: Sequence[str]) -> None:
 
     url = Result.open(given[0]).push_to_hub(given[1], config.private)
     print(f"{given[0]} as {url}")
+    return answer(given[0], metrics={"url": url}, files=[])

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.config import Count, Pixels, SamplerSteps, Seed, Words, config
 from fieldsmith.errors import InputError
 from fieldsmith.models import pipeline_folder
@@ -63,7 +64,7 @@ class SampleConfig:
     """Of the first image of each prompt; the next ones have the seeds after it, whatever is drawn at once."""
 
 
-def sample(words: Sequence[str]) -> None:
+def sample(words: Sequence[str]) -> Answer:
     """fieldsmith sample --prompts WORDS [--field value ...]. Raises InputError before anything is drawn."""
     config = arguments.parse(SampleConfig(), arguments.of_runs(words), "sample")
     prompts = read_prompts(config.prompts)
@@ -94,10 +95,13 @@ def sample(words: Sequence[str]) -> None:
         what = f"{len(images)} images"
     save_grid(images, config.out, columns=columns, scale=max(1, 128 // images.shape[-1]))
     settings = {name: value for name, value in plain(config).items() if name not in ("prompts", "out", "seed", "each")}
+    files = [config.out]
     for image, (name, text) in zip(images, about, strict=True):
         file = images_of(config.out) / f"{name}{config.out.suffix}"
         save_picture(picture(image), file, {**text, "settings": json.dumps(settings, ensure_ascii=False)})
+        files.append(file)
     print(f"{what}: {config.out}, each at full size in {images_of(config.out)}")
+    return answer(metrics={"images": len(images)}, files=files)
 
 
 def images_of(out: pathlib.Path) -> pathlib.Path:

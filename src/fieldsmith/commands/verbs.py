@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fieldsmith.commands import arguments
+from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.config import from_file
 from fieldsmith.errors import InputError, RunError
 from fieldsmith.models import pipeline_folder
@@ -36,22 +37,23 @@ def settings(verb: str, words: Sequence[str]) -> Any:
     return arguments.parse(kind.preset_of(preset, scale, given).replace(**file), words, verb, kind.NOTES)
 
 
-def run(verb: str, words: Sequence[str]) -> None:
+def run(verb: str, words: Sequence[str]) -> Answer:
     """The whole verb. Raises InputError before anything is written."""
     if verb == "distill" and "--identifiability" in words:
         show = importlib.import_module("fieldsmith.commands.identifiability").show  # imports torch
         show([word for word in words if word != "--identifiability"])
-        return
+        return answer()
     config = settings(verb, words)
     config.check()
     if config.out is None:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{verb}")
     pipeline_folder(config.model if hasattr(config, "model") else config.teacher)  # an unknown zoo model is refused now
     api = importlib.import_module("fieldsmith.api")  # imports torch: only once the words are known to be good
-    finish(getattr(api, verb)(config=config))
+    return finish(getattr(api, verb)(config=config))
 
 
-def finish(result: Any) -> None:
+def finish(result: Any) -> Answer:
     """Raises RunError where the run is trained, and its page written, but a judge failed afterwards."""
     if "missing" in result.metrics:
         raise RunError(f"{result.metrics['missing']}; `fieldsmith measure {result.out}` completes what is missing")
+    return answer(result.out, result.metrics.get("verdict"), result.metrics)

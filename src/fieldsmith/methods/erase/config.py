@@ -62,6 +62,8 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
     keep: Words = ()
     """Prompts whose drift is logged; with `retain` > 0 also trained to stay. auto: others of the model's world, else a
     dozen everyday ones. Empty: the empty prompt."""
+    protect: Words = ()
+    """Finished runs that the model goes on from, whose results stay: their targets or prompts join `keep`."""
     synonyms: Words = ()
     """Other words for the target, for EraseAnything's contrast and `judge`; empty: the target itself."""
     resolution: Pixels | None = None
@@ -177,6 +179,8 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
                 raise InputError(
                     f"template '{template}' should have one {{}}, where the concept stands; 'a photo of {{}}'"
                 )
+        if self.protect and not self.retain:
+            raise InputError("protect holds prompts by retain, which is 0; add --retain 1, or leave out --protect")
         targets = {plain(target): target for target in self.targets}
         for name in ("keep", "neighbours"):
             for prompt in getattr(self, name):
