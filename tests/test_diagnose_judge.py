@@ -19,11 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
+import fieldsmith as fs
 from fieldsmith.cli import main
 from fieldsmith.diagnoses.judge import UPSCALE, Advice, verdict_of
 from fieldsmith.errors import InputError
 from fieldsmith.measure.judges import Recommendation
 from fieldsmith.rewards.edits import CONSISTENCY, MODES
+from fieldsmith.worlds import asked
 from fieldsmith.worlds.scenes import OPERATIONS, ScenesWorld
 from fieldsmith.worlds.scenes_graded import KINDS, graded
 from fieldsmith.worlds.scenes_judge import judge
@@ -230,7 +232,8 @@ def test_all_modes_are_asked_where_none_is_named(tmp_path, server, capsys):
     [
         ("remote:http://127.0.0.1:9/v1?model=eye", [], "judge at http://127.0.0.1:9/v1 does not answer"),
         ("http://127.0.0.1:9/v1", [], "judge 'http://127.0.0.1:9/v1' is unknown; use remote:"),
-        ("exact", [], "judge 'exact' is unknown; use remote:"),
+        ("exact", [], "'exact' is not in the vocabulary of judges"),
+        ("exact", ["--world", "moon"], "invalid choice 'moon' for argument '--world'"),
         ("remote:nowhere", [], "'nowhere' is no address of a judge"),
         ("mode=guess", [], "'guess'"),
         ("n=1", [], "n=1 reply has no variance to measure; give n=2 or more"),
@@ -249,3 +252,35 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, server, caps
     assert re.search(says, sentence), sentence
     assert not re.search(r"[.!] [A-Z]|Traceback", sentence), sentence
     assert not (tmp_path / "run").exists() and not server.bodies
+
+
+# a judge of images
+
+
+@pytest.mark.parametrize("world", ["shapes", "emoji"])
+def test_a_judge_of_images_is_held_to_the_exact_one(tmp_path, world):
+    exact = asked.load(world, {"shapes": 32, "emoji": 48}[world])
+    assert exact is not None
+
+    def right(images, concepts):
+        small = images[..., ::UPSCALE, ::UPSCALE]
+        seen = exact.world.judge(small)
+        return [float(seen.shows(exact.parse(words))[i]) for i, words in enumerate(concepts)]
+
+    found = fs.diagnose(None, "judge", judge=right, world=world, samples=6, out=tmp_path / "run").numbers
+    assert found["agrees"]["value"] == 1 and found["agrees"]["n"] == 12 and found["world"] == world
+    assert found["sees it where it is"]["n"] >= 6 and found["sees it where it is not"]["value"] == 0
+    assert "By what was asked for" in (tmp_path / "run" / "report.html").read_text()
+    blind = fs.diagnose(None, "judge", judge=lambda images, concepts: [1.0] * len(images), world=world, samples=60)
+    assert blind.numbers["sees it where it is not"]["value"] == 1 and blind.numbers["answer"]["word"] != "To be trusted"
+    assert 0.4 < blind.numbers["agrees"]["value"] < 0.75 and "agrees with the exact judge in" in blind.words
+
+
+def test_a_judge_of_other_things_is_refused(tmp_path):
+    def shows(images, concepts):
+        return [1.0] * len(images)
+
+    shows.names = ("a cat",)
+    with pytest.raises(InputError, match="is not in the vocabulary of what judge"):
+        fs.diagnose(None, "judge", judge=shows, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -238,13 +238,16 @@ class AuditConfig(ModelConfig):
 
 @config
 class JudgeConfig(DiagnosisConfig):
-    """Measure a judge of edits against edits whose truth is known."""
+    """Measure a judge of edits against edits whose truth is known, or a judge of images against a world's exact one."""
 
     judge: str | None = None
     """remote:http://HOST:PORT/v1?model=M&mode=direct&mode=expected&n=4&temperature=0.7, a server that sees images,
-    asked n times in each mode that is named (none: all four)."""
+    asked n times in each mode that is named (none: all four); or a judge of `fieldsmith erase --judge`: clip:FOLDER,
+    nudenet, ocr, classifier:FOLDER, file.py:name, and with `world` remote, too."""
+    world: Literal["shapes", "emoji"] | None = None
+    """Of a judge of images: whose pictures it is asked about; None: shapes."""
     samples: Count = 32
-    """Instructions, each with 8 edits."""
+    """Instructions, each with 8 edits; or pictures, each asked about twice."""
 
     def check(self) -> None:
         if self.samples < 2:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fieldsmith.errors import InputError, check_word
+from fieldsmith.measure import detect
 from fieldsmith.measure.exposure import HELD_OUT
 from fieldsmith.methods.align.audit import Truths
 from fieldsmith.methods.sharpen.step import world_for
@@ -28,7 +29,7 @@ from fieldsmith.rewards import Reward
 from fieldsmith.rewards import load as load_reward
 from fieldsmith.rewards.edits import MODES, edit_judge
 from fieldsmith.samplers import flow_grid
-from fieldsmith.worlds import catalogue, classes, scenes_judge
+from fieldsmith.worlds import asked, catalogue, classes, scenes_judge
 from fieldsmith.worlds.mixtures import triangle
 from fieldsmith.worlds.model_cards import card_of, world_of
 from fieldsmith.worlds.scenes import NOTHING, OPERATIONS, ScenesWorld
@@ -38,6 +39,7 @@ NAMED = ", ".join(classes.NAMED)
 EXACT = ("world:triangle",)  # closed forms: the three Gaussians of the paper's toy under its linear reward
 PROMPTS = 24  # at most, of a world's own, at which a reward is looked at
 SCENES = 24  # pixels of the scenes that a judge of edits is asked about
+SIZES = {"shapes": 32, "emoji": 48}  # of pictures that a judge of images is asked about
 
 
 def model_of(config: Any, resolution: int | None = None) -> Model:
@@ -234,6 +236,10 @@ def _triangle(config: Any) -> dict[str, Any]:
 
 
 def judge(config: Any) -> dict[str, Any]:
+    of_edits = str(config.judge).startswith(("remote:", "http:", "https:")) and config.world is None
+    if not of_edits:
+        name = config.world or "shapes"
+        return {"model": None, "detector": detect.load(config.judge), "world": asked.load(name, SIZES[name])}
     judges = judges_of(str(config.judge))
     edits = graded(ScenesWorld(SCENES), config.samples, config.seed)
     return {

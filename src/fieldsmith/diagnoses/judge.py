@@ -1,7 +1,8 @@
-"""Diagnosis 'judge': how far to trust a judge of edits, which way of asking, how many replies.
+"""Diagnosis 'judge': how far to trust a judge of edits, which way of asking, how many replies; or a judge of images.
 
 In: the judge in each mode, and edits of graded quality, made without a model, whose truth is known. Out: bias, noise
-and correlation with the truth by mode and question, what to use at each cost.
+and correlation with the truth by mode and question, what to use at each cost. Of a judge of images (measure/detect.py)
+and a world: how often it and the world's exact judge agree.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from fieldsmith.diagnoses import Diagnosis
 from fieldsmith.diagnoses.config import JudgeConfig
-from fieldsmith.errors import RunError
+from fieldsmith.errors import InputError, RunError
+from fieldsmith.measure.detect import Detector, Pictures, Prompt, agreement
 from fieldsmith.measure.intervals import Interval
 from fieldsmith.measure.judges import JudgeMeasures, Recommendation, measure_judge, recommend
 from fieldsmith.measure.progress import CONSOLE, track
 from fieldsmith.models.core import Model
 from fieldsmith.report.page import Caption, Page
 from fieldsmith.rewards.edits import EditJudge
+from fieldsmith.worlds.asked import Asked
 from fieldsmith.worlds.scenes_graded import Graded
 
 UPSCALE = 8  # the side of each of the scenes' pixels as the judge sees it
@@ -31,6 +34,7 @@ BUDGETS, BUDGET = (1, 4, 16), 4  # replies to each question of an edit that one 
 GOOD, FAIR = 0.7, 0.4  # correlations within groups from which a judge is to be trusted, or with care
 SHOWN = 4  # instructions on the page
 QUESTIONS = ("following", "consistency")
+AGREES, ERRS = 0.9, 0.75  # shares of questions from which a judge of images is to be trusted, or with care
 HOW = (
     "An advantage compares the edits of one instruction, so a bias that they share costs nothing: what counts is the "
     "correlation within groups. Noise costs, but replies can be averaged: n is how many leave noise a tenth of the "
@@ -39,6 +43,11 @@ HOW = (
     "Truth of following: 1 where the turn is done, else how far its cells have come from the source to the plan. Truth "
     "of consistency: how like the source the cells are that the instruction does not name. Both are read from pixels.",
     "In the advice a reply costs the same in every mode, though one that reasons is longer.",
+)
+
+OF_IMAGES = (
+    "Pictures are the world's own, so that what each shows is known; each is asked about that and about another thing "
+    "of the world. A judge made for photographs may see them worse than those: what it errs here it may not err there.",
 )
 
 
@@ -62,8 +71,71 @@ class Advice:
         return dataclasses.asdict(self.use) | {"correlation_within": self.reached}
 
 
-def diagnosis(
-    model: Model | None,
+def diagnosis(model: Model | None, config: JudgeConfig, **judged: Any) -> Diagnosis:
+    """Of edits, or of images where a detector is given. `model` is not used: a judge stands alone.
+
+    Raises RunError where no mode of a judge of edits answers.
+    """
+    return (of_images if "detector" in judged else of_edits)(config, **judged)
+
+
+def of_images(config: JudgeConfig, detector: Detector, world: Asked) -> Diagnosis:
+    """A detector asked about pictures of a world, each of what it shows and of something else.
+
+    Raises InputError where it knows nothing of what the world shows.
+    """
+    concepts = [one for one in world.concepts() if detector.find(world.world.caption(one))]
+    if len(concepts) < 2:
+        detector.known(world.world.caption(world.concepts()[0]))
+        raise InputError(f"judge '{detector.name}' sees only {len(concepts)} thing that the {world.name} world shows")
+    prompts = {one: Prompt(words, detector.known(words)) for one in concepts if (words := world.world.caption(one))}
+    n, m = config.samples, len(concepts)
+    places = torch.arange(n) * m // n if n < m else torch.arange(n) % m  # evenly from all
+    shown = [concepts[i] for i in places.tolist()]
+    others = [concepts[i] for i in ((places + 1 + torch.arange(n) % (m - 1)) % m).tolist()]
+    images = world.world.render(shown, torch.Generator().manual_seed(config.seed))
+    exact = world.world.judge(images)
+    names = tuple(dict.fromkeys(one.concept for one in prompts.values()))
+    seen = Pictures(detector, names).judge(_enlarged(images))
+    said = torch.cat([seen.answers([prompts[one] for one in asked]) for asked in (shown, others)])
+    every = [*shown, *others]
+    truth = torch.stack([exact.shows(one)[i % n] for i, one in enumerate(every)])
+    whole = agreement(said, truth)
+    by_concept = {
+        str(one): agreement(said[rows], truth[rows])
+        for one in dict.fromkeys(every)
+        if len(rows := torch.tensor([i for i, asked in enumerate(every) if asked == one]))
+    }
+    agrees, hits, false_alarms = (whole[name] for name in whole)
+    words = (
+        f"{detector.name} agrees with the exact judge in {agrees.short()} of {agrees.n} questions about the "
+        f"{world.name} world: it sees {hits.short() if hits else 'none'} of what is there, and "
+        f"{false_alarms.short() if false_alarms else 'none'} of what is not."
+    )
+    good = agrees.low >= AGREES
+    word = "To be trusted" if good else "Not to be trusted" if agrees.high < ERRS else "With care"
+    page = Page(
+        f"The judge {detector.name}", f"{config.samples} pictures of the {world.name} world, seed {config.seed}"
+    )
+    page.verdict(words, good if good or agrees.high < ERRS else None, word)
+    lines = [(name, *(part.short() if part else "-" for part in one.values())) for name, one in by_concept.items()]
+    page.table(
+        "By what was asked for", ("asked for", *whole), lines, note=f"{detector.origin}; from {detector.threshold:g}"
+    )
+    page.text("How to read it", OF_IMAGES)
+    apart = {name: _plain(one) for name, one in by_concept.items()}
+    numbers = {
+        "nfe": 0, "judge": detector.name, "origin": detector.origin, "threshold": detector.threshold,
+        "world": world.name, **_plain(whole), "concepts": apart,
+    }  # fmt: skip
+    return Diagnosis(numbers, words, page)
+
+
+def _plain(shares: Mapping[str, Interval | None]) -> dict[str, Any]:
+    return {name: one and one.to_json() for name, one in shares.items()}
+
+
+def of_edits(
     config: JudgeConfig,
     judges: Mapping[str, EditJudge],
     edits: Graded,
@@ -72,7 +144,7 @@ def diagnosis(
 ) -> Diagnosis:
     """`judges` by mode, each giving as many replies; address(mode, n) is what `fieldsmith edit --judge` takes for one.
 
-    `model` is not used: a judge stands alone. Raises RunError where no mode answers.
+    Raises RunError where no mode answers.
     """
     scores: dict[str, Scores] = {}
     refused: dict[str, str] = {}
