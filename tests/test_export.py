@@ -22,11 +22,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin, QwenImageLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin, QwenImageLoraLoaderMixin, ZImageLoraLoaderMixin
 from diffusers.loaders.single_file_utils import (
+    convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
@@ -35,6 +37,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from experiments.tiny import flux_pipeline, kontext_pipeline, word_tokenizer
+from experiments.tiny_edit import z_image_pipeline
+from experiments.tiny_text import chroma_pipeline
 from fieldsmith.cli import main
 from fieldsmith.errors import InputError
 from fieldsmith.models import denoiser_of, export, load, load_adapter
@@ -69,10 +73,10 @@ def sd3() -> SD3Transformer2DModel:
     )  # fmt: skip
 
 
-def flux2() -> Flux2Transformer2DModel:
+def flux2(guidance_embeds: bool = False) -> Flux2Transformer2DModel:
     return Flux2Transformer2DModel(
         in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+        joint_attention_dim=12, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=guidance_embeds,
     )  # fmt: skip
 
 
@@ -88,7 +92,18 @@ def flux() -> nn.Module:
     return network
 
 
-NETWORKS = {"sd15": unet, "sd3": sd3, "flux": flux, "flux-kontext": flux, "flux2-klein": flux2, "qwen-image": qwen,
+def chroma() -> nn.Module:
+    network: nn.Module = chroma_pipeline(WORDS).transformer
+    return network
+
+
+def z_image() -> nn.Module:
+    network: nn.Module = z_image_pipeline(WORDS).transformer
+    return network
+
+
+NETWORKS = {"sd15": unet, "sd3": sd3, "flux": flux, "flux-kontext": flux, "chroma": chroma, "flux2-klein": flux2,
+            "flux2-dev": lambda: flux2(guidance_embeds=True), "z-image": z_image, "qwen-image": qwen,
             "qwen-image-edit": qwen}  # fmt: skip
 
 
@@ -170,6 +185,27 @@ NAMES = {
         "single_transformer_blocks.0.attn.to_qkv_mlp_proj": "lora_unet_single_blocks_0_linear1",
         "single_transformer_blocks.0.attn.to_out": "lora_unet_single_blocks_0_linear2",
         "double_stream_modulation_img.linear": "lora_unet_double_stream_modulation_img_lin",
+    },
+    "flux2-dev": {
+        "transformer_blocks.0.attn.add_v_proj": "lora_unet_double_blocks_0_txt_attn_qkv",
+        "single_stream_modulation.linear": "lora_unet_single_stream_modulation_lin",
+        "time_guidance_embed.guidance_embedder.linear_1": "lora_unet_guidance_in_in_layer",
+    },
+    "chroma": {
+        "transformer_blocks.1.attn.add_v_proj": "lora_unet_double_blocks_1_txt_attn_qkv",
+        "single_transformer_blocks.0.proj_out": "lora_unet_single_blocks_0_linear2",
+        "distilled_guidance_layer.layers.1.linear_2": "lora_unet_distilled_guidance_layer_layers_1_out_layer",
+        "distilled_guidance_layer.in_proj": "lora_unet_distilled_guidance_layer_in_proj",
+        "proj_out": "lora_unet_final_layer_linear",
+    },
+    "z-image": {
+        "layers.1.attention.to_k": "lora_unet_layers_1_attention_qkv",
+        "noise_refiner.0.attention.to_out.0": "lora_unet_noise_refiner_0_attention_out",
+        "context_refiner.0.feed_forward.w2": "lora_unet_context_refiner_0_feed_forward_w2",
+        "layers.0.adaLN_modulation.0": "lora_unet_layers_0_adaLN_modulation_0",
+        "all_x_embedder.2-1": "lora_unet_x_embedder",
+        "all_final_layer.2-1.adaLN_modulation.1": "lora_unet_final_layer_adaLN_modulation_1",
+        "t_embedder.mlp.2": "lora_unet_t_embedder_mlp_2",
     },
     "qwen-image": {
         "transformer_blocks.1.attn.to_q": "lora_unet_transformer_blocks_1_attn_to_q",
@@ -268,7 +304,7 @@ def test_scale_zero_is_not_read_as_no_alpha() -> None:
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "flux2-klein", "qwen-image"])
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "chroma", "flux2-dev", "z-image", "qwen-image"])
 def test_round_trip(family: str, form: str, tmp_path: pathlib.Path) -> None:
     sizes = sizes_of(NETWORKS[family]())
     for keep in ("", "attn.to_", "to_q", "proj"):
@@ -301,6 +337,16 @@ def test_diffusers_reads_flux2() -> None:
     sizes = sizes_of(flux2())
     adapter = some_adapter(sizes, "transformer_blocks") | some_adapter(sizes, "embedder")
     state = Flux2LoraLoaderMixin.lora_state_dict(exported(adapter, "flux2-klein", sizes, "kohya"))
+    for layer, one in adapter.items():
+        torch.testing.assert_close(folded(state, f"transformer.{layer}"), change(one))
+
+
+def test_diffusers_reads_z_image() -> None:
+    """All of its blocks under kohya's keys; in ComfyUI's it knows no fused layer."""
+    sizes = sizes_of(z_image())
+    adapter = some_adapter(sizes, "attention") | some_adapter(sizes, "feed_forward")
+    state = ZImageLoraLoaderMixin.lora_state_dict(exported(adapter, "z-image", sizes, "kohya"))
+    assert len(state) == 2 * len(adapter)
     for layer, one in adapter.items():
         torch.testing.assert_close(folded(state, f"transformer.{layer}"), change(one))
 
@@ -338,9 +384,13 @@ class Rest(dict[str, Tensor]):
 CONVERTERS: dict[str, Any] = {
     "flux": convert_flux_transformer_checkpoint_to_diffusers,
     "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux2-klein": convert_flux2_transformer_checkpoint_to_diffusers,
+    "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
+    "flux2-dev": convert_flux2_transformer_checkpoint_to_diffusers,
+    "z-image": convert_z_image_transformer_checkpoint_to_diffusers,
     "qwen-image": lambda checkpoint: checkpoint,  # a Qwen-Image checkpoint is diffusers' own
 }
+
+LAST = {"chroma": ("proj_out",), "z-image": ("all_final_layer.2-1.adaLN_modulation.1", "all_final_layer.2-1.linear")}
 
 
 @pytest.mark.parametrize("family", CONVERTERS)
@@ -356,13 +406,13 @@ def test_the_change_of_an_original_checkpoint_is_ours(family: str) -> None:
         checkpoint[name.removeprefix("diffusion_model.") + ".weight"] = (
             alpha / len(down) * up.flatten(1) @ down.flatten(1)
         )
-    fused = [name for name in checkpoint if family == "flux" and name.endswith("linear1.weight")]
+    fused = [name for name in checkpoint if family in ("flux", "chroma") and name.endswith("linear1.weight")]
     for name in fused:  # which diffusers splits at full width
         checkpoint[name] = torch.zeros(3 * 3072 + 12288, 1)
         checkpoint[name.replace("weight", "bias")] = torch.zeros(3 * 3072 + 12288)
     weights = CONVERTERS[family](checkpoint)
     compared = [layer for layer in adapter if not (fused and re.search(r"single.*(to_[qkv]|proj_mlp)$", layer))]
-    assert {"norm_out.linear", "proj_out"} <= set(compared)
+    assert set(LAST.get(family, ("norm_out.linear", "proj_out"))) <= set(compared)
     for layer in compared:
         torch.testing.assert_close(weights[f"{layer}.weight"], change(adapter[layer]), msg=layer)
 
