@@ -579,6 +579,15 @@ def test_export_reads_a_run_and_writes_every_format(
     assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
 
 
+def test_export_of_a_run_on_a_single_file_takes_the_pipeline_of_its_config(
+    run: pathlib.Path, flux_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (run / "config.toml").write_text(f"verb = 'erase'\nmodel = 'a.safetensors'\nconfig_from = '{flux_folder}'\n")
+    out = tmp_path / "a.safetensors"
+    assert main(["export", str(run), "--format", "comfyui", "--out", str(out)]) == 0
+    assert len(load_file(out)) == 3 * 4
+
+
 def refused(capsys: pytest.CaptureFixture[str], *words: object, says: str) -> None:
     assert main(["export", *map(str, words)]) == 2
     sentence = capsys.readouterr().err
