@@ -650,6 +650,18 @@ def test_layers_without_a_name_and_families_without_a_format_are_refused() -> No
         exported(one, "flux", sizes, "koyha")
 
 
+def test_equal_saves_are_equal_bytes(tmp_path: pathlib.Path) -> None:
+    sizes = sizes_of(flux())
+    adapter = some_adapter(sizes, "to_q")
+    saves = set()
+    for turned in (False, True) * 8:  # safetensors throws a coin for the order of metadata
+        layers = dict(reversed(adapter.items())) if turned else adapter
+        write(layers, "flux", sizes, "diffusers", tmp_path / "a.safetensors")
+        saves.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(saves) == 1
+    same(adapter_in(tmp_path / "a.safetensors", "flux", sizes, ""), adapter)
+
+
 @pytest.mark.parametrize("form", export.FORMATS)
 def test_files_have_the_permissions_of_an_ordinary_one(form: str, tmp_path: pathlib.Path) -> None:
     sizes = sizes_of(flux())
