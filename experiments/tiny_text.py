@@ -1,4 +1,4 @@
-"""Small real pipelines of the Stable Diffusion families, built from nothing: what the tests load.
+"""Small real pipelines of the Stable Diffusion families and of Chroma, built from nothing: what the tests load.
 
 As in tiny.py: tokenizers are word lists, and every class is the one that full-size pipelines use.
 """
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
@@ -139,3 +141,32 @@ def sd3_pipeline(
         text_encoder_3=encoders[2].eval() if t5 else None,  # type: ignore[arg-type]
         tokenizer_3=tokenizers[2] if t5 else None,
     )  # fmt: skip
+
+
+def chroma_pipeline(
+    words: Sequence[str],
+    *,
+    size: int = 32,
+    vae_channels: Sequence[int] = (8, 8, 8),
+    latent_channels: int = 4,
+    text_width: int = 64,
+    text_length: int = 8,
+    seed: int = 0,
+) -> ChromaPipeline:
+    """A ChromaPipeline with random weights for images of `size` pixels; a token is 8 pixels wide.
+
+    Its scheduler spaces times as Chroma1-HD's does, by a beta distribution.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # module constructors draw from the global generator
+        transformer: Any = ChromaTransformer2DModel(
+            in_channels=4 * latent_channels, num_layers=2, num_single_layers=2, attention_head_dim=32,
+            num_attention_heads=2, joint_attention_dim=text_width, axes_dims_rope=(4, 14, 14),
+            approximator_num_channels=32, approximator_hidden_dim=32, approximator_layers=2,
+        )  # fmt: skip
+        vae: Any = small_vae(vae_channels, latent_channels, size, scaling_factor=0.3611, shift_factor=0.1159)
+        t5: Any = T5EncoderModel(t5_config(words, text_width))
+    return ChromaPipeline(
+        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+        vae=vae.eval(), text_encoder=t5.eval(), tokenizer=word_tokenizer(words, text_length, bos=False),
+    )  # type: ignore[arg-type]  # fmt: skip

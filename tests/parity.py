@@ -33,7 +33,8 @@ class Tiny:
     family: str  # as `load` should name it
     sides: tuple[int, ...]  # of images in pixels, its own first
     call: Callable[[float | None, list[str]], dict[str, Any]]  # guidance and negative prompts, as the pipeline is told
-    raw: Callable[[Any, Tensor, Tensor, Condition], Tensor]  # the network as diffusers calls it: model, x, t, condition
+    # the network as diffusers calls it: model, x, t, condition; and the scale where the network takes it
+    raw: Callable[..., Tensor]
     wrong_side: int  # that it cannot draw
     subset: str = "attention"
 
@@ -46,23 +47,27 @@ def apart(one: Tensor, two: Tensor) -> float:
     return float((one - two).abs().max())
 
 
-@torch.no_grad()
 def ours(model: Any, prompts: list[str], steps: int = 4, guidance: float | None = None, seed: int = 0) -> Tensor:
     """Images (n, 3, height, width) by our sampler."""
-    condition = model.encode(prompts)
-    start = model.noise(len(prompts), seeded(seed))
+    return decoded(model, model.encode(prompts), guidance, steps, seed)
+
+
+@torch.no_grad()
+def decoded(model: Any, condition: Condition, guidance: float | None = None, steps: int = 4, seed: int = 0) -> Tensor:
+    """As `ours`, of prompts that are encoded."""
+    start = model.noise(len(condition), seeded(seed))
     return model.decode(rollout(lambda x, t: model.predict(x, t, condition, guidance), start, model.grid(steps)).last)
 
 
 def theirs(
     tiny: Tiny, pipe: Any, prompts: list[str], side: int, guidance: float | None = None, steps: int = 4,
-    negative: str = "",
+    negative: str = "", **more: Any,
 ) -> Tensor:  # fmt: skip
     """Images (n, 3, side, side) by the diffusers pipeline itself."""
     pipe.set_progress_bar_config(disable=True)
-    output: Tensor = pipe(
-        prompt=prompts, height=side, width=side, num_inference_steps=steps, generator=seeded(), output_type="pt",
-        **tiny.call(guidance, [negative] * len(prompts)),
+    output: Tensor = pipe(  # some write their template into the list that they are given
+        prompt=[*prompts], height=side, width=side, num_inference_steps=steps, generator=seeded(), output_type="pt",
+        **tiny.call(guidance, [negative] * len(prompts)), **more,
     ).images  # fmt: skip
     return output
 
@@ -106,6 +111,8 @@ def check_parity(tiny: Tiny, folder: pathlib.Path, side: int, guidance: float | 
     if guidance in (None, 1.0):
         return
     assert apart(images, ours(model, PROMPTS)) > 1e-4  # and the scale
+    if model.embedded_guidance:
+        return  # which the network takes, and leads away from nothing
     model.negative = "a blue square"
     away = ours(model, PROMPTS, guidance=guidance)
     same(away, theirs(tiny, model.pipeline, PROMPTS, side, guidance, negative=model.negative))
@@ -168,6 +175,8 @@ def check_gradient(tiny: Tiny, folder: pathlib.Path, guidance: float | None) -> 
         return torch.autograd.grad(mse_loss(field(at), goal), [at, *weights])
 
     def raw(at: Tensor) -> Tensor:
+        if model.embedded_guidance:
+            return tiny.raw(model, at, t, condition, 1.0 if guidance is None else guidance)
         output = tiny.raw(model, at, t, condition)
         return output if guidance is None else guide(output, tiny.raw(model, at, t, null), guidance)
 

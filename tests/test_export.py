@@ -22,11 +22,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin, QwenImageLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin, QwenImageLoraLoaderMixin, ZImageLoraLoaderMixin
 from diffusers.loaders.single_file_utils import (
+    convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
+    convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
@@ -35,6 +38,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from experiments.tiny import flux_pipeline, kontext_pipeline, word_tokenizer
+from experiments.tiny_edit import z_image_pipeline
+from experiments.tiny_text import chroma_pipeline
 from fieldsmith.cli import main
 from fieldsmith.errors import InputError
 from fieldsmith.models import denoiser_of, export, load, load_adapter
@@ -60,6 +65,17 @@ def unet() -> UNet2DConditionModel:
     ).eval()  # fmt: skip
 
 
+def sdxl() -> UNet2DConditionModel:
+    """Of SDXL's levels, two layers each and the lower two with attention."""
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(4, 8, 8), layers_per_block=2, cross_attention_dim=16, attention_head_dim=2,
+        norm_num_groups=4, use_linear_projection=True, transformer_layers_per_block=(1, 1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
+    ).eval()  # fmt: skip
+
+
 def sd3() -> SD3Transformer2DModel:
     """Of SD3.5-medium's kind: the first block has a second attention, the last gives no words on."""
     return SD3Transformer2DModel(
@@ -69,10 +85,10 @@ def sd3() -> SD3Transformer2DModel:
     )  # fmt: skip
 
 
-def flux2() -> Flux2Transformer2DModel:
+def flux2(guidance_embeds: bool = False) -> Flux2Transformer2DModel:
     return Flux2Transformer2DModel(
         in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+        joint_attention_dim=12, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=guidance_embeds,
     )  # fmt: skip
 
 
@@ -88,8 +104,19 @@ def flux() -> nn.Module:
     return network
 
 
-NETWORKS = {"sd15": unet, "sd3": sd3, "flux": flux, "flux-kontext": flux, "flux2-klein": flux2, "qwen-image": qwen,
-            "qwen-image-edit": qwen}  # fmt: skip
+def chroma() -> nn.Module:
+    network: nn.Module = chroma_pipeline(WORDS).transformer
+    return network
+
+
+def z_image() -> nn.Module:
+    network: nn.Module = z_image_pipeline(WORDS).transformer
+    return network
+
+
+NETWORKS = {"sd15": unet, "sdxl": sdxl, "sd3": sd3, "flux": flux, "flux-kontext": flux, "chroma": chroma,
+            "flux2-klein": flux2, "flux2-dev": lambda: flux2(guidance_embeds=True), "z-image": z_image,
+            "qwen-image": qwen, "qwen-image-edit": qwen}  # fmt: skip
 
 
 def some_adapter(sizes: export.Sizes, keep: str = "", even: bool = False) -> Adapter:
@@ -137,6 +164,20 @@ NAMES = {
             "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj",
         "mid_block.resnets.0.time_emb_proj": "lora_unet_mid_block_resnets_0_time_emb_proj",
     },
+    "sdxl": {
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q":
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "down_blocks.2.attentions.1.proj_in": "lora_unet_input_blocks_8_1_proj_in",
+        "mid_block.attentions.0.transformer_blocks.1.ff.net.2":
+            "lora_unet_middle_block_1_transformer_blocks_1_ff_net_2",
+        "mid_block.resnets.1.time_emb_proj": "lora_unet_middle_block_2_emb_layers_1",
+        "up_blocks.0.attentions.2.transformer_blocks.1.attn2.to_out.0":
+            "lora_unet_output_blocks_2_1_transformer_blocks_1_attn2_to_out_0",
+        "up_blocks.1.attentions.0.proj_out": "lora_unet_output_blocks_3_1_proj_out",
+        "down_blocks.1.resnets.0.time_emb_proj": "lora_unet_input_blocks_4_0_emb_layers_1",
+        "time_embedding.linear_2": "lora_unet_time_embed_2",
+        "add_embedding.linear_1": "lora_unet_label_emb_0_0",
+    },
     "sd3": {
         "transformer_blocks.0.attn.to_k": "lora_unet_joint_blocks_0_x_block_attn_qkv",
         "transformer_blocks.0.attn2.to_v": "lora_unet_joint_blocks_0_x_block_attn2_qkv",
@@ -171,6 +212,27 @@ NAMES = {
         "single_transformer_blocks.0.attn.to_out": "lora_unet_single_blocks_0_linear2",
         "double_stream_modulation_img.linear": "lora_unet_double_stream_modulation_img_lin",
     },
+    "flux2-dev": {
+        "transformer_blocks.0.attn.add_v_proj": "lora_unet_double_blocks_0_txt_attn_qkv",
+        "single_stream_modulation.linear": "lora_unet_single_stream_modulation_lin",
+        "time_guidance_embed.guidance_embedder.linear_1": "lora_unet_guidance_in_in_layer",
+    },
+    "chroma": {
+        "transformer_blocks.1.attn.add_v_proj": "lora_unet_double_blocks_1_txt_attn_qkv",
+        "single_transformer_blocks.0.proj_out": "lora_unet_single_blocks_0_linear2",
+        "distilled_guidance_layer.layers.1.linear_2": "lora_unet_distilled_guidance_layer_layers_1_out_layer",
+        "distilled_guidance_layer.in_proj": "lora_unet_distilled_guidance_layer_in_proj",
+        "proj_out": "lora_unet_final_layer_linear",
+    },
+    "z-image": {
+        "layers.1.attention.to_k": "lora_unet_layers_1_attention_qkv",
+        "noise_refiner.0.attention.to_out.0": "lora_unet_noise_refiner_0_attention_out",
+        "context_refiner.0.feed_forward.w2": "lora_unet_context_refiner_0_feed_forward_w2",
+        "layers.0.adaLN_modulation.0": "lora_unet_layers_0_adaLN_modulation_0",
+        "all_x_embedder.2-1": "lora_unet_x_embedder",
+        "all_final_layer.2-1.adaLN_modulation.1": "lora_unet_final_layer_adaLN_modulation_1",
+        "t_embedder.mlp.2": "lora_unet_t_embedder_mlp_2",
+    },
     "qwen-image": {
         "transformer_blocks.1.attn.to_q": "lora_unet_transformer_blocks_1_attn_to_q",
         "transformer_blocks.0.attn.to_out.0": "lora_unet_transformer_blocks_0_attn_to_out_0",
@@ -180,6 +242,11 @@ NAMES = {
     },
 }  # fmt: skip
 NAMES |= {"flux-kontext": NAMES["flux"], "qwen-image-edit": NAMES["qwen-image"]}
+# every layer outside of the blocks, as their clients name it
+OUTER = {"sd15": {name: name for name in ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_out")},
+         "sdxl": {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+                  "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+                  "add_embedding.linear_2": "label_emb.0.2", "conv_out": "out.2"}}  # fmt: skip
 ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
 
 
@@ -268,7 +335,7 @@ def test_scale_zero_is_not_read_as_no_alpha() -> None:
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "flux2-klein", "qwen-image"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "chroma", "flux2-dev", "z-image", "qwen-image"])
 def test_round_trip(family: str, form: str, tmp_path: pathlib.Path) -> None:
     sizes = sizes_of(NETWORKS[family]())
     for keep in ("", "attn.to_", "to_q", "proj"):
@@ -301,6 +368,49 @@ def test_diffusers_reads_flux2() -> None:
     sizes = sizes_of(flux2())
     adapter = some_adapter(sizes, "transformer_blocks") | some_adapter(sizes, "embedder")
     state = Flux2LoraLoaderMixin.lora_state_dict(exported(adapter, "flux2-klein", sizes, "kohya"))
+    for layer, one in adapter.items():
+        torch.testing.assert_close(folded(state, f"transformer.{layer}"), change(one))
+
+
+@pytest.mark.parametrize("form", ["kohya", "comfyui"])
+@pytest.mark.parametrize("family", OUTER)
+def test_a_key_of_every_layer_outside_of_the_blocks_holds_its_change(family: str, form: str) -> None:
+    """Against their clients' names: sd-scripts has SD 1.5's layers as diffusers does, and SDXL's as its release did."""
+    sizes = sizes_of(NETWORKS[family]())
+    assert OUTER[family].keys() == {layer for layer in sizes if "block" not in layer}
+    adapter = some_adapter(sizes)
+    found = exported(adapter, family, sizes, form)
+    for layer, name in OUTER[family].items():
+        dotted = form == "comfyui" and family == "sdxl"
+        key = f"diffusion_model.{name}" if dotted else "lora_unet_" + name.replace(".", "_")
+        down, up, alpha = (found[key + end] for end in ENDS)
+        made = alpha / len(down) * up.flatten(1) @ down.flatten(1)
+        torch.testing.assert_close(made, change(adapter[layer]), msg=layer)
+
+
+def test_the_change_of_sdxls_checkpoint_is_ours() -> None:
+    """As for the families below, of every layer; diffusers' converter of UNets looks for biases, and a last norm."""
+    network = sdxl()
+    sizes = sizes_of(network)
+    adapter = some_adapter(sizes)
+    found = exported(adapter, "sdxl", sizes, "comfyui")
+    checkpoint = {f"model.diffusion_model.out.0.{kind}": torch.zeros(4) for kind in ("weight", "bias")}
+    for key in [key for key in found if key.endswith(ENDS[0])]:
+        name = key.removesuffix(ENDS[0])
+        down, up, alpha = (found[name + end] for end in ENDS)
+        checkpoint[f"model.{name}.weight"] = alpha / len(down) * up.flatten(1) @ down.flatten(1)
+        checkpoint[f"model.{name}.bias"] = torch.zeros(len(up))
+    weights = convert_ldm_unet_checkpoint(checkpoint, dict(network.config))
+    for layer, one in adapter.items():
+        torch.testing.assert_close(weights[f"{layer}.weight"], change(one), msg=layer)
+
+
+def test_diffusers_reads_z_image() -> None:
+    """All of its blocks under kohya's keys; in ComfyUI's it knows no fused layer."""
+    sizes = sizes_of(z_image())
+    adapter = some_adapter(sizes, "attention") | some_adapter(sizes, "feed_forward")
+    state = ZImageLoraLoaderMixin.lora_state_dict(exported(adapter, "z-image", sizes, "kohya"))
+    assert len(state) == 2 * len(adapter)
     for layer, one in adapter.items():
         torch.testing.assert_close(folded(state, f"transformer.{layer}"), change(one))
 
@@ -338,9 +448,13 @@ class Rest(dict[str, Tensor]):
 CONVERTERS: dict[str, Any] = {
     "flux": convert_flux_transformer_checkpoint_to_diffusers,
     "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux2-klein": convert_flux2_transformer_checkpoint_to_diffusers,
+    "chroma": convert_chroma_transformer_checkpoint_to_diffusers,
+    "flux2-dev": convert_flux2_transformer_checkpoint_to_diffusers,
+    "z-image": convert_z_image_transformer_checkpoint_to_diffusers,
     "qwen-image": lambda checkpoint: checkpoint,  # a Qwen-Image checkpoint is diffusers' own
 }
+
+LAST = {"chroma": ("proj_out",), "z-image": ("all_final_layer.2-1.adaLN_modulation.1", "all_final_layer.2-1.linear")}
 
 
 @pytest.mark.parametrize("family", CONVERTERS)
@@ -356,13 +470,13 @@ def test_the_change_of_an_original_checkpoint_is_ours(family: str) -> None:
         checkpoint[name.removeprefix("diffusion_model.") + ".weight"] = (
             alpha / len(down) * up.flatten(1) @ down.flatten(1)
         )
-    fused = [name for name in checkpoint if family == "flux" and name.endswith("linear1.weight")]
+    fused = [name for name in checkpoint if family in ("flux", "chroma") and name.endswith("linear1.weight")]
     for name in fused:  # which diffusers splits at full width
         checkpoint[name] = torch.zeros(3 * 3072 + 12288, 1)
         checkpoint[name.replace("weight", "bias")] = torch.zeros(3 * 3072 + 12288)
     weights = CONVERTERS[family](checkpoint)
     compared = [layer for layer in adapter if not (fused and re.search(r"single.*(to_[qkv]|proj_mlp)$", layer))]
-    assert {"norm_out.linear", "proj_out"} <= set(compared)
+    assert set(LAST.get(family, ("norm_out.linear", "proj_out"))) <= set(compared)
     for layer in compared:
         torch.testing.assert_close(weights[f"{layer}.weight"], change(adapter[layer]), msg=layer)
 
@@ -529,6 +643,15 @@ def test_export_reads_a_run_and_writes_every_format(
     assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
 
 
+def test_export_of_a_run_on_a_single_file_takes_the_pipeline_of_its_config(
+    run: pathlib.Path, flux_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (run / "config.toml").write_text(f"verb = 'erase'\nmodel = 'a.safetensors'\nconfig_from = '{flux_folder}'\n")
+    out = tmp_path / "a.safetensors"
+    assert main(["export", str(run), "--format", "comfyui", "--out", str(out)]) == 0
+    assert len(load_file(out)) == 3 * 4
+
+
 def refused(capsys: pytest.CaptureFixture[str], *words: object, says: str) -> None:
     assert main(["export", *map(str, words)]) == 2
     sentence = capsys.readouterr().err
@@ -589,6 +712,18 @@ def test_layers_without_a_name_and_families_without_a_format_are_refused() -> No
         exported(one, "dit", sizes, "comfyui")
     with pytest.raises(InputError, match="did you mean 'kohya'"):
         exported(one, "flux", sizes, "koyha")
+
+
+def test_equal_saves_are_equal_bytes(tmp_path: pathlib.Path) -> None:
+    sizes = sizes_of(flux())
+    adapter = some_adapter(sizes, "to_q")
+    saves = set()
+    for turned in (False, True) * 8:  # safetensors throws a coin for the order of metadata
+        layers = dict(reversed(adapter.items())) if turned else adapter
+        write(layers, "flux", sizes, "diffusers", tmp_path / "a.safetensors")
+        saves.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(saves) == 1
+    same(adapter_in(tmp_path / "a.safetensors", "flux", sizes, ""), adapter)
 
 
 @pytest.mark.parametrize("form", export.FORMATS)

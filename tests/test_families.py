@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import shutil
 from typing import Any
 
 import diffusers
+import PIL.Image
 import pytest
 import torch
 from conftest import WORDS
@@ -17,6 +20,7 @@ from parity import (
     check_gradient,
     check_parity,
     check_two_adapters,
+    decoded,
     ours,
     plain,
     same,
@@ -26,9 +30,11 @@ from parity import (
 )
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.import_utils import is_torchvision_available
 
 from experiments.tiny import flux_pipeline, unet_pipeline
-from experiments.tiny_text import sd3_pipeline, sd15_pipeline, sdxl_pipeline
+from experiments.tiny_edit import flux2_dev_pipeline, z_image_pipeline
+from experiments.tiny_text import chroma_pipeline, sd3_pipeline, sd15_pipeline, sdxl_pipeline
 from fieldsmith.errors import InputError
 from fieldsmith.models import load, load_adapter
 from fieldsmith.models.core import Condition, LoraSpec
@@ -44,6 +50,31 @@ def flux_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         encoder_hidden_states=condition.parts["embeds"], txt_ids=torch.zeros(8, 3),
     ).sample  # fmt: skip
     return output
+
+
+def chroma_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    seen = torch.ones(len(x), model.tokens)
+    output: Tensor = model.network(
+        hidden_states=x, timestep=t, img_ids=model.image_ids, txt_ids=torch.zeros(8, 3),
+        encoder_hidden_states=condition.parts["embeds"],
+        attention_mask=torch.cat((condition.parts["mask"], seen), 1),
+    ).sample  # fmt: skip
+    return output
+
+
+def flux2_dev_raw(model: Any, x: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
+    embeds = condition.parts["embeds"]
+    output: Tensor = model.network(
+        hidden_states=x, timestep=t, guidance=torch.full((len(x),), guidance), encoder_hidden_states=embeds,
+        txt_ids=model.pipeline._prepare_text_ids(embeds), img_ids=model.image_ids,
+    ).sample  # fmt: skip
+    return output
+
+
+def z_image_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    words = [row[mask] for row, mask in zip(condition.parts["embeds"], condition.parts["mask"], strict=True)]
+    output = model.network([row[:, None] for row in x], (1000 - 1000 * t) / 1000, words).sample
+    return -torch.stack(output)[:, :, 0]
 
 
 def sd15_raw(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -77,6 +108,21 @@ FAMILIES = {
         lambda w, negative: {"max_sequence_length": 8}
         | ({"true_cfg_scale": w, "negative_prompt": negative} if w else {}),
         flux_raw, 20,
+    ),
+    "chroma": Tiny(
+        lambda: chroma_pipeline(WORDS), "chroma", (32, 16),
+        lambda w, negative: {"guidance_scale": w or 1.0, "negative_prompt": negative, "max_sequence_length": 8},
+        chroma_raw, 20,
+    ),
+    "flux2-dev": Tiny(
+        lambda: flux2_dev_pipeline(WORDS), "flux2-dev", (32, 16),
+        lambda w, negative: {"guidance_scale": w or 1.0, "max_sequence_length": 64}, flux2_dev_raw, 20,
+    ),
+    "z-image": Tiny(
+        lambda: z_image_pipeline(WORDS), "z-image", (16, 24),
+        # whose scale 0 is what is 1 elsewhere
+        lambda w, negative: {"guidance_scale": (w or 1.0) - 1, "negative_prompt": negative, "max_sequence_length": 48},
+        z_image_raw, 18,
     ),
     "sd15": Tiny(
         lambda: sd15_pipeline(WORDS), "sd15", (16, 24),
@@ -165,7 +211,7 @@ def test_states_and_images_convert(folders: dict[str, pathlib.Path], name: str) 
     images = model.decode(states, grad=True)
     assert images.requires_grad and not model.decode(states).requires_grad
     assert model.encode_images(images.detach()).shape == states.shape == (2, *model.latent_shape)
-    if name != "flux":  # whose states are packed
+    if name not in ("flux", "chroma", "flux2-dev"):  # whose states are packed
         vae = model.pipeline.vae
         mean = vae.encode(images.detach() * 2 - 1).latent_dist.mean - (vae.config.shift_factor or 0.0)
         torch.testing.assert_close(model.encode_images(images.detach()), mean * vae.config.scaling_factor)
@@ -188,13 +234,22 @@ def test_half_precision_weights_step_in_float32(folders: dict[str, pathlib.Path]
         ("flux", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "sd15 or sdxl"),
         ("flux", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "sd15 or sdxl"),
         ("flux", "transformer.transformer_blocks.0.img_mlp.net.2", "qwen-image"),
-        ("flux", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "flux2-klein"),
+        ("flux", "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", "flux2-klein or flux2-dev"),
+        ("flux", "transformer.layers.0.attention.to_q", "z-image"),
+        ("sd3", "lora_unet_context_refiner_0_attention_qkv", "z-image"),
+        ("flux", "diffusion_model.distilled_guidance_layer.in_proj", "chroma"),
+        ("chroma", "lora_unet_single_blocks_0_modulation_lin", "flux"),
+        ("z-image", "transformer.single_transformer_blocks.0.proj_mlp", "flux or chroma"),
         ("flux", "transformer.transformer_blocks.0.attn2.to_q", "sd3"),
-        ("sd15", "transformer.single_transformer_blocks.0.attn.to_q", "flux"),
-        ("sd15", "transformer.transformer_blocks.0.attn.add_q_proj", "flux, flux2-klein, sd3 or qwen-image"),
-        ("sd3", "transformer.single_transformer_blocks.0.attn.to_q", "flux"),
-        ("sd3", "lora_unet_double_blocks_0_img_attn_qkv", "flux or flux2-klein"),
-        ("sd15", "diffusion_model.double_blocks.0.img_mlp.0", "flux"),
+        ("sd15", "transformer.single_transformer_blocks.0.attn.to_q", "flux or chroma"),
+        (
+            "sd15",
+            "transformer.transformer_blocks.0.attn.add_q_proj",
+            "flux, chroma, flux2-klein, flux2-dev, sd3 or qwen-image",
+        ),
+        ("sd3", "transformer.single_transformer_blocks.0.attn.to_q", "flux or chroma"),
+        ("sd3", "lora_unet_double_blocks_0_img_attn_qkv", "flux, chroma, flux2-klein or flux2-dev"),
+        ("sd15", "diffusion_model.double_blocks.0.img_mlp.0", "flux, chroma, flux2-klein or flux2-dev"),
     ],
 )
 def test_a_lora_of_another_family_is_named(
@@ -212,11 +267,49 @@ def test_a_lora_of_another_family_is_named(
 def test_an_adapter_of_ours_is_refused_by_the_other_families(
     folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    for name, tiny in FAMILIES.items():
-        trained(tiny, folders[name]).save(tmp_path / name)
-        for other in FAMILIES.keys() - {name}:
-            with pytest.raises(InputError, match=f"made for family .*{name}.*, not for {other}|does not fit"):
-                load_adapter(load(folders[other]), tmp_path / name)
+    for name, other in zip(FAMILIES, [*FAMILIES][1:] + [*FAMILIES][:1], strict=True):
+        trained(FAMILIES[name], folders[name]).save(tmp_path / name)
+        with pytest.raises(InputError, match=f"made for family .*{name}.*, not for {other}|does not fit"):
+            load_adapter(load(folders[other]), tmp_path / name)
+
+
+# FLUX.2 dev
+
+
+@pytest.mark.parametrize("guidance", [None, 4.0])
+def test_devs_sources_are_the_pipelines(folders: dict[str, pathlib.Path], guidance: float | None) -> None:
+    model: Any = load(folders["flux2-dev"])
+    source = torch.rand(1, 3, 64, 72, generator=seeded(5)).mul(255).round()
+    picture = PIL.Image.fromarray(source[0].permute(1, 2, 0).byte().numpy())
+    condition = model.with_images(model.encode(PROMPTS[:2]), source / 255)
+    images = decoded(model, condition, guidance)
+    tiny = FAMILIES["flux2-dev"]
+    same(images, theirs(tiny, model.pipeline, PROMPTS[:2], 32, guidance, image=picture))
+    assert apart(images, ours(model, PROMPTS[:2], guidance=guidance)) > 1e-3
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="transformers has the processor itself")
+def test_without_torchvision_the_tokenizer_stands_for_its_processor(
+    folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    shutil.copytree(folders["flux2-dev"], tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]  # as FLUX.2-dev is published
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    model: Any = load(tmp_path)
+    same(ours(model, PROMPTS), ours(load(folders["flux2-dev"]), PROMPTS))
+    model.save(tmp_path / "again", merged=True)
+    same(ours(load(tmp_path / "again"), PROMPTS), ours(model, PROMPTS))
+
+
+def test_devs_prompts_have_the_room_that_its_system_message_leaves(folders: dict[str, pathlib.Path]) -> None:
+    model: Any = load(folders["flux2-dev"])
+    tokenizer, room = model._readers()["tokenizer"]
+    after = len(tokenizer("[/INST]").input_ids)  # marks behind a prompt, which are cut before it is
+    lengths = (room - 1, room, room + after, room + after + 1)
+    asked = [model._encode([" ".join(["red"] * n)]).parts["embeds"] for n in lengths]
+    assert 0 < room < 64 and apart(asked[0], asked[1]) > 1e-3  # one word more is read
+    assert torch.equal(asked[2], asked[3])  # and beyond the room none
 
 
 # Stable Diffusion 1.5

@@ -20,8 +20,14 @@ from conftest import WORDS
 from torch import Tensor
 
 from experiments.tiny import dit_pipeline, flux_pipeline, kontext_pipeline, unet_pipeline
-from experiments.tiny_edit import flux2_klein_pipeline, qwen_image_edit_pipeline, qwen_image_pipeline
-from experiments.tiny_text import sd3_pipeline, sd15_pipeline, sdxl_pipeline
+from experiments.tiny_edit import (
+    flux2_dev_pipeline,
+    flux2_klein_pipeline,
+    qwen_image_edit_pipeline,
+    qwen_image_pipeline,
+    z_image_pipeline,
+)
+from experiments.tiny_text import chroma_pipeline, sd3_pipeline, sd15_pipeline, sdxl_pipeline
 from fieldsmith.cli import main
 from fieldsmith.commands import arguments
 from fieldsmith.commands.families import markdown
@@ -36,10 +42,12 @@ from fieldsmith.methods.erase.config import EraseConfig
 from fieldsmith.methods.sharpen.config import SharpenConfig
 from fieldsmith.methods.sharpen.sampling import Steered, draw
 from fieldsmith.models import export, shrink
+from fieldsmith.models.chroma import Chroma
 from fieldsmith.models.core import Model
 from fieldsmith.models.dit import DiT
 from fieldsmith.models.families import FAMILIES, VERBS, Family, named, supports
 from fieldsmith.models.flux import Flux
+from fieldsmith.models.flux2_dev import Flux2Dev
 from fieldsmith.models.flux2_klein import Flux2Klein
 from fieldsmith.models.flux_kontext import FluxKontext
 from fieldsmith.models.qwen_image import QwenImage
@@ -49,6 +57,7 @@ from fieldsmith.models.sd15 import SD15
 from fieldsmith.models.sdxl import SDXL
 from fieldsmith.models.text_layers import check_text_layers
 from fieldsmith.models.unet import UNet
+from fieldsmith.models.z_image import ZImage
 from fieldsmith.paths import RectifiedFlow
 from fieldsmith.rewards import Reward
 from fieldsmith.worlds.scenes_judge import Channel
@@ -60,10 +69,13 @@ NAMES = ("cat", "dog")
 MAKERS: dict[str, Callable[[], Model]] = {
     "flux": lambda: Flux(flux_pipeline(WORDS, **SMALL), "tiny"),
     "flux-kontext": lambda: FluxKontext(kontext_pipeline(WORDS, size=24, **SMALL), "tiny"),
+    "chroma": lambda: Chroma(chroma_pipeline(WORDS), "tiny", 16),
     "sd15": lambda: SD15(sd15_pipeline(WORDS), "tiny"),
     "sdxl": lambda: SDXL(sdxl_pipeline(WORDS), "tiny"),
     "sd3": lambda: SD3(sd3_pipeline(WORDS), "tiny"),
     "flux2-klein": lambda: Flux2Klein(flux2_klein_pipeline(WORDS), "tiny", 16),
+    "flux2-dev": lambda: Flux2Dev(flux2_dev_pipeline(WORDS), "tiny", 16),
+    "z-image": lambda: ZImage(z_image_pipeline(WORDS), "tiny"),
     "qwen-image": lambda: QwenImage(qwen_image_pipeline(WORDS), "tiny", 16),
     "qwen-image-edit": lambda: QwenImageEdit(qwen_image_edit_pipeline(WORDS), "tiny", 16),
     "dit": lambda: DiT(dit_pipeline(classes=2, labels=dict(enumerate(NAMES))), "tiny"),

@@ -64,12 +64,16 @@ def export(words: Sequence[str]) -> Answer:
 
 
 def _trained_on(file: pathlib.Path) -> str:
-    """The model that the run's own record names. Raises InputError where there is none beside the adapter."""
+    """The model that the run's own record names, of a single file the pipeline that its config is from.
+
+    Raises InputError where there is none beside the adapter.
+    """
     for folder in (file.absolute().parent, file.absolute().parent.parent):
         try:
-            model = read_toml(folder / "config.toml").get("model")
+            settings = read_toml(folder / "config.toml")
         except InputError:
             continue
+        model = settings.get("config_from") or settings.get("model")
         if isinstance(model, str):
             return model
     raise InputError(f"nothing beside '{file}' says which model it was trained on; add --model M")

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,13 +150,19 @@ def peft_settings(adapter: Adapter) -> dict[str, Any]:
     """peft's settings of an adapter: r, lora_alpha, target_modules and what differs from them in some layers."""
     ranks = {layer: len(one.down) for layer, one in adapter.items()}
     alphas = {layer: one.scale * len(one.down) for layer, one in adapter.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = (_usual(values.values()) for values in (ranks, alphas))
     settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(adapter)}
     for field, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
         other = {f"^{layer}": value for layer, value in values.items() if value != usual}
         if other:  # ^: this layer alone, none whose name ends alike
             settings[field] = other
     return settings
+
+
+def _usual(values: Iterable[Any]) -> Any:
+    """The commonest value, of equally common ones the largest, whatever their order."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
 
 
 def to_diffusers(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -194,7 +200,21 @@ def _write(state: dict[str, Tensor], header: dict[str, str], file: pathlib.Path)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         save_file(state, beside, metadata=header)
+        _in_order(beside)
         make_ordinary(beside)
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _in_order(file: pathlib.Path) -> None:
+    """The entries of a file's metadata sorted, in place: safetensors writes them as they fall, anew each time."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:  # spelt otherwise, so that it does not fit in its place
+            return
+        opened.seek(8)
+        opened.write(text.ljust(length))

@@ -53,14 +53,17 @@ FAMILIES = (
         "flux-kontext", ("FluxKontextPipeline",), "flux_kontext:FluxKontext", sources="optional",
         exports=("kohya", "comfyui"), words_enter="attention", shrinks=True,
     ),
+    Family("chroma", ("ChromaPipeline",), "chroma:Chroma", exports=("kohya", "comfyui"), words_enter="attention"),
     Family("sd15", ("StableDiffusionPipeline",), "sd15:SD15", path="variance-preserving", exports=("kohya", "comfyui"),
            words_enter="inputs", shrinks=True),
-    Family("sdxl", ("StableDiffusionXLPipeline",), "sdxl:SDXL", path="variance-preserving", words_enter="inputs",
-           shrinks=True),
+    Family("sdxl", ("StableDiffusionXLPipeline",), "sdxl:SDXL", path="variance-preserving",
+           exports=("kohya", "comfyui"), words_enter="inputs", shrinks=True),
     Family("sd3", ("StableDiffusion3Pipeline",), "sd3:SD3", exports=("kohya", "comfyui"), words_enter="attention",
            shrinks=True),
     Family("flux2-klein", ("Flux2KleinPipeline",), "flux2_klein:Flux2Klein", sources="optional",
            exports=("kohya", "comfyui"), shrinks=True),
+    Family("flux2-dev", ("Flux2Pipeline",), "flux2_dev:Flux2Dev", sources="optional", exports=("kohya", "comfyui")),
+    Family("z-image", ("ZImagePipeline",), "z_image:ZImage", exports=("kohya", "comfyui")),
     Family("qwen-image", ("QwenImagePipeline",), "qwen_image:QwenImage", exports=("kohya", "comfyui"), shrinks=True),
     Family("qwen-image-edit", ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"), "qwen_image_edit:QwenImageEdit",
            sources="required", exports=("kohya", "comfyui")),
@@ -74,11 +77,14 @@ FAMILIES = (
 PUBLISHED: dict[str, tuple[str, ...]] = {
     "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
     "flux-kontext": ("black-forest-labs/FLUX.1-Kontext-dev",),
+    "chroma": ("lodestones/Chroma1-HD", "lodestones/Chroma1-Base"),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai/stable-diffusion-3.5-medium",
             "stabilityai/stable-diffusion-3.5-large"),
     "flux2-klein": ("black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"),
+    "flux2-dev": ("black-forest-labs/FLUX.2-dev",),
+    "z-image": ("Tongyi-MAI/Z-Image-Turbo", "Tongyi-MAI/Z-Image"),
     "qwen-image": ("Qwen/Qwen-Image",),
     "qwen-image-edit": ("Qwen/Qwen-Image-Edit", "Qwen/Qwen-Image-Edit-2509"),
     "dit": ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512"),
@@ -189,25 +195,22 @@ VERBS = tuple(_RULES)
 _BLOCK = r"(?<!single_)transformer_blocks_\d+_"
 MARKS = (
     ("sd15 or sdxl", r"(down|up)_blocks_\d+_|mid_block_|(input|output)_blocks_\d+_|middle_block_"),
-    ("flux2-klein", rf"to_qkv_mlp_proj|(double|single)_stream_modulation|{_BLOCK}ff(_context)?_linear_in"),
+    ("z-image", r"(layers|refiner)_\d+_(attention_(to_|qkv|out)|feed_forward_w\d|adaLN_modulation)"),
+    ("chroma", r"distilled_guidance_layer"),
+    ("flux2-klein or flux2-dev", rf"to_qkv_mlp_proj|(double|single)_stream_modulation|{_BLOCK}ff(_context)?_linear_in"),
     ("qwen-image", rf"{_BLOCK}(img|txt)_(mlp|mod)"),
-    ("flux or flux2-klein", r"double_blocks_\d+_(img|txt)_attn|single_blocks_\d+_linear|single_transformer_blocks"),
-    ("flux", r"(double|single)_blocks_\d+_"),
+    ("flux", r"(img|txt)_mod_lin|modulation_lin|single_transformer_blocks_\d+_norm_linear|vector_in"),
+    ("flux or chroma", r"single_transformer_blocks_\d+_(proj_mlp|attn_to_[qkv])"),
+    ("flux, chroma, flux2-klein or flux2-dev", r"(double|single)_blocks_\d+_|single_transformer_blocks"),
     ("sd3", rf"{_BLOCK}attn2_|joint_blocks_\d+_"),
-    ("flux, flux2-klein, sd3 or qwen-image", rf"{_BLOCK}attn_add_[qkv]_proj"),
-)
-# of keys that more than one mark fits, what tells FLUX.1 from FLUX.2, which share their names of attention
-_FLUX1 = (
-    r"(img|txt)_mod_lin|modulation_lin|single_transformer_blocks_\d+_(proj_mlp|norm_linear|attn_to_[qkv])|"
-    r"vector_in|guidance_in"
+    ("flux, chroma, flux2-klein, flux2-dev, sd3 or qwen-image", rf"{_BLOCK}attn_add_[qkv]_proj"),
 )
 
 
 def family_of_lora(keys: Iterable[str]) -> str | None:
     """The family, or families, whose layers the keys of a LoRA file name; None where they do not tell."""
     words = "\n".join(keys).replace(".", "_")
-    named = next((name for name, mark in MARKS if re.search(mark, words)), None)
-    return "flux" if named == "flux or flux2-klein" and re.search(_FLUX1, words) else named
+    return next((name for name, mark in MARKS if re.search(mark, words)), None)
 
 
 def same_family(family: str, named: str) -> bool:

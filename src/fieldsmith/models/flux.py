@@ -79,8 +79,9 @@ class Flux(Prompted):
         side = self.resolution // multiple
         self.tokens = side * side
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
-        self.text_length = min(512, pipeline.tokenizer_2.model_max_length)
-        self.text_parts = ((pipeline.tokenizer_2, 0),)
+        tokenizer = self._tokenizer()
+        self.text_length = min(512, tokenizer.model_max_length)
+        self.text_parts = ((tokenizer, 0),)
 
     @property
     def latent_shape(self) -> tuple[int, int]:

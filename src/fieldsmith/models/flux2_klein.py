@@ -59,7 +59,7 @@ class Flux2Klein(Editor):
         self.side = self.resolution // multiple
         self.tokens = self.side**2
         self.image_ids = pipeline._prepare_latent_ids(torch.zeros(1, 1, self.side, self.side))[0].to(self.device)
-        self.text_length = min(512, pipeline.tokenizer.model_max_length)
+        self.text_length = min(512, self._tokenizer().model_max_length)
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -91,6 +91,10 @@ class Flux2Klein(Editor):
         grids = [torch.zeros(1, 1, *size) for size in sizes]
         return {"source_ids": self.pipeline._prepare_image_ids(grids).to(self.device)}
 
+    def _scale(self, t: Tensor, guidance: float) -> Tensor | None:
+        """What the network is told of the guidance scale, (batch,)."""
+        return None
+
     def _forward(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
         dtype = self.dtype  # states stay in theirs: a bf16 network under exact float32 steps
         ids, embeds = self.image_ids, condition.parts["embeds"]
@@ -99,7 +103,7 @@ class Flux2Klein(Editor):
         output: Tensor = self.network(
             hidden_states=tokens_of(x_t, condition).to(dtype),
             timestep=t.to(dtype),
-            guidance=None,
+            guidance=self._scale(t, guidance),
             encoder_hidden_states=embeds.to(dtype),
             txt_ids=self.pipeline._prepare_text_ids(embeds[:1])[0].to(x_t.device),
             img_ids=ids.to(x_t.device),

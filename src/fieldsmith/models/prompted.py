@@ -101,6 +101,11 @@ class Prompted(Model):
     def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         return guide(conditional, unconditional, scale)
 
+    def _tokenizer(self) -> Any:
+        """The tokenizer that reads the whole prompt, also where a processor of pictures has it inside."""
+        tokenizer = getattr(self.pipeline, self.TOKENIZER)
+        return getattr(tokenizer, "tokenizer", tokenizer)
+
     def _readers(self) -> dict[str, tuple[Any, int]]:
         """The pipeline's tokenizers by name, each with how many tokens of a prompt its encoder reads."""
         found = {}
@@ -114,7 +119,7 @@ class Prompted(Model):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises InputError at a word outside a closed vocabulary, or at a prompt too long for one; elsewhere one line
         says which prompts are cut, once for each."""
-        tokenizer = getattr(self.pipeline, self.TOKENIZER)
+        tokenizer = self._tokenizer()
         if len(tokenizer) > 1000:  # sub-word vocabularies take every text
             new = set(prompts) - self._told
             self._told |= new

@@ -44,7 +44,7 @@ def check_file(file: pathlib.Path, family: str, config_from: str) -> list[str]:
             keys = list(weights.keys())
     except (OSError, SafetensorError) as error:
         raise InputError(f"'{file}' is no safetensors file, or was cut short ({error}); download it again") from error
-    found = family_of_lora(keys)
+    found = family_of_lora(key for key in keys if not key.startswith((*AUTOENCODER, *ENCODERS)))
     if found == "sd15 or sdxl":
         found = "sdxl" if any(".label_emb." in key for key in keys) else "sd15"
     if found is None or not same_family(family, found):

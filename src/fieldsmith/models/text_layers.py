@@ -85,6 +85,8 @@ def attention_maps(model: Any) -> Iterator[list[Tensor]]:
             query = rotate(query, kwargs["image_rotary_emb"], sequence_dim=1)
             key = rotate(key, kwargs["image_rotary_emb"], sequence_dim=1)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        if kwargs.get("attention_mask") is not None:  # numbers that are added, as Chroma's
+            scores = scores + kwargs["attention_mask"]
         maps.append(scores.softmax(-1)[..., :words])
 
     hook = attention.register_forward_pre_hook(watch, with_kwargs=True)
