@@ -18,8 +18,8 @@ USAGE = """usage: fieldsmith measure RUN [--field value ...]
 
 Measure a finished run again, without training, or complete what a judge that failed left out: metrics.json and
 report.html are written anew. Of a run's own settings those can be changed that only say how it is measured:
---evaluate, an erasure's --judge, --neighbours, --synonyms and --attacks, --held-out-rewards of align, --judge of edit
-and sharpen, --samples of sharpen."""
+--evaluate, an erasure's --judge, --neighbours, --synonyms, --attacks and --attack-steps, -images and -prompts,
+--held-out-rewards of align, --judge of edit and sharpen, --samples of sharpen."""
 
 
 def measure(words: Sequence[str]) -> Answer:
