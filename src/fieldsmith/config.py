@@ -34,6 +34,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
+# how much is computed at once, and where things wait: a run may go on with others, whose sums are the same in another
+# order. What is drawn (but for dropout's masks), learned and measured hangs on none of them
+ADAPTABLE = ("chunk", "checkpointing", "offload", "trajectories")
+
 GIVEN = "given:"  # how a config names data that were handed over as objects in Python
 
 TYPES = {

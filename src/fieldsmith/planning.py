@@ -14,10 +14,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from fieldsmith import api, processes, rewards, training, verb
+from fieldsmith.config import ADAPTABLE
+from fieldsmith.disk import size
 from fieldsmith.errors import InputError
 from fieldsmith.methods.align.verb import ALIGN
 from fieldsmith.methods.distill.verb import DISTILL
@@ -144,17 +147,8 @@ class Rehearsed:
 
 def plan(name: str, config: Any) -> Plan:
     """The plan of a run with these settings. Raises InputError as the verb itself does before it starts."""
-    config.check()
-    config = config.replace(**{key: None for key in ("out", "bank_folder") if hasattr(config, key)})
-    judged = Judged()
-    of, inputs_of = INPUTS[name]
-    config, inputs = inputs_of(config, judged)
-    verb.check_memory(of, config)
-    source = config.config_from or getattr(config, of.source)  # whose shapes are the same
+    config, source, meta, parts, seen = _rehearsed(name, config)
     dtype = torch.bfloat16 if config.dtype == "bf16" else None
-    meta = meta_model(source, getattr(config, "resolution", None), dtype)
-    parts = components(meta.model)
-    seen = rehearse(of, meta, config, inputs, lambda: judged.calls)
     learner = seen.job.model
     if learner.network is not meta.model.network:
         own = components(learner)[0]
@@ -174,6 +168,91 @@ def plan(name: str, config: Any) -> Plan:
         name, source, parts, sum(p.numel() for p in trained), seen.memory, sum(seen.memory.values()), seen.nfe,
         seen.reward_calls, disk, _notes(seen, config), each and each * seen.nfe,
     )  # fmt: skip
+
+
+def _rehearsed(name: str, config: Any) -> tuple[Any, str, MetaModel, list[Component], Rehearsed]:
+    """The config as a run has it, whose shapes the model's are, the model, its parts before anything trains, and what
+    was seen."""
+    config.check()
+    config = config.replace(**{key: None for key in ("out", "bank_folder") if hasattr(config, key)})
+    judged = Judged()
+    of, inputs_of = INPUTS[name]
+    config, inputs = inputs_of(config, judged)
+    verb.check_memory(of, config)
+    source = config.config_from or getattr(config, of.source)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else None
+    meta = meta_model(source, getattr(config, "resolution", None), dtype)
+    parts = components(meta.model)
+    return config, source, meta, parts, rehearse(of, meta, config, inputs, lambda: judged.calls)
+
+
+# what makes a run take less memory; the first keep what it computes (config.ADAPTABLE), the others make another run
+LESS = ("chunk", "trajectories", "offload", "checkpointing", "batch", "groups", "resolution")
+SPARE = 0.9  # of what is there: allocators cut it in pieces
+
+
+def less_memory(name: str, config: Any, there: float) -> str:
+    """Which settings a run that was short of memory, where so many bytes are there, would fit with, and what it takes
+    then; each is tried alone, in a plan, and all that a run can go on with together.
+
+    '' where nothing can be planned.
+    """
+    try:
+        now = _peak(name, config)
+    except InputError:
+        return ""
+    most = SPARE * min(there, now)  # where the plan would have fitted, it is too low by that much at least
+    free: list[str] = []
+    other: list[str] = []
+    together: dict[str, Any] = {}
+    for field in LESS:
+        for value in _smaller(field, getattr(config, field, None)):
+            try:
+                peak = _peak(name, config.replace(**{field: value}))
+            except (InputError, NotImplementedError):  # a smaller one that does not go with the rest, or a family
+                continue
+            if field in ADAPTABLE and peak < now:
+                together[field] = value
+            if peak <= most:
+                known = f"{flag(field, value)} ({size(peak)})"
+                (free if field in ADAPTABLE else other).append(known)
+                break
+    if not free and len(together) > 1 and (peak := _peak(name, config.replace(**together))) <= most:
+        free.append(f"{' '.join(flag(*one) for one in together.items())} ({size(peak)})")
+    said = f"the plan is {size(now)} of {size(there)} that are there"
+    if free:
+        said += f"; it goes on with {' or '.join(free)}"
+    if other:
+        said += f"; as another run it fits with {' or '.join(other)}"
+    return said if free or other else f"{said}, and no setting makes it fit; use a smaller model or a larger device"
+
+
+def _peak(name: str, config: Any) -> int:
+    return sum(_rehearsed(name, config)[4].memory.values())
+
+
+def _smaller(field: str, value: Any) -> list[Any]:
+    """Values of a setting that take less, the nearest first."""
+    if field == "trajectories":
+        return ["cpu"] if value == "device" else []
+    if isinstance(value, bool):
+        moves = field != "offload" or torch.cuda.is_available()
+        return [True] if moves and not value else []
+    halves = [value >> n for n in range(1, value.bit_length())] if isinstance(value, int) else []
+    return [half for half in halves if half >= (64 if field == "resolution" else 1)]
+
+
+def flag(field: str, value: Any) -> str:
+    """A setting as the command line has it."""
+    return f"--{field.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
+def memory_there() -> float:
+    """Bytes of this process's device that are free, and those that it has itself."""
+    device = processes.device()
+    if device.type == "cuda":
+        return free_memory(device) + torch.cuda.memory_reserved(device)
+    return free_memory(device) + psutil.Process().memory_info().rss
 
 
 def count(model: Any) -> int:

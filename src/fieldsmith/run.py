@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fieldsmith import disk, owner, processes
+from fieldsmith.config import ADAPTABLE
 from fieldsmith.errors import InputError
 from fieldsmith.read import read_json, read_toml
 
@@ -120,7 +121,8 @@ def base_of(source: str) -> Base | None:
 
 
 class Run:
-    """A run directory; the same command on a directory that it began resumes it, another command is refused."""
+    """A run directory; the same command on a directory that it began resumes it, another command is refused, but for
+    settings that change how much is computed at once (config.ADAPTABLE)."""
 
     def __init__(self, folder: str | pathlib.Path, verb: str, config: Any):
         """Nothing is written yet. Raises InputError where the folder cannot become this run's."""
@@ -148,13 +150,13 @@ class Run:
             return
         earlier = read_toml(path)
         earlier_versions, self._began = earlier.pop("versions", {}), earlier.pop("origins", {})
-        if earlier != self.settings:
-            differs = [k for k in {*earlier, *self.settings} if earlier.get(k) != self.settings.get(k)]
+        differs = [k for k in {*earlier, *self.settings} if earlier.get(k) != self.settings.get(k)]
+        if not set(differs) <= set(ADAPTABLE):
             raise InputError(
                 f"out folder '{self.folder}' holds another run ({', '.join(sorted(differs))} differ); "
                 "name a new folder, or repeat its settings to resume it"
             )
-        self.changes = self._changes(earlier_versions) if self.resumes else ""
+        self.changes = self._changes(earlier_versions, sorted(differs), earlier) if self.resumes else ""
 
     def compare(self, origins: dict[str, str]) -> None:
         """Note digests of what the run is made from, for config.toml.
@@ -170,12 +172,12 @@ class Run:
                 "add --resume-changed to go on with what is there now"
             )
 
-    def _changes(self, earlier: dict[str, str]) -> str:
-        """A sentence about versions that are others than at the beginning; '' where there is none."""
+    def _changes(self, earlier: dict[str, str], differs: list[str], settings: dict[str, Any]) -> str:
+        """A sentence about versions and settings that are others than at the beginning; '' where there is none."""
         now = versions()
         others = [
             f"{name} {earlier[name]} (now {now[name]})" for name in now if earlier.get(name, now[name]) != now[name]
-        ]
+        ] + [f"{name}={settings.get(name)} (now {self.settings.get(name)})" for name in differs]
         return f"this run began with {', '.join(others)}: its last bits may differ" if others else ""
 
     def begin(self) -> None:

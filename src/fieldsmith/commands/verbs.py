@@ -12,7 +12,7 @@ from typing import Any
 from fieldsmith.commands import arguments
 from fieldsmith.commands.answers import Answer, answer
 from fieldsmith.config import from_file
-from fieldsmith.errors import InputError, RunError
+from fieldsmith.errors import InputError, RunError, ShortOfMemoryError
 from fieldsmith.models import pipeline_folder
 
 CONFIGS = {
@@ -49,7 +49,13 @@ def run(verb: str, words: Sequence[str]) -> Answer:
         raise InputError(f"no out folder given; add --out DIR, e.g. --out runs/{verb}")
     pipeline_folder(config.model if hasattr(config, "model") else config.teacher)  # an unknown zoo model is refused now
     api = importlib.import_module("fieldsmith.api")  # imports torch: only once the words are known to be good
-    return finish(getattr(api, verb)(config=config))
+    try:
+        result = getattr(api, verb)(config=config)
+    except ShortOfMemoryError as error:
+        planning = importlib.import_module("fieldsmith.planning")
+        advice = planning.less_memory(verb, config, planning.memory_there())
+        raise ShortOfMemoryError(f"{error}; {advice or 'lower --chunk, --batch or --resolution'}") from error
+    return finish(result)
 
 
 def finish(result: Any) -> Answer:
