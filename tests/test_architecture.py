@@ -69,7 +69,7 @@ ORDER = (
     "config", "disk", "owner", "origins", "run", "sessions", "preferences", "optimizers", "checkpoints",
     "interrupts", "training", "models", "preflight", "worlds", "rewards", "report", "push", "result",
     "previews", "trackers", "shipping", "verb", "measuring", "measure", "methods", "diagnoses", "sampling",
-    "zoo", "calls", "api", "planning", "commands", "cli",
+    "zoo", "calls", "api", "planning", "studio", "commands", "cli",
 )  # fmt: skip
 
 
@@ -139,6 +139,7 @@ def test_what_help_needs_does_not_import_torch():
             "demo",
             "measure",
             "completion",
+            "studio",
         )
     ]
     modules = ("", ".cli", ".rewards", ".models.families", ".diagnoses.config", *configs, *commands)

@@ -17,5 +17,6 @@ VERBS = {
     "families": "Print which verb trains which family of pipelines, by LoRA or as a whole.",
     "sample": "Draw a grid of images from a model.",
     "completion": "Print the script that completes verbs and flags in bash, zsh or fish.",
+    "studio": "A local page: move scales, guidance, seed and prompt, and see base and corrected model side by side.",
     "demo": "Each verb once on small models, and the page that leads to what they made.",
 }

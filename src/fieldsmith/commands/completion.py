@@ -21,7 +21,7 @@ from fieldsmith.errors import InputError, check_word
 EVERYWHERE = {"--help": (), "--quiet": (), "--json": (), "--debug": ()}
 OTHERS = {
     "sample": "SampleConfig", "export": "ExportConfig", "push": "PushConfig", "families": "FamiliesConfig",
-    "demo": "DemoConfig",
+    "demo": "DemoConfig", "studio": "StudioConfig",
 }  # fmt: skip
 WHERE = {
     "bash": "eval \"$(fieldsmith completion bash)\" in ~/.bashrc",
