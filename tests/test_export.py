@@ -27,6 +27,7 @@ from diffusers.loaders.single_file_utils import (
     convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
+    convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
@@ -61,6 +62,17 @@ def unet() -> UNet2DConditionModel:
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2,
         norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+
+
+def sdxl() -> UNet2DConditionModel:
+    """Of SDXL's levels, two layers each and the lower two with attention."""
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(4, 8, 8), layers_per_block=2, cross_attention_dim=16, attention_head_dim=2,
+        norm_num_groups=4, use_linear_projection=True, transformer_layers_per_block=(1, 1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
     ).eval()  # fmt: skip
 
 
@@ -102,9 +114,9 @@ def z_image() -> nn.Module:
     return network
 
 
-NETWORKS = {"sd15": unet, "sd3": sd3, "flux": flux, "flux-kontext": flux, "chroma": chroma, "flux2-klein": flux2,
-            "flux2-dev": lambda: flux2(guidance_embeds=True), "z-image": z_image, "qwen-image": qwen,
-            "qwen-image-edit": qwen}  # fmt: skip
+NETWORKS = {"sd15": unet, "sdxl": sdxl, "sd3": sd3, "flux": flux, "flux-kontext": flux, "chroma": chroma,
+            "flux2-klein": flux2, "flux2-dev": lambda: flux2(guidance_embeds=True), "z-image": z_image,
+            "qwen-image": qwen, "qwen-image-edit": qwen}  # fmt: skip
 
 
 def some_adapter(sizes: export.Sizes, keep: str = "", even: bool = False) -> Adapter:
@@ -151,6 +163,20 @@ NAMES = {
         "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj":
             "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj",
         "mid_block.resnets.0.time_emb_proj": "lora_unet_mid_block_resnets_0_time_emb_proj",
+    },
+    "sdxl": {
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q":
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "down_blocks.2.attentions.1.proj_in": "lora_unet_input_blocks_8_1_proj_in",
+        "mid_block.attentions.0.transformer_blocks.1.ff.net.2":
+            "lora_unet_middle_block_1_transformer_blocks_1_ff_net_2",
+        "mid_block.resnets.1.time_emb_proj": "lora_unet_middle_block_2_emb_layers_1",
+        "up_blocks.0.attentions.2.transformer_blocks.1.attn2.to_out.0":
+            "lora_unet_output_blocks_2_1_transformer_blocks_1_attn2_to_out_0",
+        "up_blocks.1.attentions.0.proj_out": "lora_unet_output_blocks_3_1_proj_out",
+        "down_blocks.1.resnets.0.time_emb_proj": "lora_unet_input_blocks_4_0_emb_layers_1",
+        "time_embedding.linear_2": "lora_unet_time_embed_2",
+        "add_embedding.linear_1": "lora_unet_label_emb_0_0",
     },
     "sd3": {
         "transformer_blocks.0.attn.to_k": "lora_unet_joint_blocks_0_x_block_attn_qkv",
@@ -216,6 +242,11 @@ NAMES = {
     },
 }  # fmt: skip
 NAMES |= {"flux-kontext": NAMES["flux"], "qwen-image-edit": NAMES["qwen-image"]}
+# every layer outside of the blocks, as their clients name it
+OUTER = {"sd15": {name: name for name in ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_out")},
+         "sdxl": {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+                  "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+                  "add_embedding.linear_2": "label_emb.0.2", "conv_out": "out.2"}}  # fmt: skip
 ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
 
 
@@ -304,7 +335,7 @@ def test_scale_zero_is_not_read_as_no_alpha() -> None:
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "chroma", "flux2-dev", "z-image", "qwen-image"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "chroma", "flux2-dev", "z-image", "qwen-image"])
 def test_round_trip(family: str, form: str, tmp_path: pathlib.Path) -> None:
     sizes = sizes_of(NETWORKS[family]())
     for keep in ("", "attn.to_", "to_q", "proj"):
@@ -339,6 +370,39 @@ def test_diffusers_reads_flux2() -> None:
     state = Flux2LoraLoaderMixin.lora_state_dict(exported(adapter, "flux2-klein", sizes, "kohya"))
     for layer, one in adapter.items():
         torch.testing.assert_close(folded(state, f"transformer.{layer}"), change(one))
+
+
+@pytest.mark.parametrize("form", ["kohya", "comfyui"])
+@pytest.mark.parametrize("family", OUTER)
+def test_a_key_of_every_layer_outside_of_the_blocks_holds_its_change(family: str, form: str) -> None:
+    """Against their clients' names: sd-scripts has SD 1.5's layers as diffusers does, and SDXL's as its release did."""
+    sizes = sizes_of(NETWORKS[family]())
+    assert OUTER[family].keys() == {layer for layer in sizes if "block" not in layer}
+    adapter = some_adapter(sizes)
+    found = exported(adapter, family, sizes, form)
+    for layer, name in OUTER[family].items():
+        dotted = form == "comfyui" and family == "sdxl"
+        key = f"diffusion_model.{name}" if dotted else "lora_unet_" + name.replace(".", "_")
+        down, up, alpha = (found[key + end] for end in ENDS)
+        made = alpha / len(down) * up.flatten(1) @ down.flatten(1)
+        torch.testing.assert_close(made, change(adapter[layer]), msg=layer)
+
+
+def test_the_change_of_sdxls_checkpoint_is_ours() -> None:
+    """As for the families below, of every layer; diffusers' converter of UNets looks for biases, and a last norm."""
+    network = sdxl()
+    sizes = sizes_of(network)
+    adapter = some_adapter(sizes)
+    found = exported(adapter, "sdxl", sizes, "comfyui")
+    checkpoint = {f"model.diffusion_model.out.0.{kind}": torch.zeros(4) for kind in ("weight", "bias")}
+    for key in [key for key in found if key.endswith(ENDS[0])]:
+        name = key.removesuffix(ENDS[0])
+        down, up, alpha = (found[name + end] for end in ENDS)
+        checkpoint[f"model.{name}.weight"] = alpha / len(down) * up.flatten(1) @ down.flatten(1)
+        checkpoint[f"model.{name}.bias"] = torch.zeros(len(up))
+    weights = convert_ldm_unet_checkpoint(checkpoint, dict(network.config))
+    for layer, one in adapter.items():
+        torch.testing.assert_close(weights[f"{layer}.weight"], change(one), msg=layer)
 
 
 def test_diffusers_reads_z_image() -> None:

@@ -214,7 +214,7 @@ def _in_order(file: pathlib.Path) -> None:
         header = json.loads(opened.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:  # of another spelling, which cannot take the place
+        if len(text) > length:  # spelt otherwise, so that it does not fit in its place
             return
         opened.seek(8)
         opened.write(text.ljust(length))

@@ -14,13 +14,38 @@ from torch import Tensor
 
 from fieldsmith.errors import InputError
 from fieldsmith.models.core import Condition
+from fieldsmith.models.export import Rules
 from fieldsmith.models.schedulers import network_index
 from fieldsmith.models.sd15 import SD15
+
+_INNER = (
+    ("resnets", r"\.conv1", ".0.in_layers.2"), ("resnets", r"\.conv2", ".0.out_layers.3"),
+    ("resnets", r"\.time_emb_proj", ".0.emb_layers.1"), ("resnets", r"\.conv_shortcut", ".0.skip_connection"),
+    ("attentions", r"(\..*)", r".1\1"),
+)  # fmt: skip
+# its release's own names, which sd-scripts and ComfyUI have: three levels of two layers down and three up
+NAMES: Rules = (
+    *((rf"down_blocks\.{level}\.{kind}\.{i}{layer}", f"input_blocks.{1 + 3 * level + i}{name}")
+      for level in range(3) for i in range(2) for kind, layer, name in _INNER),
+    *((rf"down_blocks\.{level}\.downsamplers\.0\.conv", f"input_blocks.{3 + 3 * level}.0.op") for level in range(2)),
+    *((rf"up_blocks\.{level}\.{kind}\.{i}{layer}", f"output_blocks.{3 * level + i}{name}")
+      for level in range(3) for i in range(3) for kind, layer, name in _INNER),
+    *((rf"up_blocks\.{level}\.upsamplers\.0\.conv", f"output_blocks.{3 * level + 2}.2.conv") for level in range(2)),
+    *((rf"mid_block\.resnets\.{i}{layer}", f"middle_block.{2 * i}{name[2:]}")
+      for i in range(2) for kind, layer, name in _INNER if kind == "resnets"),
+    (r"mid_block\.attentions\.0\.(.*)", r"middle_block.1.\1"),
+    (r"time_embedding\.linear_1", "time_embed.0"),
+    (r"time_embedding\.linear_2", "time_embed.2"),
+    (r"add_embedding\.linear_1", "label_emb.0.0"),
+    (r"add_embedding\.linear_2", "label_emb.0.2"),
+    (r"conv_in", "input_blocks.0.0"),
+    (r"conv_out", "out.2"),
+)  # fmt: skip
 
 
 class SDXL(SD15):
     family = "sdxl"
-    ORIGINAL_NAMES = ()  # other tools' keys of it are not written; files that have them diffusers converts
+    ORIGINAL_NAMES = NAMES
 
     def __init__(self, pipeline: Any, name: str, resolution: int | None = None):
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
