@@ -29,7 +29,7 @@ RECIPES: dict[str, tuple[Any, Train]] = {
     "shapes-flux-small": (shapes_flux.ShapesFlux(heads=1, steps=6_000), shapes_flux.train),
     "emoji-flux": (emoji_flux.EmojiFlux(), emoji_flux.train),
     # a narrower network, stopped early, that a reward has something to teach
-    "emoji-flux-small": (emoji_flux.EmojiFlux(autoencoder="zoo:emoji-flux", heads=3, steps=3_000), emoji_flux.train),
+    "emoji-flux-small": (emoji_flux.EmojiFlux(autoencoder="zoo:emoji-flux", heads=3, steps=(3_000,)), emoji_flux.train),
     "digits-unet": (class_unet.ClassUNet(), class_unet.train),
     "shapes-unet": (class_unet.ClassUNet(data="shapes", widths=(24, 48, 64), steps=5_500), class_unet.train),
     "fashion-unet": (

@@ -151,7 +151,7 @@ def test_the_emoji_recipe_resumes_and_writes_a_model_that_its_world_judges(tmp_p
     monkeypatch.setattr(emoji_flux, "CHUNK", 6)
     monkeypatch.setattr(emoji_flux, "STEPS", 2)
     config = emoji_flux.EmojiFlux(
-        vae_steps=(2, 1), vae_batch=2, images=12, heads=1, layers=1, single_layers=1, steps=2, batch=4
+        vae_steps=(2, 1), vae_batch=2, images=12, heads=1, layers=1, single_layers=1, steps=(2, 1), batch=4
     )
     model = emoji_flux.train(config, tmp_path, "emoji-flux")
     again = emoji_flux.train(config, tmp_path, "emoji-flux")  # nothing is left to do but to write

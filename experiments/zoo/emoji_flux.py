@@ -10,7 +10,7 @@ import json
 import pathlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,7 +50,7 @@ class EmojiFlux:
     heads: int = 5  # transformer width / 32
     layers: int = 2
     single_layers: int = 3
-    steps: int = 12_000
+    steps: tuple[int, ...] = (12_000, 10_000)  # cosine cycles, each from lr to 0: the second tells pairs apart
     batch: int = 48
     lr: float = 1e-3
     ema: float = 0.999
@@ -84,9 +84,10 @@ def train(config: EmojiFlux, folder: pathlib.Path, name: str) -> Flux:
         texts = [captions[i] if keep else "" for i, keep in zip(rows.tolist(), kept.tolist(), strict=True)]
         return latents[rows], model.encode(texts, grad=True)
 
-    run = Run(folder / "flow", "pretrain", config)
-    run.begin()
-    train_flow(model, drawn, config.steps, config, run)
+    for cycle, steps in enumerate(config.steps, 1):
+        run = Run(folder / f"flow-{cycle}", "pretrain", config)
+        run.begin()
+        train_flow(model, drawn, steps, replace(config, seed=config.seed + cycle - 1), run)
     pipeline.to(torch.float16)  # half the size; it is loaded, and used, in float32
     model.save(folder / "model")
     write_card(config, folder / "model", name)
