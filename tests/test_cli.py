@@ -388,7 +388,7 @@ def test_a_run_that_is_short_of_memory_says_what_fits_and_goes_on_with_it(
     assert re.search(
         r"out of memory at step 13 \(CUDA out of memory. Tried to allocate 2.00 GiB.\); the last good checkpoint is "
         r"'.*step-00000013', and the same command goes on from it; the plan is .* that are there; "
-        r"it goes on with --chunk [12] \(",
+        r"it goes on with --chunk \d+ \(",
         text,
     )
     assert main([*words, "--batch", "2", "--out", str(tmp_path / "cut")]) == 2  # another run

@@ -415,7 +415,7 @@ def test_fit_and_background_reach_the_images_of_every_verb(tmp_path):
     shown = {"fit": "pad", "background": "#0000ff"}
     distilled = distill_inputs(DistillConfig(data=str(tmp_path), **shown)).data(8, 3).images[:1]
     config = SharpenConfig(data=str(tmp_path), judge="math:sqrt", **shown)
-    sharpened = sharpen_inputs(config, judge=lambda images: [True] * len(images)).world(3, 8).images[:1]
+    sharpened = sharpen_inputs(config, judge=lambda images: [True] * len(images)).world(3, 8, False).images[:1]
     edited = UserSessions.of([(tmp_path / "a" / "0.png", ["x"])], frame_of(8, **shown)).clean(0)
     for images in (distilled, sharpened, edited):
         assert images[0, :, 0, 0].tolist() == [0, 0, 1] == images[0, :, 4, 0].tolist()  # bar, then what is transparent

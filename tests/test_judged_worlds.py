@@ -395,8 +395,8 @@ def test_a_judge_that_is_not_there_is_bad_input(folder, monkeypatch):
 def test_what_cannot_be_loaded_is_refused_with_the_mend(folder):
     for arguments, output in (
         (("column",), "did you mean 'columns'"),
-        (("nowhere/at/all",), "known worlds: columns, cards;"),
-        ((str(folder),), "needs a judge"),
+        (("nowhere/at/all",), "known worlds: columns, cards, shapes;"),
+        ((str(folder), None, None, 3, "crop", "white", False, True), "needs a judge"),
         (("cards", None, "a:b"), "has a judge of its own"),
         (("columns", 48), "64 or 32"),
         (("cards", 33), "128, 64 or 32"),

@@ -53,7 +53,8 @@ FAMILIES = (
         "flux-kontext", ("FluxKontextPipeline",), "flux_kontext:FluxKontext", sources="optional",
         exports=("kohya", "comfyui"), words_enter="attention", shrinks=True,
     ),
-    Family("chroma", ("ChromaPipeline",), "chroma:Chroma", exports=("kohya", "comfyui"), words_enter="attention"),
+    Family("chroma", ("ChromaPipeline",), "chroma:Chroma", exports=("kohya", "comfyui"), words_enter="attention",
+           shrinks=True),
     Family("sd15", ("StableDiffusionPipeline",), "sd15:SD15", path="variance-preserving", exports=("kohya", "comfyui"),
            words_enter="inputs", shrinks=True),
     Family("sdxl", ("StableDiffusionXLPipeline",), "sdxl:SDXL", path="variance-preserving",
@@ -62,7 +63,8 @@ FAMILIES = (
            shrinks=True),
     Family("flux2-klein", ("Flux2KleinPipeline",), "flux2_klein:Flux2Klein", sources="optional",
            exports=("kohya", "comfyui"), shrinks=True),
-    Family("flux2-dev", ("Flux2Pipeline",), "flux2_dev:Flux2Dev", sources="optional", exports=("kohya", "comfyui")),
+    Family("flux2-dev", ("Flux2Pipeline",), "flux2_dev:Flux2Dev", sources="optional",
+           exports=("kohya", "comfyui"), shrinks=True),
     Family("z-image", ("ZImagePipeline",), "z_image:ZImage", exports=("kohya", "comfyui")),
     Family("qwen-image", ("QwenImagePipeline",), "qwen_image:QwenImage", exports=("kohya", "comfyui"), shrinks=True),
     Family("qwen-image-edit", ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"), "qwen_image_edit:QwenImageEdit",
@@ -174,6 +176,8 @@ def _sharpen(family: Family) -> Support:
         note += "; without classes, or with a null class"
     if "words" in family.condition:
         note += "; by the methods that need no learned variance"
+    if not family.shrinks:
+        note += ", but `guide`, which needs a smaller network"
     return Support(("full",), note)
 
 

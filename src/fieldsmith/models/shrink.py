@@ -47,6 +47,9 @@ FLUX = Family(
     ("num_layers", "num_single_layers"),
     ("patch_size", "in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
 )
+OF_WORDS_ALONE = Family(
+    ("num_layers", "num_single_layers"), ("patch_size", "in_channels", "out_channels", "joint_attention_dim")
+)
 FAMILIES = {
     "unet": Family(
         ("layers_per_block",), ("sample_size", "in_channels", "out_channels"),
@@ -57,9 +60,9 @@ FAMILIES = {
     ),
     "flux": FLUX,
     "flux-kontext": FLUX,
-    "flux2-klein": Family(
-        ("num_layers", "num_single_layers"), ("patch_size", "in_channels", "out_channels", "joint_attention_dim")
-    ),
+    "chroma": OF_WORDS_ALONE,
+    "flux2-klein": OF_WORDS_ALONE,
+    "flux2-dev": OF_WORDS_ALONE,
     "qwen-image": Family(("num_layers",), ("patch_size", "in_channels", "out_channels", "joint_attention_dim")),
     "sd15": Family(("layers_per_block",), TEXT_UNET),
     "sdxl": Family(("layers_per_block",), TEXT_UNET),
@@ -215,17 +218,14 @@ def _inputs(model: Model, network: Any) -> Fields:
     text = torch.zeros(1, flux.text_length, network.config.joint_attention_dim)
     if model.family == "qwen-image":
         return {**given, "encoder_hidden_states": text, "img_shapes": [[(1, flux.side, flux.side)]]}
-    if model.family == "flux2-klein":
-        places = {"txt_ids": torch.zeros(flux.text_length, 4), "img_ids": torch.zeros(flux.tokens, 4)}
-        return {**given, **places, "encoder_hidden_states": text, "guidance": None}
-    return {
-        **given,
-        "guidance": torch.zeros(1) if network.config.guidance_embeds else None,
-        "pooled_projections": torch.zeros(1, network.config.pooled_projection_dim),
-        "encoder_hidden_states": text,
-        "txt_ids": torch.zeros(flux.text_length, 3),
-        "img_ids": torch.zeros(flux.tokens, 3),
-    }
+    axes = 4 if model.family in ("flux2-klein", "flux2-dev") else 3
+    places = {"txt_ids": torch.zeros(flux.text_length, axes), "img_ids": torch.zeros(flux.tokens, axes)}
+    given |= {**places, "encoder_hidden_states": text}
+    if model.family != "chroma":
+        given["guidance"] = torch.zeros(1) if network.config.guidance_embeds else None
+    if "pooled_projection_dim" in network.config:
+        given["pooled_projections"] = torch.zeros(1, network.config.pooled_projection_dim)
+    return given
 
 
 @dataclass(frozen=True)

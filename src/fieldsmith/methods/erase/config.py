@@ -167,6 +167,8 @@ fields below, --config FILE.toml (such as a run's config.toml) sets them again, 
         return cls(**{"method": method, **PAPER[known], **PRESETS[name]})
 
     def check(self) -> None:
+        if ":" not in self.method:
+            check_word(self.method, METHODS, "erase's methods")
         if not self.targets:
             raise InputError("no target given; name what to erase, e.g. --targets triangle")
         if not self.anchors:
